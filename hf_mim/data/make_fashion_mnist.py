@@ -92,8 +92,12 @@ def write(table: pa.Table, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the Fashion-MNIST subset that ships with hf_mim.")
-    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the four official .gz files (%(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the parquet files (default: beside this script)")
+    parser.add_argument(
+        "--source", type=Path, default=SOURCE, help="folder of the four official .gz files (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder for the parquet files (default: beside this script)"
+    )
     arguments = parser.parse_args(argv)
     try:
         for split, (_, per_class) in SPLITS.items():
