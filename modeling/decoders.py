@@ -1,0 +1,201 @@
+"""From encoded tokens to predictions on the mask grid. A decoder is a class in `DECODERS`.
+
+Made as `Decoder(config, encoder, out_dim, **options)` and called with (encoded, bool_masked_pos, grid, scope); returns
+(batch, K, out_dim): the hidden tokens in raster order where it can leave the others out and `scope` is "hidden", else
+all tokens of the grid. Where the encoder's map is coarser than the mask grid, the decoder upsamples.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_mim import pair
+from .encoder_base import Encoder, EncoderOutput, Grid, tokens_to_map
+from .layers import CrossLayer, FixedTables, ToGrid, ViTLayer, sincos_2d, take_tokens
+
+
+class Decoder(nn.Module):
+    """What the decoders share: the way from the encoder's tokens to the mask grid."""
+
+    def __init__(self, config, encoder: Encoder):
+        super().__init__()
+        size = pair(config.image_size)
+        self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.base_grid = encoder.mask_grid(*size)
+        coarse = encoder.token_grid(*size)
+        self.factor = tuple(fine // rough for fine, rough in zip(self.base_grid, coarse))
+        self.drops_tokens = encoder.drops_tokens
+        self.std = config.initializer_range
+
+    def _need_all_tokens(self, name: str):
+        if self.drops_tokens:
+            raise ValueError(
+                f"decoder {name!r} needs every token, and mask_style 'drop' leaves the hidden ones out; "
+                "choose mask_style 'token' or 'add', or another decoder, such as 'transformer'"
+            )
+
+    def forward(self, encoded: EncoderOutput, bool_masked_pos: Tensor, grid: Grid, scope: str) -> Tensor:
+        raise NotImplementedError
+
+
+class LinearDecoder(Decoder):
+    """One linear layer (SimMIM, A2MIM: a 1x1 convolution and a pixel shuffle)."""
+
+    def __init__(self, config, encoder: Encoder, out_dim: int):
+        super().__init__(config, encoder)
+        self._need_all_tokens("linear")
+        self.head = ToGrid(encoder.hidden_size, out_dim, self.factor)
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        return self.head(encoded.tokens[:, self.num_prefix_tokens :], grid)
+
+
+class TransformerDecoder(Decoder):
+    """A narrow transformer over all tokens, a learned token standing for the hidden ones (MAE, 2111.06377).
+
+    Options: hidden_size (divisible by 4), num_hidden_layers, num_attention_heads, intermediate_size
+    (4 * hidden_size), layer_norm_eps.
+    """
+
+    layer_class = ViTLayer
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        out_dim: int,
+        *,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 16,
+        intermediate_size: int | None = None,
+        layer_norm_eps: float = 1e-6,
+    ):
+        super().__init__(config, encoder)
+        if hidden_size % 4:
+            raise ValueError(f"the decoder's hidden_size must be divisible by 4, got {hidden_size}")
+        self.hidden_size = hidden_size
+        self.embed = ToGrid(encoder.hidden_size, hidden_size, self.factor)
+        needs_token = encoder.drops_tokens or self.layer_class is CrossLayer
+        self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if needs_token else None
+        self.positions = FixedTables(partial(sincos_2d, base=self.base_grid, dim=hidden_size))
+        width = (hidden_size, num_attention_heads, intermediate_size or 4 * hidden_size)
+        self.layers = nn.ModuleList(
+            self.layer_class(config, *width, eps=layer_norm_eps) for _ in range(num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.head = nn.Linear(hidden_size, out_dim)
+
+    def init_parameters(self):
+        if self.mask_token is not None:
+            init.normal_(self.mask_token, std=self.std)
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        positions = self.positions(grid, encoded.tokens.device)
+        if encoded.visible_index is None:
+            tokens, num_queries = self._all_tokens(encoded, grid, positions), None
+        else:
+            # The order of tokens is free, as each carries its position: visible first, hidden last. The last block
+            # then computes only what is asked for.
+            tokens = self._visible_then_hidden(encoded, grid, positions)
+            num_queries = encoded.hidden_index.shape[1] if scope == "hidden" else None
+        for layer in self.layers[:-1]:
+            tokens, _ = layer(tokens)
+        tokens, _ = self.layers[-1](tokens, None, None, num_queries)
+        if num_queries is None:
+            tokens = tokens[:, self.num_prefix_tokens :]
+            if encoded.visible_index is not None:
+                order = torch.cat([encoded.visible_index, encoded.hidden_index], dim=1)
+                tokens = take_tokens(tokens, order.argsort(dim=1))
+        return self.head(self.norm(tokens))
+
+    def _all_tokens(self, encoded: EncoderOutput, grid: Grid, positions: Tensor) -> Tensor:
+        prefix, patches = encoded.tokens.tensor_split([self.num_prefix_tokens], dim=1)
+        patches = self.embed(patches, grid) + positions.to(patches.dtype)
+        return patches if not self.num_prefix_tokens else torch.cat([self.embed(prefix, grid), patches], dim=1)
+
+    def _visible_then_hidden(self, encoded: EncoderOutput, grid: Grid, positions: Tensor) -> Tensor:
+        visible = self.embed(encoded.tokens, grid)
+        table = F.pad(positions.to(visible.dtype), (0, 0, self.num_prefix_tokens, 0))  # the prefix has no place: zeros
+        index = F.pad(encoded.visible_index + self.num_prefix_tokens, (self.num_prefix_tokens, 0))
+        hidden = self.mask_token.to(visible.dtype) + positions.to(visible.dtype)[encoded.hidden_index]
+        return torch.cat([visible + table[index], hidden], dim=1)
+
+
+class CrossAttentionDecoder(TransformerDecoder):
+    """A learned token for each token asked for looks at the encoder's tokens, not at the others (CrossMAE,
+    2401.14391, without its mixing of encoder blocks). Options as of `transformer`."""
+
+    layer_class = CrossLayer
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        positions = self.positions(grid, encoded.tokens.device).to(encoded.tokens.dtype)
+        prefix = self.num_prefix_tokens
+        patches, index = self.embed(encoded.tokens[:, prefix:], grid), encoded.visible_index
+        context = patches + (positions if index is None else positions[index])
+        if prefix:
+            context = torch.cat([self.embed(encoded.tokens[:, :prefix], grid), context], dim=1)
+        if index is None or scope == "all":
+            places = positions.expand(len(context), -1, -1)
+        else:
+            places = positions[encoded.hidden_index]
+        queries = self.mask_token.to(places.dtype) + places
+        for layer in self.layers:
+            queries = layer(queries, context)
+        return self.head(self.norm(queries))
+
+
+class ConvDecoder(Decoder):
+    """Grouped convolutions on the mask grid, then a linear layer (data2vec 2.0, 2212.07525, section 3.1).
+
+    Options: hidden_size, num_hidden_layers, kernel_size (odd), groups (must divide hidden_size).
+    """
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        out_dim: int,
+        *,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 6,
+        kernel_size: int = 3,
+        groups: int = 16,
+    ):
+        super().__init__(config, encoder)
+        if hidden_size % groups or kernel_size % 2 == 0:
+            raise ValueError(f"groups {groups} must divide hidden_size {hidden_size}, kernel_size {kernel_size} be odd")
+        self.embed = ToGrid(encoder.hidden_size, hidden_size, self.factor)
+        self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if encoder.drops_tokens else None
+        self.layers = nn.ModuleList(
+            nn.Conv2d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=groups)
+            for _ in range(num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(hidden_size, out_dim)
+
+    def init_parameters(self):
+        if self.mask_token is not None:
+            init.normal_(self.mask_token, std=self.std)
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        tokens = self.embed(encoded.tokens[:, self.num_prefix_tokens :], grid)
+        if encoded.visible_index is not None:
+            hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), encoded.hidden_index.shape[1], -1)
+            order = torch.cat([encoded.visible_index, encoded.hidden_index], dim=1)
+            tokens = take_tokens(torch.cat([tokens, hidden], dim=1), order.argsort(dim=1))
+        for layer in self.layers:
+            branch = layer(tokens_to_map(tokens, grid)).flatten(2).transpose(1, 2)
+            tokens = tokens + F.gelu(self.norm(branch))
+        return self.head(tokens)
+
+
+DECODERS = {
+    "linear": LinearDecoder,
+    "transformer": TransformerDecoder,
+    "cross_attention": CrossAttentionDecoder,
+    "conv": ConvDecoder,
+}

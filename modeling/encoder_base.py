@@ -1,0 +1,139 @@
+"""The contract of an encoder, and what hiding tokens means."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_mim import unknown
+
+
+Grid = tuple[int, int]
+PIXEL_FILLS = ("none", "mean", "zero")
+
+
+@dataclass
+class EncoderOutput:
+    """What an encoder returns and a decoder reads.
+
+    tokens: (batch, prefix + rows * cols, dim); (batch, prefix + visible, dim) where hidden tokens are dropped.
+    visible_index: (batch, visible), the place of each visible token in its image, in raster order; only with `drop`.
+    hidden_index: (batch, hidden), the same for the hidden tokens.
+    feature_maps: one (batch, channels, height, width) per stage, the stem first; ConvNets only.
+    hidden_states: the tokens entering the first block and leaving each; on request.
+    attentions: one (batch, heads, length, length) per block; on request.
+    """
+
+    tokens: Tensor
+    visible_index: Tensor | None = None
+    hidden_index: Tensor | None = None
+    feature_maps: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Encoder(nn.Module):
+    """An image encoder that can hide tokens. `forward` returns the tokens before `final_norm`; the model applies it.
+
+    Subclasses are made as `Encoder(config, use_mask_token, **options)`. Without the mask token (inference) there is
+    no unused parameter; masks are then an error in the styles that need one.
+    """
+
+    hidden_size: int
+    num_prefix_tokens: int = 0
+    has_cls_token: bool = False
+    drops_tokens: bool = False
+    stage_names: list[str]
+    num_features: list[int]
+
+    def __init__(self):
+        super().__init__()
+        self.final_norm: nn.Module = nn.Identity()
+
+    def mask_grid(self, height: int, width: int) -> Grid:
+        """The grid of tokens that can be hidden; predictions and values live on it."""
+        raise NotImplementedError
+
+    def token_grid(self, height: int, width: int) -> Grid:
+        """The grid of the encoder's output tokens: `mask_grid`, or coarser."""
+        return self.mask_grid(height, width)
+
+    def pooled_norm(self) -> nn.Module:
+        """A norm that the architecture applies after pooling (ConvNeXt), freshly made; part of the pooler."""
+        return nn.Identity()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        raise NotImplementedError
+
+    def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
+        """One feature map (batch, channels, rows, cols) for every name in `stage_names`."""
+        return encoded.feature_maps
+
+
+def cells(size: Grid, cell: Grid, what: str) -> Grid:
+    """How many cells fill an image of `size` pixels.
+
+    Raises:
+        ValueError: the image is no multiple of the cell; the message says what would be.
+    """
+    if any(length < step or length % step for length, step in zip(size, cell)):
+        near = [max(step, round(length / step) * step) for length, step in zip(size, cell)]
+        raise ValueError(
+            f"image size {size[0]}x{size[1]} is not divisible by the {what} {cell[0]}x{cell[1]}; "
+            f"{near[0]}x{near[1]} would be"
+        )
+    return size[0] // cell[0], size[1] // cell[1]
+
+
+def choose(name: str, value: str, choices) -> str:
+    """`value`, if it is one of the choices.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise unknown(name, value, choices)
+    return value
+
+
+def fill_hidden_pixels(pixel_values: Tensor, bool_masked_pos: Tensor, grid: Grid, fill: str) -> Tensor:
+    """Replaces the hidden pixels of (batch, channels, height, width) by zero or by the image's own mean colour, taken
+    over all its pixels (A2MIM, 2205.13943, section 4.1, and its released code). Visible pixels are unchanged."""
+    if fill == "none":
+        return pixel_values
+    hidden = bool_masked_pos.view(-1, 1, *grid)
+    for axis, length in ((2, pixel_values.shape[2]), (3, pixel_values.shape[3])):
+        hidden = hidden.repeat_interleave(length // hidden.shape[axis], dim=axis)
+    colour = pixel_values.mean(dim=(2, 3), keepdim=True) if fill == "mean" else pixel_values.new_zeros(1)
+    return torch.where(hidden, colour, pixel_values)
+
+
+def split_mask(bool_masked_pos: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
+    """(batch, tokens) -> the places of the visible and of the hidden tokens, each in raster order."""
+    order = bool_masked_pos.byte().argsort(dim=1, stable=True)
+    return order.split([bool_masked_pos.shape[1] - num_hidden, num_hidden], dim=1)
+
+
+def patchify(pixel_values: Tensor, grid: Grid) -> Tensor:
+    """(batch, channels, height, width) -> (batch, rows * cols, values): row, column, channel inside a patch."""
+    batch, channels, height, width = pixel_values.shape
+    patches = pixel_values.view(batch, channels, grid[0], height // grid[0], grid[1], width // grid[1])
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid[0] * grid[1], -1)
+
+
+def unpatchify(patches: Tensor, grid: Grid, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`."""
+    batch = patches.shape[0]
+    patches = patches.view(batch, *grid, height // grid[0], width // grid[1], -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+
+
+def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(batch, rows * cols, dim) -> (batch, dim, rows, cols)"""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)

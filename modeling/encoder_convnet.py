@@ -1,0 +1,175 @@
+"""ConvNets as masked encoders: the blocks are those of transformers and timm, the masking is ours."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_mim import pair, unknown
+from .encoder_base import PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
+from .encoder_native import native_config, native_model
+
+
+try:
+    import timm
+except ImportError:  # only model type "timm" needs it
+    timm = None
+
+MODEL_TYPES = ("resnet", "convnext", "convnextv2", "timm")
+
+
+class ConvNetEncoder(Encoder):
+    """A ConvNet in which a learned token is put into the map that enters a stage (A2MIM, 2205.13943, section 4).
+
+    Options:
+        model_type: resnet, convnext, convnextv2 (transformers' models; further options are their configs' fields), or
+            timm with `model_name` (further options go to `timm.create_model`, `output_stride` among them).
+        mask_style: what hidden cells become: `token` the learned token, `add` their own features plus the token.
+        mask_stage: the stage, counted from 0, before which the token acts; its input is the mask grid.
+        mask_scale_init_value: with `add`, hidden cells keep their features times a learned factor per channel that
+            starts here (1e-6 in the released A2MIM configs for ConvNets); None keeps them as they are.
+        pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
+    """
+
+    def __init__(
+        self,
+        config,
+        use_mask_token: bool = False,
+        *,
+        model_type: str = "resnet",
+        mask_style: str = "add",
+        mask_stage: int = 3,
+        mask_scale_init_value: float | None = 1e-6,
+        pixel_fill: str = "mean",
+        **options,
+    ):
+        super().__init__()
+        self.mask_style = choose("mask_style", mask_style, ("add", "token"))
+        self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
+        self.std = config.initializer_range
+        build = timm_stages if choose("model_type", model_type, MODEL_TYPES) == "timm" else native_stages
+        self.network, self.strides, self.num_features = build(config, model_type, options)
+        self.norm_eps = getattr(getattr(self.network, "layernorm", None), "eps", None)
+        if self.norm_eps is not None:
+            self.network.layernorm = nn.Identity()  # it acts after pooling: see `pooled_norm`
+        depth = len(self.strides) - 1
+        if not 0 <= mask_stage < depth:
+            raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
+        self.mask_stage = mask_stage
+        self.hidden_size = self.num_features[-1]
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
+        self.token_grid(*pair(config.image_size))
+        width = self.num_features[mask_stage]
+        self.mask_token = nn.Parameter(torch.zeros(width)) if use_mask_token else None
+        scaled = use_mask_token and mask_style == "add" and mask_scale_init_value is not None
+        self.initial_scale = mask_scale_init_value
+        self.mask_scale = nn.Parameter(torch.full((width,), float(mask_scale_init_value))) if scaled else None
+
+    def init_parameters(self):
+        if self.mask_token is not None:
+            init.trunc_normal_(self.mask_token, std=self.std)
+        if self.mask_scale is not None:
+            init.constant_(self.mask_scale, self.initial_scale)
+
+    def pooled_norm(self) -> nn.Module:
+        return nn.Identity() if self.norm_eps is None else nn.LayerNorm(self.hidden_size, eps=self.norm_eps)
+
+    def mask_grid(self, height: int, width: int) -> Grid:
+        stride = self.strides[self.mask_stage]
+        self.token_grid(height, width)
+        return cells((height, width), (stride, stride), "stride at the masked stage")
+
+    def token_grid(self, height: int, width: int) -> Grid:
+        return cells((height, width), (self.strides[-1], self.strides[-1]), "last stage's stride")
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        if output_attentions:
+            raise ValueError("a ConvNet has no attentions to return")
+        if bool_masked_pos is not None:
+            grid = self.mask_grid(*pixel_values.shape[2:])
+            pixel_values = fill_hidden_pixels(pixel_values, bool_masked_pos, grid, self.pixel_fill)
+        stem, stages = split_network(self.network)
+        maps = [stem(pixel_values)]
+        for i, stage in enumerate(stages):
+            entering = maps[-1]
+            if i == self.mask_stage and bool_masked_pos is not None:
+                entering = self._hide(entering, bool_masked_pos)
+            maps.append(stage(entering))
+        return EncoderOutput(
+            tokens=maps[-1].flatten(2).transpose(1, 2),
+            feature_maps=tuple(maps),
+            hidden_states=tuple(maps) if output_hidden_states else None,
+        )
+
+    def _hide(self, features: Tensor, mask: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError(
+                "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
+            )
+        hidden = mask.view(-1, 1, *features.shape[2:])
+        token = self.mask_token.to(features.dtype)[:, None, None]
+        if self.mask_style == "add":
+            kept = features if self.mask_scale is None else features * self.mask_scale.to(features.dtype)[:, None, None]
+            token = kept + token
+        return torch.where(hidden, token, features)
+
+
+def native_stages(config, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
+    """-> transformers' model, and the stride and width of the stem's and of each stage's map."""
+    native = native_config(config, model_type, options)
+    network = native_model(native)
+    if model_type == "resnet":
+        first = 8 if native.downsample_in_first_stage else 4
+        strides = [4] + [first * 2**i for i in range(len(native.depths))]
+        return network, strides, [native.embedding_size, *native.hidden_sizes]
+    strides = [native.patch_size * 2**i for i in range(len(native.depths))]
+    return network, [strides[0], *strides], [native.hidden_sizes[0], *native.hidden_sizes]
+
+
+class TimmStages(nn.Module):
+    """A timm network cut into a stem and its stages."""
+
+    def __init__(self, config, model_name: str, options: dict):
+        super().__init__()
+        if timm is None:
+            raise ValueError("encoder_config model_type 'timm' needs the timm package: pip install timm")
+        if not timm.is_model(model_name):
+            near = timm.list_models(f"*{model_name[:6]}*")[:8]
+            raise unknown("timm model", model_name, near or timm.list_models("res*")[:8])
+        network = timm.create_model(model_name, features_only=True, in_chans=config.num_channels, **options)
+        if not isinstance(network, timm.models.FeatureListNet):
+            raise ValueError(f"timm's {model_name!r} cannot be cut into stages; choose a plain ConvNet, say resnet18")
+        self.widths, self.strides = network.feature_info.channels(), network.feature_info.reduction()
+        ends = set(network.return_layers)
+        if len(ends) == 4:  # a network whose stem makes no map of its own, such as ConvNeXt: it ends where stages begin
+            modules = list(network)
+            ends.add(modules[modules.index(network.feature_info.module_name(0).replace(".", "_")) - 1])
+            self.widths, self.strides = [self.widths[0], *self.widths], [self.strides[0], *self.strides]
+        self.parts, part = nn.ModuleList(), nn.Sequential()
+        for name, module in network.items():
+            part.add_module(name, module)
+            if name in ends:
+                self.parts.append(part)
+                part = nn.Sequential()
+        for module in self.modules():
+            module.keeps_own_init = True
+
+
+def timm_stages(config, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
+    """-> the timm network, and the stride and width of the stem's and of each stage's map."""
+    options = dict(options)
+    network = TimmStages(config, options.pop("model_name", "resnet18"), options)
+    return network, network.strides, network.widths
+
+
+def split_network(network: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """-> the stem and the stages, each a module from map to map."""
+    if isinstance(network, TimmStages):
+        return network.parts[0], list(network.parts[1:])
+    stem = network.embedder if hasattr(network, "embedder") else network.embeddings
+    return stem, list(network.encoder.stages)

@@ -1,0 +1,251 @@
+"""The vision transformer that can hide tokens: the heart of the project."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_mim import pair
+from .encoder_base import (
+    PIXEL_FILLS,
+    Encoder,
+    EncoderOutput,
+    Grid,
+    cells,
+    choose,
+    fill_hidden_pixels,
+    patchify,
+    split_mask,
+    tokens_to_map,
+)
+from .layers import (
+    FixedTables,
+    LearnedPositions,
+    RelativePositionBias,
+    ViTLayer,
+    rotary_2d,
+    sincos_2d,
+    take_tokens,
+)
+from .masking import num_hidden_tokens
+
+
+# (patch_size, hidden_size, num_hidden_layers, num_attention_heads), as in DeiT, ViT and MAE.
+SIZES = {
+    "tiny": (16, 192, 12, 3),
+    "small": (16, 384, 12, 6),
+    "base": (16, 768, 12, 12),
+    "large": (16, 1024, 24, 16),
+    "huge": (14, 1280, 32, 16),
+}
+POSITIONS = ("sincos", "learned", "relative", "shared_relative", "rotary", "none")
+
+
+class ViTEncoder(Encoder):
+    """A ViT (2010.11929) whose patches can be hidden in three ways.
+
+    Options:
+        size: tiny, small, base, large or huge; gives the defaults of the next four, which win where they are set.
+        patch_size, hidden_size, num_hidden_layers, num_attention_heads: as everywhere; `patch_size` may be a pair.
+        intermediate_size: of the MLP; 4 * hidden_size, for SwiGLU 8/3 of it rounded up to a multiple of 8.
+        mask_style: `drop` encodes the visible patches only (MAE, 2111.06377); `token` puts a learned token in the
+            place of hidden ones (BEiT, SimMIM); `add` adds it to them (A2MIM).
+        mask_stage: the block before which `token` and `add` act; 0 is right after the patch embedding.
+        pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
+        position_embedding: sincos, learned, relative, shared_relative (one table for all blocks), rotary or none; a
+            list of them for several at once.
+        num_register_tokens: extra tokens without a patch (2309.16588), after the class token.
+        use_cls_token: whether there is a class token; it comes first.
+        layer_scale_init_value, drop_path_rate, qk_norm, mlp (gelu, swiglu), layer_norm_eps: of the blocks. The drop
+            rate grows linearly with depth.
+        final_norm: whether the tokens pass a last LayerNorm. SimMIM pretrains without.
+    """
+
+    def __init__(
+        self,
+        config,
+        use_mask_token: bool = False,
+        *,
+        size: str = "base",
+        patch_size: int | tuple[int, int] | None = None,
+        hidden_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        num_attention_heads: int | None = None,
+        intermediate_size: int | None = None,
+        mask_style: str = "drop",
+        mask_stage: int = 0,
+        pixel_fill: str = "none",
+        position_embedding: str | list[str] = "sincos",
+        num_register_tokens: int = 0,
+        use_cls_token: bool = True,
+        layer_scale_init_value: float | None = None,
+        drop_path_rate: float = 0.0,
+        qk_norm: bool = False,
+        mlp: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        final_norm: bool = True,
+    ):
+        super().__init__()
+        defaults = SIZES[choose("size", size, SIZES)]
+        given = (patch_size, hidden_size, num_hidden_layers, num_attention_heads)
+        patch, dim, depth, heads = (default if value is None else value for value, default in zip(given, defaults))
+        self.config = config
+        self.patch_size = pair(patch)
+        self.hidden_size = dim
+        self.mask_style = choose("mask_style", mask_style, ("drop", "token", "add"))
+        self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
+        self.mask_stage = mask_stage
+        self.drops_tokens = mask_style == "drop"
+        self.has_cls_token = use_cls_token
+        self.num_prefix_tokens = int(use_cls_token) + num_register_tokens
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
+        self.num_features = [dim] * (depth + 1)
+        if not 0 <= mask_stage < depth or (mask_stage and self.drops_tokens):
+            raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
+
+        self.patch_embedding = nn.Linear(self.patch_size[0] * self.patch_size[1] * config.num_channels, dim)
+        self.prefix_tokens = nn.Parameter(torch.zeros(self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
+        self.mask_token = nn.Parameter(torch.zeros(dim)) if use_mask_token and not self.drops_tokens else None
+        self.base_grid = cells(pair(config.image_size), self.patch_size, "patch")
+        self._add_positions(position_embedding, dim, depth, heads)
+
+        intermediate_size = intermediate_size or (-(-8 * dim // 24) * 8 if mlp == "swiglu" else 4 * dim)
+        block = {"qk_norm": qk_norm, "layer_scale": layer_scale_init_value, "eps": layer_norm_eps}
+        block["mlp"] = choose("mlp", mlp, ("gelu", "swiglu"))
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList(
+            ViTLayer(config, dim, heads, intermediate_size, drop_path=rate, **block) for rate in rates
+        )
+        if final_norm:
+            self.final_norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+
+    def _add_positions(self, names: str | list[str], dim: int, depth: int, heads: int):
+        self.positions = {names} if isinstance(names, str) else set(names)
+        for name in self.positions:
+            choose("position_embedding", name, POSITIONS)
+        if "sincos" in self.positions and dim % 4:
+            raise ValueError(f"sincos positions need a hidden_size divisible by 4, got {dim}")
+        if "rotary" in self.positions and (dim // heads) % 4:
+            raise ValueError(f"rotary positions need a head size divisible by 4, got {dim} / {heads} heads")
+        self.learned_positions = LearnedPositions(self.base_grid, dim) if "learned" in self.positions else None
+        tables = depth if "relative" in self.positions else 0
+        self.relative = nn.ModuleList(RelativePositionBias(self.base_grid, heads) for _ in range(tables))
+        shared = "shared_relative" in self.positions
+        self.shared_relative = RelativePositionBias(self.base_grid, heads) if shared else None
+        self.sincos = FixedTables(partial(sincos_2d, base=self.base_grid, dim=dim))
+        self.rotary = FixedTables(partial(rotary_2d, base=self.base_grid, head_dim=dim // heads))
+
+    def init_parameters(self):
+        for tokens in (self.prefix_tokens, self.mask_token):
+            if tokens is not None:
+                init.trunc_normal_(tokens, std=self.config.initializer_range)
+
+    def mask_grid(self, height: int, width: int) -> Grid:
+        return cells((height, width), self.patch_size, "patch")
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        grid = self.mask_grid(*pixel_values.shape[2:])
+        tokens, visible_index, hidden_index = self._embed(pixel_values, bool_masked_pos, grid)
+        shared, rotary = self._attention_positions(grid, visible_index, tokens.device)
+        hidden_states, attentions = [], []
+        for i, layer in enumerate(self.layers):
+            if i == self.mask_stage and i > 0:
+                tokens = self._hide(tokens, bool_masked_pos, self.num_prefix_tokens)
+            if output_hidden_states:
+                hidden_states.append(tokens)
+            bias = shared
+            if len(self.relative):
+                own = self.relative[i](grid, self.num_prefix_tokens, visible_index)
+                bias = own if shared is None else own + shared
+            tokens, weights = layer(tokens, bias, rotary, None, output_attentions)
+            if output_attentions:
+                attentions.append(weights)
+        return EncoderOutput(
+            tokens=tokens,
+            visible_index=visible_index,
+            hidden_index=hidden_index,
+            hidden_states=(*hidden_states, tokens) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _embed(self, pixel_values: Tensor, mask: Tensor | None, grid: Grid):
+        """-> tokens with positions and prefix; where tokens are dropped, the places of the visible and the hidden."""
+        visible_index = hidden_index = None
+        if mask is not None:
+            pixel_values = fill_hidden_pixels(pixel_values, mask, grid, self.pixel_fill)
+        patches = patchify(pixel_values, grid)
+        positions = self._token_positions(grid, patches.device)
+        if mask is not None and self.drops_tokens:
+            visible_index, hidden_index = split_mask(mask, self._num_hidden(mask, grid))
+            patches = take_tokens(patches, visible_index)
+            positions = positions if positions is None else take_tokens(positions, visible_index)
+        tokens = self.patch_embedding(patches)
+        if self.mask_stage == 0:
+            tokens = self._hide(tokens, mask)
+        if positions is not None:
+            tokens = tokens + positions.to(tokens.dtype)
+        if self.prefix_tokens is not None:
+            prefix = self.prefix_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return tokens, visible_index, hidden_index
+
+    def _hide(self, tokens: Tensor, mask: Tensor | None, prefix: int = 0) -> Tensor:
+        if mask is None or self.drops_tokens:
+            return tokens
+        if self.mask_token is None:
+            raise ValueError(
+                "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
+            )
+        hidden = F.pad(mask, (prefix, 0))[..., None]
+        token = self.mask_token.to(tokens.dtype)
+        return torch.where(hidden, tokens + token if self.mask_style == "add" else token, tokens)
+
+    def _num_hidden(self, mask: Tensor, grid: Grid) -> int:
+        """How many tokens are hidden in every image; dropping needs the same number everywhere."""
+        if torch.compiler.is_compiling() or (mask.is_cuda and self.training):
+            # Asking the mask would break the graph or wait for the GPU: the configured ratio says it.
+            expected = num_hidden_tokens(self.config, grid)
+            torch._assert_async(
+                (mask.sum(1) == expected).all(), f"not {expected} hidden tokens, as masking_config says"
+            )
+            return expected
+        counts = mask.sum(1).tolist()
+        if len(set(counts)) > 1 or counts[0] == mask.shape[1]:
+            raise ValueError(
+                f"mask_style 'drop' needs the same number of hidden tokens in every image and a visible one, "
+                f"got {sorted(set(counts))} hidden of {mask.shape[1]}; mask_style 'token' takes any mask"
+            )
+        return counts[0]
+
+    def _token_positions(self, grid: Grid, device) -> Tensor | None:
+        """Positions (1, rows * cols, dim) to add to the patches."""
+        learned = None if self.learned_positions is None else self.learned_positions(grid)
+        if "sincos" not in self.positions:
+            return learned
+        fixed = self.sincos(grid, device)[None]
+        return fixed if learned is None else fixed + learned
+
+    def _attention_positions(self, grid: Grid, visible_index: Tensor | None, device):
+        """-> the shared relative bias and the rotary tables, None where there are none."""
+        shared = rotary = None
+        if self.shared_relative is not None:
+            shared = self.shared_relative(grid, self.num_prefix_tokens, visible_index)
+        if "rotary" in self.positions:
+            rotary = self.rotary(grid, device)
+            if visible_index is not None:
+                rotary = tuple(table[visible_index][:, None] for table in rotary)
+        return shared, rotary
+
+    def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
+        """Every block's patch tokens after the final norm, as DINOv2's backbone gives them."""
+        grid = self.mask_grid(height, width)
+        patches = (self.final_norm(tokens)[:, self.num_prefix_tokens :] for tokens in encoded.hidden_states)
+        return tuple(tokens_to_map(tokens, grid) for tokens in patches)

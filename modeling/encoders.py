@@ -1,0 +1,8 @@
+"""The encoders that a config can name."""
+
+from .encoder_convnet import ConvNetEncoder
+from .encoder_native import NativeEncoder
+from .encoder_vit import ViTEncoder
+
+
+ENCODERS = {"vit": ViTEncoder, "convnet": ConvNetEncoder, "native": NativeEncoder}

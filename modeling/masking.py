@@ -1,0 +1,166 @@
+"""Which tokens are hidden. A mask generator is a function in `MASK_GENERATORS`.
+
+Every generator takes (batch, grid, rngs, *, ratio, unit, ...) and returns a bool tensor (batch, rows * cols), True
+where a token is hidden. `rngs` holds one numpy Generator per image, so that a mask depends on that image alone.
+
+Counts are exact and the same for every image: with the grid a multiple of the mask unit, ceil(ratio * units) units;
+otherwise (units cut by the border) ceil(ratio * tokens) tokens, the last unit trimmed at random.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .configuration_mim import check_part, options_of, pair
+
+
+Grid = tuple[int, int]
+
+
+def count_hidden(grid: Grid, ratio: float, unit: int | tuple[int, int] = 1) -> int:
+    """How many tokens of the grid are hidden.
+
+    Raises:
+        ValueError: `ratio` is not in (0, 1), or leaves no visible or no hidden token.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
+    (rows, cols), (down, right) = grid, pair(unit)
+    whole = rows % down == 0 and cols % right == 0
+    units = (rows // down) * (cols // right) if whole else rows * cols
+    # 1e-9: 0.07 * 100 is 7.000000000000001 in floating point, yet means 7.
+    hidden = math.ceil(units * ratio - 1e-9) * (down * right if whole else 1)
+    if not 0 < hidden < rows * cols:
+        what = "visible" if hidden else "hidden"
+        raise ValueError(
+            f"mask ratio {ratio} with mask unit {down}x{right} leaves no {what} token of the {rows}x{cols} grid"
+        )
+    return hidden
+
+
+def num_hidden_tokens(config, grid: Grid) -> int:
+    """What the config's masking hides of this grid, in every image."""
+    options = {**options_of(MASK_GENERATORS[config.masking]), **config.masking_config}
+    return count_hidden(grid, options["ratio"], options["unit"])
+
+
+def check_masking(config, grid: Grid) -> None:
+    """Raises:
+    ValueError: the generator or an option is unknown, or the ratio does not fit the grid.
+    """
+    check_part("mask generator", MASK_GENERATORS, config.masking, config.masking_config)
+    num_hidden_tokens(config, grid)
+
+
+def sample_masks(config, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
+    """Masks as the config says, one per generator: bool (batch, rows * cols), True = hidden."""
+    return MASK_GENERATORS[config.masking](len(rngs), grid, rngs, **config.masking_config)
+
+
+def random_mask(
+    batch: int, grid: Grid, rngs: list[np.random.Generator], *, ratio: float = 0.75, unit: int | tuple[int, int] = 1
+) -> Tensor:
+    """Units of `unit` tokens drawn uniformly without replacement (MAE with unit 1, SimMIM and A2MIM with 32 pixels)."""
+    hidden = count_hidden(grid, ratio, unit)
+    return _hide_first(_unit_order(grid, unit, rngs), hidden)
+
+
+def block_mask(
+    batch: int,
+    grid: Grid,
+    rngs: list[np.random.Generator],
+    *,
+    ratio: float = 0.4,
+    unit: int | tuple[int, int] = 1,
+    min_block: int = 16,
+    min_aspect: float = 0.3,
+    tries: int = 10,
+) -> Tensor:
+    """Rectangles of random size, place and shape until the count is reached (BEiT, 2106.08254, Algorithm 1).
+
+    A rectangle has at least `min_block` units (fewer where fewer are still wanted) and an aspect ratio between
+    `min_aspect` and its inverse; each gets `tries` tries to add something without passing the count. What is missing
+    then is drawn at random.
+    """
+    hidden = count_hidden(grid, ratio, unit)
+    units = _unit_grid(grid, unit)
+    wanted = max(1, units[0] * units[1] * hidden // (grid[0] * grid[1]))
+    masks = np.stack([_draw_blocks(units, wanted, rng, min_block, min_aspect, tries) for rng in rngs])
+    return _hide_first(_unit_order(grid, unit, rngs, first=masks), hidden)
+
+
+def inverse_block_mask(
+    batch: int,
+    grid: Grid,
+    rngs: list[np.random.Generator],
+    *,
+    ratio: float = 0.8,
+    unit: int | tuple[int, int] = 1,
+    block_size: int = 3,
+) -> Tensor:
+    """Hides all but some square blocks of `block_size` units (data2vec 2.0, 2212.07525, section 3.2): blocks are
+    drawn, cut by the border, until enough is visible; what is too much is hidden at random."""
+    hidden = count_hidden(grid, ratio, unit)
+    units = _unit_grid(grid, unit)
+    wanted = -(-units[0] * units[1] * (grid[0] * grid[1] - hidden) // (grid[0] * grid[1]))
+    visible = np.stack([_draw_squares(units, wanted, rng, block_size) for rng in rngs])
+    return _hide_first(_unit_order(grid, unit, rngs, first=~visible), hidden)
+
+
+MASK_GENERATORS = {"random": random_mask, "block": block_mask, "inverse_block": inverse_block_mask}
+
+
+def _unit_grid(grid: Grid, unit) -> Grid:
+    return tuple(-(-length // step) for length, step in zip(grid, pair(unit)))
+
+
+def _unit_order(grid: Grid, unit, rngs, first: np.ndarray | None = None) -> np.ndarray:
+    """Scores (batch, rows, cols) in whose ascending order tokens are to be hidden: unit after unit at random, those
+    in `first` (batch, unit rows, unit cols) before the others, and the tokens inside a unit at random."""
+    (rows, cols), (down, right) = grid, pair(unit)
+    units = _unit_grid(grid, unit)
+    noise = np.stack([rng.random(units) for rng in rngs])
+    if first is not None:
+        noise += ~first
+    if (down, right) == (1, 1):
+        return noise
+    order = noise.reshape(len(rngs), -1).argsort(axis=1).argsort(axis=1).reshape(noise.shape)
+    order = order.repeat(down, axis=1).repeat(right, axis=2)[:, :rows, :cols]
+    return order + np.stack([rng.random(grid) for rng in rngs])
+
+
+def _hide_first(scores: np.ndarray, hidden: int) -> Tensor:
+    flat = scores.reshape(len(scores), -1)
+    mask = np.zeros(flat.shape, dtype=bool)
+    np.put_along_axis(mask, flat.argpartition(hidden - 1, axis=1)[:, :hidden], True, axis=1)
+    return torch.from_numpy(mask)
+
+
+def _draw_blocks(grid: Grid, wanted: int, rng, min_block: int, min_aspect: float, tries: int) -> np.ndarray:
+    mask = np.zeros(grid, dtype=bool)
+    log_aspect = math.log(min_aspect)
+    while (missing := wanted - int(mask.sum())) > 0:
+        for _ in range(tries):
+            area = rng.uniform(min(min_block, missing), missing)
+            aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < height <= grid[0] and 0 < width <= grid[1]):
+                continue
+            top, left = rng.integers(grid[0] - height + 1), rng.integers(grid[1] - width + 1)
+            block = mask[top : top + height, left : left + width]
+            if 0 < block.size - int(block.sum()) <= missing:
+                block[:] = True
+                break
+        else:
+            break
+    return mask
+
+
+def _draw_squares(grid: Grid, wanted: int, rng, block_size: int) -> np.ndarray:
+    mask = np.zeros(grid, dtype=bool)
+    while mask.sum() < wanted:
+        top, left = (int(rng.integers(1 - block_size, length)) for length in grid)
+        mask[max(top, 0) : top + block_size, max(left, 0) : left + block_size] = True
+    return mask

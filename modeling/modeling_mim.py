@@ -1,0 +1,396 @@
+"""The models: `MIMModel`, `MIMForPreTraining`, `MIMForImageClassification`, `MIMBackbone`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_mim import MIMConfig, check_part, pair
+from .decoders import DECODERS
+from .encoder_base import EncoderOutput
+from .encoders import ENCODERS
+from .masking import check_masking, sample_masks
+from .poolers import POOLERS
+from .targets import TARGETS, displayable
+
+
+def make_encoder(config: MIMConfig, use_mask_token: bool = False):
+    check_part("encoder", ENCODERS, config.encoder, config.encoder_config)
+    return ENCODERS[config.encoder](config, use_mask_token, **config.encoder_config)
+
+
+def make_pooler(config: MIMConfig, encoder):
+    check_part("pooler", POOLERS, config.pooler, config.pooler_config)
+    return POOLERS[config.pooler](encoder, **config.pooler_config)
+
+
+def check_encoder_and_pooler(config: MIMConfig) -> list[str]:
+    """Builds both without memory, so that a config is found wrong where it is written. -> the stages' names.
+
+    Raises:
+        ValueError: a name or an option is unknown, or values do not fit together.
+    """
+    with torch.device("meta"):
+        encoder = make_encoder(config)
+        make_pooler(config, encoder)
+    return encoder.stage_names
+
+
+@dataclass
+class MIMModelOutput(ModelOutput):
+    """
+    last_hidden_state: (batch, prefix + rows * cols, dim) after the final norm; (batch, prefix + visible, dim) where
+        hidden tokens are dropped.
+    pooler_output: (batch, dim), the pooler's vector.
+    pooler_weights: (batch, [heads,] rows * cols), where the pooler weighs patches.
+    hidden_states: the tokens entering the first block and leaving each, before the final norm; on request.
+    attentions: (batch, heads, length, length) per block; on request.
+    feature_maps: (batch, channels, height, width) per stage, the stem first; ConvNets only.
+    visible_index, hidden_index: (batch, visible) and (batch, hidden), the places of the tokens in the image, where
+        hidden tokens are dropped.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    pooler_weights: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    feature_maps: tuple[Tensor, ...] | None = None
+    visible_index: Tensor | None = None
+    hidden_index: Tensor | None = None
+
+
+@dataclass
+class MIMForPreTrainingOutput(ModelOutput):
+    """
+    loss: a scalar.
+    logits: (batch, K, dim), the predictions for the hidden tokens in raster order, or for all tokens.
+    bool_masked_pos: (batch, rows * cols), True where a token was hidden.
+    hidden_states, attentions: the encoder's; on request.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    bool_masked_pos: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MIMReconstruction(ModelOutput):
+    """Pictures (batch, 1 or 3, height, width) in [0, 1]: the images, the images without their hidden patches, what
+    the model predicts, and the prediction with the visible patches put back. `note` says what must be known."""
+
+    original: Tensor | None = None
+    masked: Tensor | None = None
+    prediction: Tensor | None = None
+    combined: Tensor | None = None
+    bool_masked_pos: Tensor | None = None
+    note: str | None = None
+
+
+class MIMPreTrainedModel(PreTrainedModel):
+    config_class = MIMConfig
+    base_model_prefix = "mim"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTLayer", "CrossLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if getattr(module, "keeps_own_init", False):
+            return
+        if hasattr(module, "init_parameters"):
+            module.init_parameters()
+        elif isinstance(module, nn.Linear):
+            # As MAE does: with the fixed 0.02 of other models, narrow networks would start far too small.
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def parameters_without_decay(self) -> set[str]:
+        """Names of what weight decay should leave alone: biases, norms, tokens, positions, scales."""
+        special = ("token", "position", "relative", "prefix")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim < 2 or any(word in name.lower() for word in special)
+        }
+
+
+class MIMModel(MIMPreTrainedModel):
+    """The encoder with its final norm and a pooler. It hides nothing unless it is given `bool_masked_pos`.
+
+    Args:
+        config: a `MIMConfig`.
+        add_pooling_layer: whether to build the pooler; without it `pooler_output` is None.
+        use_mask_token: whether to build what mask styles `token` and `add` need.
+    """
+
+    _auto_class = "AutoModel"
+    # A checkpoint of a head brings parts that the bare model is meant not to have.
+    _keys_to_ignore_on_load_unexpected = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", r"^classifier\."]
+
+    def __init__(self, config: MIMConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.encoder = make_encoder(config, use_mask_token)
+        self.pooler = make_pooler(config, self.encoder) if add_pooling_layer else None
+        self.pooled_norm = self.encoder.pooled_norm() if add_pooling_layer else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> MIMModelOutput:
+        """pixel_values (batch, channels, height, width), normalised; height and width may differ from the config's.
+        bool_masked_pos (batch, rows * cols) on `encoder.mask_grid(height, width)`, True = hidden.
+
+        Raises:
+            ValueError: the channels are not the config's, the size is no multiple of the patch, or the mask does not
+                fit the grid.
+        """
+        self._check_inputs(pixel_values, bool_masked_pos)
+        encoded = self.encoder(
+            pixel_values.to(self.dtype),
+            bool_masked_pos,
+            bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            bool(self.config.output_attentions if output_attentions is None else output_attentions),
+        )
+        tokens = self.encoder.final_norm(encoded.tokens)
+        vector = weights = None
+        if self.pooler is not None and encoded.visible_index is None:
+            seen = tokens if self.pooler.apply_final_norm else encoded.tokens
+            grid = self.encoder.token_grid(*pixel_values.shape[2:])
+            vector, weights = self.pooler(seen, self.encoder.num_prefix_tokens, grid, encoded.attentions)
+            vector = self.pooled_norm(vector)
+        return MIMModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=vector,
+            pooler_weights=weights,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            feature_maps=encoded.feature_maps,
+            visible_index=encoded.visible_index,
+            hidden_index=encoded.hidden_index,
+        )
+
+    def _check_inputs(self, pixel_values: Tensor, bool_masked_pos: Tensor | None):
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {self.config.num_channels}, height, width) as num_channels says, "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        if bool_masked_pos is None:
+            return
+        rows, cols = self.encoder.mask_grid(*pixel_values.shape[2:])
+        if bool_masked_pos.shape != (len(pixel_values), rows * cols) or bool_masked_pos.dtype != torch.bool:
+            raise ValueError(
+                f"bool_masked_pos must be bool ({len(pixel_values)}, {rows * cols}) for the {rows}x{cols} mask grid, "
+                f"got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}"
+            )
+
+
+class MIMForPreTraining(MIMPreTrainedModel):
+    """Masked encoder, decoder and target. Trains under any `Trainer`: masks come with the batch as `bool_masked_pos`,
+    or are drawn here from torch's random state."""
+
+    _auto_class = "AutoModelForPreTraining"
+    _keys_to_ignore_on_load_unexpected = [r"^mim\.pooler", r"^mim\.pooled_norm", r"^classifier\."]
+    # The loss is a mean over the batch's hidden tokens: Trainer must not divide it by a count of labels.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MIMConfig):
+        super().__init__(config)
+        self.mim = MIMModel(config, add_pooling_layer=False, use_mask_token=True)
+        check_masking(config, self.mask_grid(*pair(config.image_size)))
+        check_part("target", TARGETS, config.target, config.target_config)
+        check_part("decoder", DECODERS, config.decoder, config.decoder_config)
+        self.target = TARGETS[config.target](config, self.mim.encoder, **config.target_config)
+        out_dim = self.target.outputs["patches"]
+        self.decoder = DECODERS[config.decoder](config, self.mim.encoder, out_dim, **config.decoder_config)
+        self.post_init()
+
+    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+        """The (rows, cols) of `bool_masked_pos` for images of this size."""
+        return self.mim.encoder.mask_grid(height, width)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        return_loss: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> MIMForPreTrainingOutput:
+        """pixel_values (batch, channels, height, width), normalised. bool_masked_pos (batch, rows * cols), or
+        (batch, M, rows * cols) for M masks of each image; drawn as `masking` says where it is absent."""
+        grid = self.mask_grid(*pixel_values.shape[2:])
+        masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
+        repeats = masks.shape[1] if masks.ndim == 3 else 1
+        masks = masks.flatten(0, 1) if masks.ndim == 3 else masks
+        outputs = self.mim(
+            pixel_values.repeat_interleave(repeats, dim=0) if repeats > 1 else pixel_values,
+            masks,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        predictions = {"patches": self._decode(outputs, masks, grid, self.target.scope)}
+        loss = None
+        if return_loss:
+            values = self.target.values(pixel_values, grid)
+            if repeats > 1:
+                values = {name: value.repeat_interleave(repeats, dim=0) for name, value in values.items()}
+            loss = self.target.loss(predictions, values, masks, grid, generator)
+        return MIMForPreTrainingOutput(
+            loss=loss,
+            logits=predictions["patches"],
+            bool_masked_pos=masks,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _decode(self, outputs: MIMModelOutput, masks: Tensor, grid: tuple[int, int], scope: str) -> Tensor:
+        encoded = EncoderOutput(
+            tokens=outputs.last_hidden_state,
+            visible_index=outputs.visible_index,
+            hidden_index=outputs.hidden_index,
+            feature_maps=outputs.feature_maps,
+        )
+        return self.decoder(encoded, masks, grid, scope)
+
+    def _sample_masks(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
+        seeds = torch.randint(2**62, (len(pixel_values),)).tolist()
+        masks = sample_masks(self.config, grid, [np.random.default_rng(seed) for seed in seeds])
+        return masks.to(pixel_values.device)
+
+    @torch.no_grad()
+    def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> MIMReconstruction:
+        """What the model makes of the hidden patches, as pictures. Arguments as of `forward`, one mask per image."""
+        height, width = pixel_values.shape[2:]
+        grid = self.mask_grid(height, width)
+        masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
+        predicted = self._decode(self.mim(pixel_values, masks), masks, grid, "all").to(pixel_values.dtype)
+        prediction = self.target.to_image(predicted, pixel_values, grid, masks)
+        original = displayable(pixel_values, self.config.image_mean, self.config.image_std)
+        hidden = masks.view(-1, 1, *grid)
+        hidden = hidden.repeat_interleave(height // grid[0], 2).repeat_interleave(width // grid[1], 3)
+        return MIMReconstruction(
+            original=original,
+            masked=torch.where(hidden, 0.5, original),
+            prediction=prediction,
+            combined=torch.where(hidden, prediction, original),
+            bool_masked_pos=masks,
+            note=self.target.image_note,
+        )
+
+
+class MIMForImageClassification(MIMPreTrainedModel):
+    """Encoder, pooler and a linear classifier; frozen or fine-tuned."""
+
+    _auto_class = "AutoModelForImageClassification"
+    _keys_to_ignore_on_load_unexpected = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\."]
+
+    def __init__(self, config: MIMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mim = MIMModel(config)
+        self.classifier = nn.Linear(self.mim.pooler.out_dim, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """labels (batch,) of class indices, or as `config.problem_type` says -> logits (batch, num_labels)."""
+        outputs = self.mim(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
+    """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`."""
+
+    _auto_class = "AutoBackbone"
+    _keys_to_ignore_on_load_unexpected = [
+        *(
+            r"mask_token",
+            r"mask_scale",
+            r"^decoder\.",
+            r"^target\.",
+            r"^classifier\.",
+            r"^mim\.pooler",
+            r"^mim\.pooled_norm",
+        )
+    ]
+
+    def __init__(self, config: MIMConfig):
+        super().__init__(config)
+        self.mim = MIMModel(config, add_pooling_layer=False)
+        self.num_features = self.mim.encoder.num_features
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        outputs = self.mim(pixel_values, output_hidden_states=True, output_attentions=output_attentions)
+        encoded = EncoderOutput(
+            tokens=outputs.last_hidden_state, feature_maps=outputs.feature_maps, hidden_states=outputs.hidden_states
+        )
+        maps = dict(zip(self.stage_names, self.mim.encoder.stage_maps(encoded, *pixel_values.shape[2:])))
+        return BackboneOutput(
+            feature_maps=tuple(maps[name] for name in self.out_features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+if __name__ == "hf_mim.modeling.modeling_mim":
+    # The plugin, not a copy of this file that travelled with a checkpoint: there remote code must stay in charge.
+    AutoModel.register(MIMConfig, MIMModel, exist_ok=True)
+    AutoModelForPreTraining.register(MIMConfig, MIMForPreTraining, exist_ok=True)
+    AutoModelForMaskedImageModeling.register(MIMConfig, MIMForPreTraining, exist_ok=True)
+    AutoModelForImageClassification.register(MIMConfig, MIMForImageClassification, exist_ok=True)
+    AutoBackbone.register(MIMConfig, MIMBackbone, exist_ok=True)
