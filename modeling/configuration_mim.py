@@ -117,11 +117,10 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         for part in ("encoder", "masking", "decoder", "target", "pooler"):
             setattr(self, f"{part}_config", dict(getattr(self, f"{part}_config") or {}))
         self._fill_statistics()
-        self.stage_names = self._check_encoder_and_pooler()
-        self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
-        )
+        stages = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         super().__post_init__(**kwargs)
+        self.stage_names = self._check_encoder_and_pooler()
+        self.set_output_features_output_indices(**stages)
 
     def _fill_statistics(self):
         if self.num_channels < 1:

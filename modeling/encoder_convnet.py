@@ -122,7 +122,7 @@ class ConvNetEncoder(Encoder):
 def native_stages(config, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
     """-> transformers' model, and the stride and width of the stem's and of each stage's map."""
     native = native_config(config, model_type, options)
-    network = native_model(native)
+    network = native_model(config, native)
     if model_type == "resnet":
         first = 8 if native.downsample_in_first_stage else 4
         strides = [4] + [first * 2**i for i in range(len(native.depths))]

@@ -34,13 +34,11 @@ def native_config(config, model_type: str, options: dict):
         options = {**options, "image_size": height if height == width else [height, width]}
     if "num_channels" in fields:
         options = {**options, "num_channels": config.num_channels}
-    native = config_class(**options)
-    native._attn_implementation = config._attn_implementation
-    return native
+    return config_class(**options)
 
 
-def native_model(native, use_mask_token: bool = False) -> nn.Module:
-    """The bare model of a native config, without its pooling layer.
+def native_model(config, native, use_mask_token: bool = False) -> nn.Module:
+    """The bare model of a native config, without its pooling layer, with the attention of `config` where it has it.
 
     Raises:
         ValueError: it has no bare model.
@@ -48,6 +46,9 @@ def native_model(native, use_mask_token: bool = False) -> nn.Module:
     if type(native) not in MODEL_MAPPING:
         raise ValueError(f"transformers has no bare model of type {native.model_type!r}")
     model_class = MODEL_MAPPING[type(native)]
+    has = {"eager": True, "sdpa": model_class._supports_sdpa, "flex_attention": model_class._supports_flex_attn}
+    if has.get(config._attn_implementation, model_class._supports_flash_attn):
+        native._attn_implementation = config._attn_implementation
     takes = inspect.signature(model_class).parameters
     wanted = {"add_pooling_layer": False, "use_mask_token": use_mask_token}
     return model_class(native, **{name: value for name, value in wanted.items() if name in takes})
@@ -62,7 +63,7 @@ class NativeEncoder(Encoder):
     def __init__(self, config, use_mask_token: bool = False, *, model_type: str = "vit", **options):
         super().__init__()
         native = native_config(config, model_type, options)
-        self.network = native_model(native, use_mask_token)
+        self.network = native_model(config, native, use_mask_token)
         self.native = native
         self.takes = set(inspect.signature(self.network.forward).parameters)
         self.hidden_size = getattr(native, "hidden_size", None) or native.hidden_sizes[-1]
