@@ -5,7 +5,7 @@ import inspect
 import math
 
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel
 
 from .configuration_mim import pair, unknown
 from .encoder_base import Encoder, EncoderOutput, Grid, cells, tokens_to_map
@@ -14,9 +14,14 @@ from .encoder_base import Encoder, EncoderOutput, Grid, cells, tokens_to_map
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
 PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
 FINAL_NORMS = ("layernorm", "layer_norm", "norm")
+# What a saved config holds beside the architecture, or what MIMConfig says.
+NOT_OPTIONS = {
+    *("image_size", "num_channels", "model_type", "architectures", "transformers_version", "dtype", "_name_or_path"),
+    *("id2label", "label2id", "out_features", "out_indices", "stage_names"),
+}
 
 
-def native_config(config, model_type: str, options: dict):
+def native_config(config, model_type: str, options: dict, use_mask_token: bool = False):
     """The wrapped model's config; `MIMConfig` says image size and channels.
 
     Raises:
@@ -34,6 +39,8 @@ def native_config(config, model_type: str, options: dict):
         options = {**options, "image_size": height if height == width else [height, width]}
     if "num_channels" in fields:
         options = {**options, "num_channels": config.num_channels}
+    if "use_mask_token" in fields:
+        options = {**options, "use_mask_token": use_mask_token}
     return config_class(**options)
 
 
@@ -54,18 +61,46 @@ def native_model(config, native, use_mask_token: bool = False) -> nn.Module:
     return model_class(native, **{name: value for name, value in wanted.items() if name in takes})
 
 
+def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
+    """-> the fields of a `MIMConfig` that wraps this pretrained model, and the weights of the model.
+
+    Where an image processor is saved beside it, the normalisation is that processor's.
+    """
+    network = AutoModel.from_pretrained(name_or_path)
+    native = network.config
+    if not hasattr(native, "num_channels"):
+        raise ValueError(f"{name_or_path} is a {native.model_type!r} model, which takes no images")
+    defaults = type(native)().to_dict()
+    changed = {name: value for name, value in native.to_dict().items() if defaults.get(name, ...) != value}
+    options = {name: value for name, value in changed.items() if name not in NOT_OPTIONS}
+    fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
+    fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        fields |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass  # no processor, or one that does not normalise: MIMConfig's defaults
+    return fields, network.state_dict()
+
+
 class NativeEncoder(Encoder):
     """Wraps a transformers vision model.
 
     Options: `model_type`, and every field of that model's own config.
     """
 
-    def __init__(self, config, use_mask_token: bool = False, *, model_type: str = "vit", **options):
+    # Positional only: some of the wrapped configs have a field `use_mask_token` of their own.
+    def __init__(self, config, use_mask_token: bool = False, /, *, model_type: str = "vit", **options):
         super().__init__()
-        native = native_config(config, model_type, options)
+        native = native_config(config, model_type, options, use_mask_token)
         self.network = native_model(config, native, use_mask_token)
         self.native = native
         self.takes = set(inspect.signature(self.network.forward).parameters)
+        if use_mask_token and "bool_masked_pos" not in self.takes:
+            raise ValueError(
+                f"the transformers model {model_type!r} takes no bool_masked_pos and cannot hide tokens; "
+                "pretrain with encoder 'vit' or 'convnet'"
+            )
         self.hidden_size = getattr(native, "hidden_size", None) or native.hidden_sizes[-1]
         names = {name.rsplit(".", 1)[-1]: p for name, p in self.network.named_parameters()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
@@ -75,10 +110,24 @@ class NativeEncoder(Encoder):
         self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
         self.num_features = self._stage_widths(depth)
         # Taken out of the wrapped model, so that a pooler can see the tokens before it.
+        self.taken_norm = None
         for name in FINAL_NORMS:
             if isinstance(getattr(self.network, name, None), nn.LayerNorm) and not hasattr(native, "hidden_sizes"):
                 self.final_norm = getattr(self.network, name)
                 setattr(self.network, name, nn.Identity())
+                self.taken_norm = name
+
+    def load_native_state(self, state: dict[str, Tensor]) -> None:
+        """Loads the weights of the wrapped model, as `load_native` returns them; its pooling layer is left out."""
+        taken = self.taken_norm and f"{self.taken_norm}."
+        final = {k.removeprefix(taken): v for k, v in state.items() if taken and k.startswith(taken)}
+        own = self.network.state_dict()
+        missing = [name for name in own if name not in state and "mask_token" not in name]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}")
+        self.network.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+        if taken:
+            self.final_norm.load_state_dict(final)
 
     def _stage_widths(self, depth: int) -> list[int]:
         if hasattr(self.native, "hidden_sizes"):
@@ -111,11 +160,6 @@ class NativeEncoder(Encoder):
     ) -> EncoderOutput:
         extra = {"output_hidden_states": output_hidden_states} if output_hidden_states else {}
         if bool_masked_pos is not None:
-            if "bool_masked_pos" not in self.takes:
-                raise ValueError(
-                    f"the transformers model {self.native.model_type!r} takes no bool_masked_pos and cannot hide "
-                    "tokens; pretrain with encoder 'vit' or 'convnet'"
-                )
             extra["bool_masked_pos"] = bool_masked_pos
         if output_attentions:
             extra["output_attentions"] = True

@@ -1,7 +1,5 @@
 """The models: `MIMModel`, `MIMForPreTraining`, `MIMForImageClassification`, `MIMBackbone`."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,13 +14,15 @@ from transformers import (
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig, check_part, pair
 from .decoders import DECODERS
 from .encoder_base import EncoderOutput
+from .encoder_native import load_native
 from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
+from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .poolers import POOLERS
 from .targets import TARGETS, displayable
 
@@ -47,59 +47,6 @@ def check_encoder_and_pooler(config: MIMConfig) -> list[str]:
         encoder = make_encoder(config)
         make_pooler(config, encoder)
     return encoder.stage_names
-
-
-@dataclass
-class MIMModelOutput(ModelOutput):
-    """
-    last_hidden_state: (batch, prefix + rows * cols, dim) after the final norm; (batch, prefix + visible, dim) where
-        hidden tokens are dropped.
-    pooler_output: (batch, dim), the pooler's vector.
-    pooler_weights: (batch, [heads,] rows * cols), where the pooler weighs patches.
-    hidden_states: the tokens entering the first block and leaving each, before the final norm; on request.
-    attentions: (batch, heads, length, length) per block; on request.
-    feature_maps: (batch, channels, height, width) per stage, the stem first; ConvNets only.
-    visible_index, hidden_index: (batch, visible) and (batch, hidden), the places of the tokens in the image, where
-        hidden tokens are dropped.
-    """
-
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    pooler_weights: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    feature_maps: tuple[Tensor, ...] | None = None
-    visible_index: Tensor | None = None
-    hidden_index: Tensor | None = None
-
-
-@dataclass
-class MIMForPreTrainingOutput(ModelOutput):
-    """
-    loss: a scalar.
-    logits: (batch, K, dim), the predictions for the hidden tokens in raster order, or for all tokens.
-    bool_masked_pos: (batch, rows * cols), True where a token was hidden.
-    hidden_states, attentions: the encoder's; on request.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    bool_masked_pos: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class MIMReconstruction(ModelOutput):
-    """Pictures (batch, 1 or 3, height, width) in [0, 1]: the images, the images without their hidden patches, what
-    the model predicts, and the prediction with the visible patches put back. `note` says what must be known."""
-
-    original: Tensor | None = None
-    masked: Tensor | None = None
-    prediction: Tensor | None = None
-    combined: Tensor | None = None
-    bool_masked_pos: Tensor | None = None
-    note: str | None = None
 
 
 class MIMPreTrainedModel(PreTrainedModel):
@@ -128,6 +75,22 @@ class MIMPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_encoder(cls, name_or_path: str, **fields):
+        """Wraps a pretrained vision model of transformers, with its weights.
+
+        `name_or_path` is a Hub id or a local folder; `fields` are those of `MIMConfig` (a pooler, say). A config of
+        its own is not kept: what is saved loads as any other checkpoint of this project.
+
+        Raises:
+            ValueError: the model type has no bare vision model.
+        """
+        native_fields, state = load_native(name_or_path)
+        model = cls(MIMConfig(**{**native_fields, **fields}))
+        encoder = model.encoder if isinstance(model, MIMModel) else model.mim.encoder
+        encoder.load_native_state(state)
+        return model.eval()
 
     def parameters_without_decay(self) -> set[str]:
         """Names of what weight decay should leave alone: biases, norms, tokens, positions, scales."""

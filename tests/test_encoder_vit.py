@@ -18,6 +18,7 @@ from hf_mim.modeling.layers import (
     sincos_2d,
 )
 
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4}
 
 
@@ -136,7 +137,9 @@ def test_sincos_against_float64(grid, base):
     for i in range(grid[0]):
         for j in range(grid[1]):
             y, x = (i + 0.5) * base[0] / grid[0] - 0.5, (j + 0.5) * base[1] / grid[1] - 0.5
-            waves = [wave(axis / 10000 ** (k / 4)) for axis in (x, y) for wave in (math.sin, math.cos) for k in range(4)]
+            waves = [
+                wave(axis / 10000 ** (k / 4)) for axis in (x, y) for wave in (math.sin, math.cos) for k in range(4)
+            ]
             wanted = torch.tensor(waves, dtype=torch.float64)
             torch.testing.assert_close(table[i * grid[1] + j].double(), wanted, rtol=0, atol=2e-6)
 
@@ -184,7 +187,9 @@ def test_rotary_depends_on_offsets_only_and_leaves_the_prefix():
     query, key = torch.randn(16), torch.randn(16)
 
     def logit(a, b):
-        rotated = (rotate(vector.view(1, 1, 1, 16), (cos[i][None], sin[i][None])) for vector, i in ((query, a), (key, b)))
+        rotated = (
+            rotate(vector.view(1, 1, 1, 16), (cos[i][None], sin[i][None])) for vector, i in ((query, a), (key, b))
+        )
         return torch.dot(*(vector.flatten() for vector in rotated))
 
     place = lambda row, col: row * 6 + col  # noqa: E731

@@ -16,6 +16,8 @@ from hf_mim.modeling import configuration_mim
 
 MODELING = Path(configuration_mim.__file__).resolve().parent
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
+# What transformers itself needs. Not `__future__`: its annotations switch the validation of configs off.
+ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub", *sys.stdlib_module_names} - {"__future__"}
 
 # Run in a fresh process: refuses hf_mim, loads the checkpoint as every Auto class and saves what comes out.
 LOAD = """

@@ -1,0 +1,97 @@
+"""Vision models of transformers as encoders."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForImageClassification, ViTImageProcessor
+
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
+
+
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "patch_size": 4}
+DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+# model type: (its options, prefix tokens, can be pretrained)
+MODELS = {
+    "vit": (VIT, 1, True),
+    "deit": (VIT, 2, True),
+    "beit": ({**VIT, "use_relative_position_bias": True}, 1, True),
+    "dinov2": (DINOV2, 1, True),
+    "dinov2_with_registers": ({**DINOV2, "num_register_tokens": 3}, 4, True),
+    "data2vec-vision": (VIT, 1, True),
+    "swin": ({"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 3, "patch_size": 4}, 0, True),
+    "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 0, False),
+    "convnext": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 0, False),
+}
+
+
+def native(model_type: str, image_size: int = 32):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**MODELS[model_type][0])
+    if hasattr(config, "image_size"):
+        config.image_size = image_size
+    model = MODEL_MAPPING[type(config)](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_it_gives_what_the_native_model_gives(model_type, tmp_path):
+    """Through `from_encoder`, saved and loaded again; the tokens before the last norm are there too."""
+    peer = native(model_type)
+    peer.save_pretrained(tmp_path / "native")
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "native")
+    ours = MIMModel.from_encoder(str(tmp_path / "native"), pooler="mean")
+    assert ours.config.image_mean == [0.1, 0.2, 0.3] and ours.encoder.num_prefix_tokens == MODELS[model_type][1]
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModel.from_pretrained(tmp_path / "ours")
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = peer(pixel_values).last_hidden_state
+        wanted = wanted.flatten(2).transpose(1, 2) if wanted.ndim == 4 else wanted
+        for model in (ours, again):
+            out = model(pixel_values, output_hidden_states=True)
+            assert torch.equal(out.last_hidden_state, wanted)
+            assert out.pooler_output.shape == (2, wanted.shape[2])
+
+
+def test_another_resolution_without_a_flag():
+    model = MIMModel(MIMConfig(image_size=32, encoder="native", encoder_config={"model_type": "vit", **VIT})).eval()
+    assert model(torch.randn(1, 3, 48, 24)).last_hidden_state.shape == (1, 1 + 12 * 6, 32)
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODELS if MODELS[name][2]])
+def test_it_pretrains_where_its_forward_takes_a_mask(model_type):
+    options = {"model_type": model_type, **MODELS[model_type][0]}
+    torch.manual_seed(0)
+    model = MIMForPreTraining(MIMConfig(image_size=24, encoder="native", encoder_config=options, decoder="linear"))
+    pixel_values = torch.randn(2, 3, 24, 24)
+    out = model(pixel_values)
+    out.loss.backward()
+    # what is under the mask does not reach the prediction
+    hidden = out.bool_masked_pos.view(2, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    changed = torch.where(hidden, torch.randn_like(pixel_values), pixel_values)
+    model.eval()
+    with torch.no_grad():
+        pairs = (model(pixels, out.bool_masked_pos).logits for pixels in (pixel_values, changed))
+        assert torch.equal(*pairs)
+    assert out.logits.shape == (2, 36, 48)
+
+
+def test_what_cannot_be_hidden_or_built_is_refused():
+    with pytest.raises(ValueError, match="takes no bool_masked_pos"):
+        options = {"model_type": "convnext", **MODELS["convnext"][0]}
+        MIMForPreTraining(MIMConfig(image_size=32, encoder="native", encoder_config=options, decoder="linear"))
+    with pytest.raises(ValueError, match="did you mean 'swin'"):
+        MIMConfig(encoder="native", encoder_config={"model_type": "swinn"})
+    with pytest.raises(ValueError, match="hiden_size.*did you mean 'hidden_size'"):
+        MIMConfig(encoder="native", encoder_config={"model_type": "vit", "hiden_size": 32})
+
+
+def test_a_classifier_around_a_native_encoder_is_one_model(tmp_path):
+    native("dinov2").save_pretrained(tmp_path / "native")
+    model = MIMForImageClassification.from_encoder(str(tmp_path / "native"), pooler="gem", num_labels=4)
+    model.save_pretrained(tmp_path / "ours")
+    pixel_values = torch.randn(2, 3, 32, 32)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
