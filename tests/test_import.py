@@ -1,0 +1,39 @@
+"""`import hf_mim` is light and registers; the rest comes with the first config."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+CHECK = """
+import sys
+import hf_mim
+heavy = [name for name in ("transformers.modeling_utils", "torchvision", "timm", "datasets", "matplotlib", "sklearn",
+                           "accelerate", "peft", "hf_mim.training") if name in sys.modules]
+assert not heavy, heavy
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTraining, AutoImageProcessor
+config = AutoConfig.for_model("mim", image_size=32, encoder_config={"size": "tiny", "num_hidden_layers": 1})
+assert type(config) is hf_mim.MIMConfig
+classes = {
+    AutoModel: "MIMModel", AutoModelForPreTraining: "MIMForPreTraining", AutoBackbone: "MIMBackbone",
+    AutoModelForMaskedImageModeling: "MIMForPreTraining", AutoModelForImageClassification: "MIMForImageClassification",
+}
+for auto, name in classes.items():
+    assert type(auto.from_config(config)) is getattr(hf_mim, name), name
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+assert hf_mim.MIMConfig in IMAGE_PROCESSOR_MAPPING
+assert set(hf_mim.__all__) <= set(dir(hf_mim))
+try:
+    hf_mim.MIMModell
+except AttributeError as error:
+    assert "MIMModell" in str(error)
+else:
+    raise AssertionError("an unknown name is no attribute")
+"""
+
+
+def test_import_is_light_and_the_first_config_registers_everything():
+    process = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
