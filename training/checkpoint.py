@@ -1,0 +1,51 @@
+"""Loading what was trained before, with errors that say what was found instead."""
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+
+
+def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
+    """The config of a MIM checkpoint, with changes.
+
+    Args:
+        checkpoint: a folder, or an id on the Hub.
+        changes: fields of `MIMConfig`; a part's options are merged, unless the part itself changes.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of another model type.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = "there is no config.json" if Path(checkpoint).exists() else str(error).strip().splitlines()[0]
+        raise ValueError(f"no checkpoint at {checkpoint}: {reason}") from None
+    if fields.get("model_type") != MIMConfig.model_type:
+        found = fields.get("model_type", "no model that transformers knows")
+        raise ValueError(f"{checkpoint} holds {found!r}, and only a checkpoint of model type 'mim' can be used here")
+    for key, value in (changes or {}).items():
+        part = key.removesuffix("_config")
+        keeps = isinstance(value, dict) and changes.get(part, fields.get(part)) == fields.get(part)
+        fields[key] = {**fields[key], **value} if keeps and fields.get(key) else value
+        if f"{key}_config" in fields and f"{key}_config" not in changes and part == key:
+            fields[f"{key}_config"] = {}
+    for follows in ("stage_names", "out_features", "out_indices"):
+        fields.pop(follows, None)
+    return MIMConfig.from_dict(fields)
+
+
+def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTraining:
+    """A pretraining model with the weights of a checkpoint; parts that it lacks are initialised and reported.
+
+    Raises:
+        ValueError: as of `load_config`, or the weights do not fit the changed config.
+    """
+    config = load_config(checkpoint, changes)
+    try:
+        return MIMForPreTraining.from_pretrained(checkpoint, config=config)
+    except RuntimeError as error:  # how transformers reports weights of other shapes
+        reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line.lower()), str(error))
+        raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None

@@ -1,0 +1,247 @@
+"""From a data set to batches: `MIMDataset` fetches, crops and flips; `MIMCollator` normalises and masks."""
+
+import copy
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from transformers import ViTImageProcessor
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.masking import sample_masks
+from hf_mim.training import sources
+from hf_mim.training.sources import DataArguments
+from hf_mim.training.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, normalize, resize, sample_rng
+
+
+BICUBIC = 3  # PIL's number for it
+FEWEST = 20  # images that a labelled data set must have for some to be held out
+
+
+@dataclass
+class ImageBatch:
+    """A batch before normalisation.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        rngs: one generator per image, for its mask; it has already given the numbers for crop and flip.
+    """
+
+    images: torch.Tensor
+    rngs: list[np.random.Generator]
+
+
+class MIMDataset(torch.utils.data.Dataset):
+    """Images of a `datasets.Dataset`, decoded, and cropped and flipped for training.
+
+    A batch is fetched as a whole, through `__getitems__`. Images of one size that fit into memory are decoded once.
+
+    Args:
+        dataset: rows with an undecoded image column.
+        config: gives size and channels.
+        data: gives crops and flips; see `DataArguments`.
+        train: with crops and flips, which follow from (seed, epoch, index); else the whole images, resized.
+        classes: names of the classes, in the order of their numbers, where labels are text; None takes all in sight.
+
+    Raises:
+        ValueError: there is no image, the first cannot be decoded, or its channels are not those of the config.
+    """
+
+    def __init__(
+        self, dataset, config: MIMConfig, data: DataArguments, train: bool = True, seed: int = 0, classes=None
+    ):
+        if len(dataset) == 0:
+            raise ValueError("the data set has no images")
+        image_column, label_column = sources.find_columns(dataset.features, data)
+        self.files = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self.image_column, self.seed, self.train = image_column, seed, train
+        self.size, self.num_channels = pair(config.image_size), config.num_channels
+        self.crop_scale = data.crop_scale if train else None
+        self.horizontal_flip = data.horizontal_flip and train
+        self.labels, self.classes = _labels(dataset, label_column, classes)
+        # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.images = self._decode_all(data.memory_limit_mb * 2**20)
+
+    def without_augmentation(self) -> "MIMDataset":
+        """The same images, whole, sharing memory."""
+        other = copy.copy(self)
+        other.train, other.crop_scale, other.horizontal_flip = False, None, False
+        return other
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which crops, flips and masks come next."""
+        self._epoch.fill_(int(epoch))
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[ImageBatch]:
+        """The images at `indices` as one `ImageBatch`, in a list because a loader hands lists to the collator."""
+        rngs = [sample_rng(self.seed, self.epoch, index) for index in indices]
+        uniforms = np.stack([rng.random(UNIFORMS) for rng in rngs])
+        if self.images is not None:
+            images = self._crop(self.images[torch.as_tensor(indices)], uniforms)
+        else:
+            files = self.files[list(indices)][self.image_column]
+            decoded = [torch.from_numpy(sources.decode(file, self.num_channels))[None] for file in files]
+            images = torch.cat([self._crop(image, row[None]) for image, row in zip(decoded, uniforms, strict=True)])
+        if self.horizontal_flip:
+            images = flip_batch(images, uniforms[:, -1] < 0.5)
+        return [ImageBatch(images, rngs)]
+
+    def _crop(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
+        if self.crop_scale is None:
+            return resize(images, self.size)
+        sizes = np.tile(images.shape[-2:], (len(images), 1))
+        return crop_batch(images, crop_boxes(uniforms, sizes, self.size, self.crop_scale), self.size)
+
+    def _decode_all(self, limit: int) -> torch.Tensor | None:
+        """All images (count, channels, height, width), uint8; None where sizes differ or memory would not do."""
+        first = torch.from_numpy(sources.decode(self.files[0][self.image_column], self.num_channels))
+        if first.numel() * len(self.files) > limit:
+            return None
+        images, at = torch.empty((len(self.files), *first.shape), dtype=torch.uint8), 0
+        for rows in self.files.iter(batch_size=1000):
+            for file in rows[self.image_column]:
+                image = sources.decode(file, self.num_channels)
+                if image.shape != first.shape:
+                    return None
+                images[at], at = torch.from_numpy(image), at + 1
+        return images
+
+
+def _labels(dataset, column: str | None, classes: list[str] | None) -> tuple[torch.Tensor | None, list[str]]:
+    """Labels (count,) as class numbers, and the classes' names; an image of no class has -1."""
+    if column is None:
+        return None, []
+    values, feature = dataset[column][:], dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return torch.tensor([-1 if value is None else value for value in values]), list(feature.names)
+    names = classes or sorted({str(value) for value in values if value is not None})
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number.get(str(value), -1) for value in values]), names
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """As `MIMDataset`, for training on a data set that is read as it comes; its index is the position in the stream."""
+
+    def __init__(self, stream, config: MIMConfig, data: DataArguments, seed: int = 0):
+        self.image_column, _ = sources.find_columns(stream.features or {}, data)
+        self.stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
+        self.config, self.data, self.seed, self.epoch = config, data, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self):
+        size, data = pair(self.config.image_size), self.data
+        for index, row in enumerate(self.stream):
+            image = torch.from_numpy(sources.decode(row[self.image_column], self.config.num_channels))[None]
+            rng = sample_rng(self.seed, self.epoch, index)
+            uniforms = rng.random(UNIFORMS)[None]
+            sizes = np.array([image.shape[-2:]])
+            box = None if data.crop_scale is None else crop_boxes(uniforms, sizes, size, data.crop_scale)[0]
+            image = resize(image, size, box)
+            yield ImageBatch(flip_batch(image, uniforms[:, -1] < 0.5) if data.horizontal_flip else image, [rng])
+
+
+class MIMCollator:
+    """Makes model inputs: `pixel_values` and, for training, `bool_masked_pos`.
+
+    Args:
+        config: gives mean, std and the mask generator with its options.
+        grid: rows and columns of the tokens that can be hidden, `model.mask_grid(*image_size)`; None makes no masks.
+    """
+
+    def __init__(self, config: MIMConfig, grid: tuple[int, int] | None = None):
+        self.config, self.grid = config, grid
+
+    def __call__(self, features: list) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            features: `ImageBatch`es, or one dict per image with finished `pixel_values`, whose masks are then drawn
+                from torch's generator.
+
+        Returns:
+            `pixel_values` (batch, channels, height, width), float32, and `bool_masked_pos` (batch, tokens).
+        """
+        if isinstance(features[0], ImageBatch):
+            images = torch.cat([feature.images for feature in features])
+            rngs = [rng for feature in features for rng in feature.rngs]
+            batch = {"pixel_values": normalize(images, self.config.image_mean, self.config.image_std)}
+        else:
+            batch = {"pixel_values": torch.stack([torch.as_tensor(feature["pixel_values"]) for feature in features])}
+            rngs = [np.random.default_rng(int(seed)) for seed in torch.randint(2**62, (len(features),))]
+        if self.grid is not None:
+            batch["bool_masked_pos"] = sample_masks(self.config, self.grid, rngs)
+        return batch
+
+
+def processor_for(config: MIMConfig) -> ViTImageProcessor:
+    """The stock image processor that gives a model's `pixel_values`: resize (bicubic), divide by 255, normalise."""
+    height, width = pair(config.image_size)
+    return ViTImageProcessor(
+        size={"height": height, "width": width},
+        resample=BICUBIC,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        do_convert_rgb=True if config.num_channels == 3 else None,
+    )
+
+
+@dataclass
+class Splits:
+    """What a command works on.
+
+    Args:
+        train: to pretrain on, with crops and flips.
+        train_eval, test: the same images, and others, without; None without labels.
+        note: where `test` comes from, or why there is none, for people.
+    """
+
+    train: torch.utils.data.Dataset
+    train_eval: MIMDataset | None
+    test: MIMDataset | None
+    note: str
+
+
+def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits:
+    """Opens the data set of a recipe.
+
+    Raises:
+        ValueError, OSError: it is missing, empty, without images, or its channels are not those of the config.
+    """
+    splits = sources.open_dataset(data)
+    train_name, test_name = sources.choose_splits(splits, data)
+    train = splits[train_name]
+    if data.streaming and isinstance(train, datasets.IterableDataset):
+        train = train.take(data.max_train_images) if data.max_train_images else train
+        return Splits(StreamedImages(train, config, data, seed), None, None, "streamed: not evaluated")
+    _, label_column = sources.find_columns(train.features, data)
+    if label_column is None or (test_name is None and len(train) < FEWEST):
+        training = MIMDataset(_first(train, data.max_train_images), config, data, True, seed)
+        return Splits(training, None, None, "no labels" if label_column is None else "too few images to hold any out")
+    note = f"split {test_name}"
+    if test_name is None:
+        (train, test), note = sources.hold_out(train), f"held out from {train_name}"
+    else:
+        test = splits[test_name]
+    training = MIMDataset(_first(train, data.max_train_images), config, data, True, seed)
+    testing = MIMDataset(_first(test, data.max_eval_images), config, data, False, seed, training.classes)
+    if testing.labels is None or (testing.labels < 0).any() or (training.labels < 0).any():
+        return Splits(training, None, None, "not every image has a label")
+    return Splits(training, training.without_augmentation(), testing, note)
+
+
+def _first(dataset, count: int | None):
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))

@@ -1,0 +1,297 @@
+"""The command `pretrain`: from a recipe to a checkpoint, its scores and its pictures."""
+
+import json
+import os
+import platform
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.training import metrics, pictures
+from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import load_model
+from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
+from hf_mim.training.sources import DataArguments
+from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
+
+
+# Any of these in a folder says that it holds a run already.
+TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
+
+
+@dataclass
+class Run:
+    """A run that is set up and has written nothing yet."""
+
+    recipe: dict
+    arguments: MIMTrainingArguments
+    folder: Path
+    model: MIMForPreTraining
+    splits: Splits
+    console: Console
+
+    @property
+    def config(self) -> MIMConfig:
+        return self.model.config
+
+
+def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | None = None) -> Path:
+    """Pretrains a recipe, evaluates it where there are labels, and writes everything into one folder.
+
+    Args:
+        name: of a recipe, or a file or run folder with one.
+        overrides: `section.key=value`.
+        console: where to print; None is the terminal.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError, OSError: something in the recipe, the data or the folder is wrong; nothing has been written.
+        KeyboardInterrupt: after saving what there was.
+    """
+    run = set_up(name, list(overrides), console or Console())
+    started = time.perf_counter()
+    trainer = train(run)
+    seconds = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        write_results(run, trainer, seconds)
+        say_what_next(run)
+    trainer.accelerator.wait_for_everyone()
+    return run.folder
+
+
+# ---- before --------------------------------------------------------------------------------------------------------
+def set_up(name: str, overrides: list[str], console: Console) -> Run:
+    """Reads and checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
+    recipe = recipes.resolve(name, overrides)
+    training, data = dict(recipe["training"]), DataArguments(**recipe["data"])
+    wanted = training.pop("output_dir", None)
+    arguments = MIMTrainingArguments(output_dir=wanted or "outputs", **training)
+    recipe["training"].pop("output_dir", None)  # another run of the saved recipe must not write here
+    folder = choose_folder(wanted, f"pretrain-{Path(recipes.find(name)).stem}")
+    arguments.output_dir = str(folder)
+    if arguments.process_index > 0:
+        console = Console(quiet=True)
+    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
+    set_seed(arguments.seed)
+    model = make_model(recipe["model"])
+    splits = load_splits(data, model.config, arguments.seed)
+    check_length(splits.train, arguments)
+    describe(console, model, splits, arguments, data)
+    return Run(recipe, arguments, folder, model, splits, console)
+
+
+def choose_folder(wanted: str | None, stem: str) -> Path:
+    """The output folder, the same in every process; not created yet.
+
+    Raises:
+        ValueError: it holds another run, or is no folder.
+    """
+    chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
+    if accelerate.PartialState().num_processes > 1:
+        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
+    folder = Path(chosen[0]).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output folder {folder} is a file")
+    found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
+    # Nobody may write before everybody has looked.
+    accelerate.PartialState().wait_for_everyone()
+    if found is not None:
+        raise ValueError(f"{folder} holds another run ({found}); choose another training.output_dir, or remove it")
+    return folder
+
+
+def make_model(section: dict) -> MIMForPreTraining:
+    """The model of a recipe: new, or with the weights of `init_from` and its config where the recipe is silent.
+
+    Raises:
+        ValueError: an unknown part, option or checkpoint, or values that do not fit together.
+    """
+    fields = dict(section)
+    checkpoint = fields.pop("init_from", None)
+    try:
+        return load_model(checkpoint, fields) if checkpoint else MIMForPreTraining(MIMConfig(**fields))
+    except StrictDataclassError as error:  # no ValueError of its own
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def check_length(dataset, arguments: MIMTrainingArguments) -> None:
+    """Raises:
+    ValueError: there would be no optimizer step.
+    """
+    if not hasattr(dataset, "__len__"):
+        if arguments.max_steps < 1:
+            raise ValueError("a streamed data set has no length: set training.max_steps")
+    elif arguments.dataloader_drop_last and len(dataset) < arguments.train_batch_size * arguments.world_size:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one batch of {arguments.train_batch_size} on each of "
+            f"{arguments.world_size} processes: lower training.per_device_train_batch_size"
+        )
+
+
+def describe(console: Console, model, splits: Splits, arguments: MIMTrainingArguments, data: DataArguments) -> None:
+    config = model.config
+    count = f"{len(splits.train):,}" if hasattr(splits.train, "__len__") else "streamed"
+    height, width = pair(config.image_size)
+    where = f"{arguments.device.type}, {'bf16' if arguments.bf16 else 'float32'}"
+    where += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    where += f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else ""
+    console.print(
+        f"data: {data.dataset or 'Fashion-MNIST subset (shipped)'}, {count} training images at {height}x{width}\n"
+        f"model: {config.encoder} encoder, {model.mim.num_parameters() / 1e6:.2f} M parameters, with the decoder "
+        f"{model.num_parameters() / 1e6:.2f} M\n"
+        f"method: {config.masking} masks, {config.target} target, {config.decoder} decoder\n"
+        f"training: total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}, on {where}",
+        highlight=False,
+    )
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+def train(run: Run) -> MIMTrainer:
+    """Trains and saves; an interrupt saves too, and is then passed on."""
+    config = run.config
+    trainer = MIMTrainer(
+        model=run.model,
+        args=run.arguments,
+        train_dataset=run.splits.train,
+        data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size))),
+        processing_class=processor_for(config),
+        console=run.console,
+    )
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        save(run, trainer)
+        run.console.print(f"stopped at step {step} of {steps}; saved in {run.folder}", highlight=False, soft_wrap=True)
+        raise
+    save(run, trainer)
+    return trainer
+
+
+def save(run: Run, trainer: MIMTrainer) -> None:
+    """Writes weights, config, processor and recipe, the curve of the loss and reconstructions."""
+    trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
+    if not trainer.is_world_process_zero():
+        return
+    (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
+    command = f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}"
+    recipes.save(
+        run.recipe, run.folder / "recipe.yaml", f"The resolved recipe of this run. To run it again:\n{command}"
+    )
+    if any("loss" in entry for entry in trainer.state.log_history):
+        pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
+    if hasattr(run.splits.train, "__len__"):
+        reconstruct_examples(run).save(run.folder / "reconstructions.png")
+
+
+def reconstruct_examples(run: Run):
+    """The picture of some test images, or of training images where there are no others; masks are those of epoch 0."""
+    dataset = run.splits.test or run.splits.train.without_augmentation()
+    dataset.set_epoch(0)
+    grid = run.model.mask_grid(*pair(run.config.image_size))
+    batch = MIMCollator(run.config, grid)(dataset.__getitems__(pictures.examples(dataset)))
+    run.model.eval()
+    device = run.model.device
+    shown = run.model.reconstruct(batch["pixel_values"].to(device), batch["bool_masked_pos"].to(device))
+    return pictures.draw_reconstructions(shown)
+
+
+# ---- after ---------------------------------------------------------------------------------------------------------
+def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
+    """Evaluates where there are labels, writes metrics.json and prints the table."""
+    results = evaluate(run) if run.splits.test is not None else {}
+    speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results |= {
+        "final_loss": losses[-1] if losses else None,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(speed, 1),
+        "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
+        "seed": run.arguments.seed,
+        "device": run.arguments.device.type,
+        "precision": "bf16" if run.arguments.bf16 else "float32",
+        "processes": run.arguments.world_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
+    (run.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if "trained" in results:
+        run.console.print(results_table(results))
+    else:
+        run.console.print(f"not evaluated: {run.splits.note}", highlight=False)
+
+
+def evaluate(run: Run) -> dict:
+    """k-NN and linear-probe accuracy of the frozen encoder, of the same encoder untrained, and of raw pixels."""
+    started, config = time.perf_counter(), run.config
+    workers = run.arguments.dataloader_num_workers
+    train = metrics.subset(run.splits.train_eval, metrics.TRAIN_IMAGES)
+    test = metrics.subset(run.splits.test, metrics.TEST_IMAGES)
+    with run.console.status("evaluating the frozen encoder, trained and untrained, and raw pixels ..."):
+        set_seed(run.arguments.seed)
+        untrained = MIMForPreTraining(config).mim.to(run.model.device)
+        results = {}
+        for name, encoder in (("trained", run.model.mim), ("untrained", untrained)):
+            results[name] = metrics.evaluate_encoder(encoder, config, train, test, run.arguments.bf16, workers)
+        results["raw_pixels"] = metrics.evaluate_raw_pixels(config, train, test, workers)
+    results["evaluation"] = {
+        "train_images": len(train[1]),
+        "test_images": len(test[1]),
+        "test": run.splits.note,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return results
+
+
+def results_table(results: dict) -> Table:
+    sizes = results["evaluation"]
+    table = Table(
+        title="accuracy of the frozen encoder, percent",
+        caption=f"{sizes['train_images']:,} images to learn from, {sizes['test_images']:,} to test on",
+    )
+    table.add_column("")
+    for column in ("trained", "untrained", "raw pixels"):
+        table.add_column(column, justify="right")
+    names = {"knn": "k-NN", "linear": "linear probe"}
+    poolings = {"mean": "mean of the patches", "cls": "class token"}
+    for pooling, words in poolings.items():
+        for name, title in names.items():
+            key = f"{name}_{pooling}"
+            if key in results["trained"]:
+                cells = [results[column][key] for column in ("trained", "untrained")]
+                raw = f"{results['raw_pixels'][name]:.1f}" if pooling == "mean" else ""
+                table.add_row(f"{title}, {words}", *(f"{cell:.1f}" for cell in cells), raw)
+    return table
+
+
+def versions() -> dict[str, str]:
+    modules = (torch, transformers, datasets, accelerate)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
+def say_what_next(run: Run) -> None:
+    folder = shlex.quote(str(run.folder))
+    for line in (
+        f"pictures: {folder}/reconstructions.png, {folder}/loss.png",
+        f"output folder: {folder}",
+        f"next, train it further: hf-mim pretrain {folder} model.init_from={folder}",
+        f"or let it fill in an image of yours: hf-mim reconstruct {folder} IMAGE",
+    ):
+        run.console.print(line, highlight=False, soft_wrap=True)

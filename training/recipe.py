@@ -1,0 +1,265 @@
+"""Recipes: one YAML file per method, plus `section.key=value` overrides, checked before anything runs."""
+
+import copy
+import dataclasses
+import enum
+import re
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from hf_mim.modeling.configuration_mim import MIMConfig, unknown
+
+
+RECIPES = Path(__file__).parent / "recipes"
+PARTS = ("encoder", "masking", "decoder", "target", "pooler")
+# What a recipe's header may say, each as `# Key: text`, continued on indented lines.
+HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
+
+
+def _model_keys() -> dict:
+    own = {name: kind for name, kind in MIMConfig.__annotations__.items() if not name.startswith("_")}
+    own.pop("stage_names")  # follows from the encoder
+    return {**own, "init_from": str | None}
+
+
+def _data_keys() -> dict:
+    from hf_mim.training.sources import DataArguments
+
+    return {field.name: field.type for field in dataclasses.fields(DataArguments)}
+
+
+def _training_keys() -> dict:
+    from hf_mim.training.trainer import MIMTrainingArguments
+
+    return {field.name: field.type for field in dataclasses.fields(MIMTrainingArguments) if field.init}
+
+
+# section -> a function that returns {key: type}; a function, because training's keys need most of transformers
+SECTIONS = {"model": _model_keys, "data": _data_keys, "training": _training_keys}
+
+
+# ---- YAML whose scalars mean what they look like -------------------------------------------------------------------
+class Loader(yaml.SafeLoader):
+    """SafeLoader of YAML 1.1, but `1e-4` is a number, and `no`, `on` and `1:30` are text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """The inverse of `Loader`."""
+
+
+SCALARS = {
+    "tag:yaml.org,2002:null": (r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:bool": (r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "tag:yaml.org,2002:int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
+    "tag:yaml.org,2002:float": (
+        r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$",
+        list("-+0123456789."),
+    ),
+}
+for _class in (Loader, Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, (_pattern, _first) in SCALARS.items():
+        _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+# The parent's constructor reads a leading zero as octal.
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def parse_yaml(text: str, where: str):
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: not YAML; the message names `where` and the line.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+# ---- types ---------------------------------------------------------------------------------------------------------
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "options"}
+
+
+def _describe(kind) -> str:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        parts = [_describe(part) for part in typing.get_args(kind)]
+        return " or ".join(dict.fromkeys(part for part in parts if part))
+    if kind is types.NoneType:
+        return "null"
+    return NAMES.get(list if origin is tuple else origin or kind, "")
+
+
+def _fits(value, kind) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is typing.Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in inner)
+    if kind is types.NoneType:
+        return value is None
+    if origin is typing.Literal:
+        return value in inner
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple):  # YAML has only lists
+        return isinstance(value, list) and (not inner or all(_fits(item, inner[0]) for item in value))
+    kind = origin or kind
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def check_value(key: str, value, kind) -> None:
+    """Checks one value against the type of its field.
+
+    Raises:
+        ValueError: the value is of another type, or not among the choices of an enumeration.
+    """
+    for part in typing.get_args(kind) or (kind,):
+        if isinstance(part, type) and issubclass(part, enum.Enum) and isinstance(value, str):
+            choices = [member.value for member in part]
+            if value not in choices:
+                raise unknown(f"{key}", value, choices)
+            return
+    if not _fits(value, kind):
+        raise ValueError(f"{key} must be {_describe(kind)}, not {value!r}")
+
+
+def check(recipe: dict, where: str) -> None:
+    """Checks the names of sections and keys and the types of values. The options of the model's parts are checked by
+    `MIMConfig` and `MIMForPreTraining`, which know them.
+
+    Raises:
+        ValueError: the first thing wrong, with the nearest valid name.
+    """
+    for section, values in recipe.items():
+        if section not in SECTIONS:
+            raise unknown(f"section in {where}", section, SECTIONS)
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
+        keys = SECTIONS[section]()
+        for key, value in values.items():
+            if key not in keys:
+                raise unknown(f"key in section {section!r} of {where}", key, keys)
+            check_value(f"{section}.{key}", value, keys[key])
+
+
+# ---- loading, overriding, saving -----------------------------------------------------------------------------------
+def recipe_files() -> dict[str, Path]:
+    """The recipes that ship with the package: name -> file."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a name in `recipes/`, a YAML file, or the folder of a run.
+
+    Raises:
+        ValueError: there is no such recipe or file.
+    """
+    if name in recipe_files():
+        return recipe_files()[name]
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or path.is_dir():
+        raise ValueError(f"no recipe at {name}")
+    raise unknown("recipe", name, recipe_files())
+
+
+def read(name: str) -> dict:
+    """A recipe as {section: {key: value}}, unchecked."""
+    path = find(name)
+    recipe = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: a recipe must hold sections ({', '.join(SECTIONS)})")
+    return {section: {} if values is None else values for section, values in recipe.items()}
+
+
+def parse_overrides(overrides: list[str]) -> dict:
+    """`["model.masking_config.ratio=0.6"]` as `{"model": {"masking_config": {"ratio": 0.6}}}`.
+
+    Raises:
+        ValueError: an override without section, key or `=`, or two that contradict each other.
+    """
+    tree = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        names = path.strip().split(".")
+        if not equals or len(names) < 2 or not all(names):
+            raise ValueError(f"an override looks like section.key=value, not {override!r}")
+        inner = tree
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{override!r}: {name} already has the value {inner!r}")
+        inner[names[-1]] = parse_yaml(text, override)
+    return tree
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """`base` with `changes`, dicts within dicts merged; neither is modified."""
+    merged = copy.deepcopy(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def resolve(name: str, overrides: list[str] = ()) -> dict:
+    """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}.
+
+    Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
+    part no longer apply and are dropped. With `model.init_from` the architecture comes from the checkpoint, so that
+    of a recipe without `init_from` is dropped too: only what was asked for beside `init_from` changes it.
+
+    Raises:
+        ValueError: an unknown recipe, section or key (the nearest valid one is named), or a value of another type.
+    """
+    recipe, changes = read(name), parse_overrides(list(overrides))
+    check(recipe, find(name).name)
+    check(changes, "the overrides")
+    model, new = recipe.setdefault("model", {}), changes.get("model", {})
+    if new.get("init_from") and not model.get("init_from"):
+        model.clear()
+    for part in PARTS:
+        if part in new and new[part] != model.get(part, MIMConfig.__dataclass_fields__[part].default):
+            model.pop(f"{part}_config", None)
+    merged = merge(recipe, changes)
+    return {section: merged.get(section, {}) for section in SECTIONS}
+
+
+def save(recipe: dict, path: Path, comment: str) -> None:
+    """Writes a resolved recipe, with `comment` (one or more lines) as its header."""
+    header = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    body = yaml.dump(recipe, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    path.write_text(header + body, encoding="utf-8")
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header comment of a recipe: {"title", "paper", "command", "cost", "result"}, as far as it says so."""
+    header, current = {"title": ""}, "title"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("#").strip()
+        key, colon, rest = text.partition(":")
+        if colon and key in HEADER_KEYS:
+            current, text = key.lower(), rest.strip()
+        elif not text:
+            current = ""  # a blank line ends an entry; remarks may follow
+        if current:
+            header[current] = f"{header.get(current, '')} {text}".strip()
+    return header
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """What every shipped recipe says of itself: its name and `read_header`."""
+    return [{"name": name, **read_header(path)} for name, path in recipe_files().items()]

@@ -1,0 +1,275 @@
+"""Where images come from: the shipped data set, the Hub, folders and parquet files; and how one is decoded."""
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+import hf_mim
+from hf_mim.modeling.configuration_mim import unknown
+
+
+SHIPPED = Path(hf_mim.__file__).parent / "data" / "fashion_mnist"
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Names of a split, most wanted first. A folder or a file that begins with one of them is that split.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "validation", "valid", "val", "dev")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
+IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tif", "tiff", "pixel_values")
+HELD_OUT = 0.1  # share of a labelled data set without a test split that is held out, and at most
+HELD_OUT_MOST = 5000
+
+
+@dataclass
+class DataArguments:
+    """The section `data` of a recipe.
+
+    Args:
+        dataset: a Hub id, or a folder or parquet file; None is the Fashion-MNIST subset that ships with the package.
+        subset: the configuration of a Hub data set that has several.
+        split: what to train on; None is `train`, else the only split there is.
+        eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
+        image_column, label_column: None finds them.
+        streaming: read a Hub data set while training instead of downloading it first; needs `training.max_steps`.
+        max_train_images, max_eval_images: use only that many, the first ones.
+        crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
+        horizontal_flip: mirror half of the training images.
+        memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
+    """
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    max_train_images: int | None = None
+    max_eval_images: int | None = None
+    crop_scale: list[float] | None = None
+    horizontal_flip: bool = True
+    memory_limit_mb: int = 1024
+
+    def __post_init__(self):
+        scale = self.crop_scale
+        if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+            raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
+        for name in ("max_train_images", "max_eval_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+
+
+# ---- data sets -----------------------------------------------------------------------------------------------------
+def open_dataset(data: DataArguments) -> dict[str, datasets.Dataset]:
+    """The splits of a data set, by name; images are not decoded.
+
+    Raises:
+        ValueError, OSError: it is missing, empty, or of no form that is known.
+    """
+    local = data.dataset is None or Path(data.dataset).expanduser().exists()
+    if data.streaming and local:
+        raise ValueError("data.streaming reads data sets of the Hub; name one in data.dataset")
+    if data.dataset is None:
+        return open_parquet(sorted(SHIPPED.glob("*.parquet")))
+    path = Path(data.dataset).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"{data.dataset} is a file, but not a parquet file; give a folder for images")
+        return open_parquet([path])
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        return open_parquet(files) if files else open_folder(path)
+    if data.dataset.startswith((".", "~", "/")) or data.dataset.count("/") > 1 or path.suffix == ".parquet":
+        raise ValueError(f"there is no file or folder {data.dataset}")
+    return open_hub(data)
+
+
+def open_hub(data: DataArguments) -> dict[str, datasets.Dataset]:
+    """A data set on the Hub, with every split."""
+    try:
+        return dict(datasets.load_dataset(data.dataset, data.subset, streaming=data.streaming))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{data.dataset!r} is no local file or folder, and not to be had from the Hub: {reason}"
+        ) from None
+
+
+def open_parquet(files: list[Path]) -> dict[str, datasets.Dataset]:
+    """Parquet files; a file or its folder whose name begins with a split's name belongs to that split."""
+    splits = {}
+    for file in files:
+        named = [name for name in (file.stem, file.parent.name) for name in [_split_of(name)] if name]
+        splits.setdefault(named[0] if named else "train", []).append(str(file))
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # nothing is downloaded
+    try:
+        return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(
+            f"cannot read {files[0]} as parquet: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _split_of(name: str) -> str | None:
+    first = re.match("[a-z]*", name.lower()).group()  # train2017 and test-00000-of-00001 as well
+    if first in TRAIN_NAMES:
+        return "train"
+    return first if first in TEST_NAMES else None
+
+
+def open_folder(root: Path) -> dict[str, datasets.Dataset]:
+    """A folder of images: `train/` and `test/` (or `val/`) are splits; one folder per class makes labels, if every
+    image lies in one. Anything else is an unlabelled data set, however deep it is nested.
+
+    Raises:
+        ValueError: there is no image in it.
+    """
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and next(_walk(path), None))
+    splits = {_split_of(path.name): path for path in folders}
+    if None in splits or "train" not in splits:  # with other folders beside it, `train` may well be a class
+        splits = {"train": root}
+    found = {name: sorted(_walk(path)) for name, path in splits.items()}
+    if not found["train"]:
+        raise ValueError(f"there are no images in {splits['train']} (looked for {', '.join(sorted(EXTENSIONS))})")
+    # Names of the classes come from the training split, so that labels mean the same in every split.
+    names = {name: [_class_of(file, splits[name]) for file in files] for name, files in found.items()}
+    classes = sorted(set(names["train"]) - {None})
+    labelled = None not in names["train"] and len(classes) > 1
+    return {name: _folder_split(found[name], names[name], classes if labelled else None) for name in found}
+
+
+def _walk(root: Path):
+    for folder, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith("."):
+                yield os.path.join(folder, file)
+
+
+def _class_of(file: str, root: Path) -> str | None:
+    parts = Path(file).relative_to(root).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def _folder_split(files: list[str], names: list, classes: list[str] | None) -> datasets.Dataset:
+    features = {"image": datasets.Image(decode=False)}
+    columns = {"image": files}
+    if classes is not None:
+        for name in set(names) - set(classes):
+            raise ValueError(f"class folder {name!r} is in another split but not in train")
+        features["label"] = datasets.ClassLabel(names=classes)
+        columns["label"] = [classes.index(name) for name in names]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+# ---- splits and columns --------------------------------------------------------------------------------------------
+def choose_splits(splits: dict, data: DataArguments) -> tuple[str, str | None]:
+    """The names of the split to train on and of the one to test on; None where there is no other.
+
+    Raises:
+        ValueError: a named split does not exist, or it is not clear which one to train on.
+    """
+    for key in ("split", "eval_split"):
+        if getattr(data, key) is not None and getattr(data, key) not in splits:
+            raise unknown(f"data.{key}", getattr(data, key), splits)
+    train = data.split or next((name for name in TRAIN_NAMES if name in splits), None)
+    if train is None and len(splits) > 1:
+        raise ValueError(f"which split to train on? Set data.split to one of {', '.join(splits)}")
+    train = train or next(iter(splits))
+    other = next((name for name in TEST_NAMES if name in splits and name != train), None)
+    return train, data.eval_split or other
+
+
+def find_columns(features: dict, data: DataArguments) -> tuple[str, str | None]:
+    """The names of the image column and of the label column, or None for the latter.
+
+    Raises:
+        ValueError: a named column does not exist, or no column holds images.
+    """
+    for key in ("image_column", "label_column"):
+        if getattr(data, key) is not None and getattr(data, key) not in features:
+            raise unknown(f"data.{key}", getattr(data, key), features)
+    image = data.image_column or next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
+    image = image or next((n for n in features if n.lower() in IMAGE_NAMES and _holds_files(features[n])), None)
+    if image is None:
+        raise ValueError(
+            f"no column holds images; the columns are {', '.join(features)}. If one does, name it in data.image_column"
+        )
+    label = data.label_column or next((n for n in LABEL_NAMES if _is_class(features.get(n))), None)
+    return image, label or next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+
+
+def _is_class(feature) -> bool:
+    dtype = str(getattr(feature, "dtype", ""))  # labels of whole images: no lists, and no measured quantities
+    return isinstance(feature, datasets.ClassLabel) or dtype in ("string", "bool") or "int" in dtype
+
+
+def _holds_files(feature) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def hold_out(dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """A tenth of the images, at random but always the same, as the test split of a data set that has none."""
+    order = np.random.default_rng(0).permutation(len(dataset))
+    count = max(1, min(int(len(dataset) * HELD_OUT), HELD_OUT_MOST))
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+
+
+# ---- pixels --------------------------------------------------------------------------------------------------------
+# What an image file of another mode is turned into first; nothing that tells images apart is lost but transparency.
+MODES = {"1": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+
+
+def decode(value, num_channels: int) -> np.ndarray:
+    """An image as the model wants it.
+
+    Args:
+        value: what a data set holds: bytes, a path, {"bytes", "path"}, or a PIL image.
+        num_channels: of the result.
+
+    Returns:
+        (num_channels, height, width), uint8. Grey is repeated to any number of channels, and colours become grey
+        where one channel is wanted.
+
+    Raises:
+        ValueError: it cannot be decoded, or its channels are not to be turned into `num_channels`.
+    """
+    name = "an image"
+    if isinstance(value, dict):
+        name = value.get("path") or name
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    try:
+        image = value
+        if not isinstance(value, PIL.Image.Image):
+            image = PIL.Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+            if image.format not in ("PNG", "BMP", "PPM"):  # those carry no orientation, or not in a way that counts
+                image = PIL.ImageOps.exif_transpose(image)
+        image = image if image.mode not in MODES else image.convert(MODES[image.mode])
+        if num_channels == 1 and image.mode == "RGB":
+            image = image.convert("L")
+        pixels = np.array(image)  # a copy that torch may write to
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode {name}: {error}") from None
+    return _to_channels(pixels, num_channels, f"{name} (mode {image.mode})")
+
+
+def _to_channels(pixels: np.ndarray, num_channels: int, name: str) -> np.ndarray:
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{name} holds {pixels.dtype} values; only 8 bits per channel are supported")
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if len(pixels) == num_channels:
+        return pixels
+    if len(pixels) == 1:
+        return np.repeat(pixels, num_channels, axis=0)
+    raise ValueError(f"{name} has {len(pixels)} channels, but the model is configured for num_channels={num_channels}")

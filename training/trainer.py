@@ -1,0 +1,186 @@
+"""`MIMTrainer`: the Hugging Face Trainer with what masked image modeling wants by default."""
+
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+
+# What wrappers put before a parameter's name.
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+LINES = 20  # how many progress lines a run prints where there is no terminal
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices by instruction, on its GPU or, without one, on its CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+@dataclass
+class MIMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of masked image modeling, and these of its own.
+
+    Args:
+        base_learning_rate: for a total batch of 256; the learning rate is proportional to the total batch, which is
+            that of one device times devices, processes and accumulation steps.
+        learning_rate: wins over `base_learning_rate` where it is given.
+        bf16: "auto" turns it on where the machine has the instructions.
+        lr_drops: shares of the training, in (0, 1), after which the learning rate falls to a tenth; it replaces
+            `lr_scheduler_type` where it is given, and is constant but for that and the warm-up.
+    """
+
+    base_learning_rate: float = field(default=1.5e-4, metadata={"help": "Learning rate for a total batch of 256."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Wins over base_learning_rate."})
+    bf16: bool | str = field(default="auto", metadata={"help": "true, false, or auto: where the machine has it."})
+    lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
+    per_device_train_batch_size: int = 64
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.05
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = None
+    warmup_steps: float = 0.05
+    logging_steps: float = 10
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 1
+    disable_tqdm: bool | None = True
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
+
+    def __post_init__(self):
+        if self.bf16 not in (True, False, "auto"):
+            raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
+        if any(not 0 < share < 1 for share in self.lr_drops or ()):
+            raise ValueError(f"training.lr_drops must be shares between 0 and 1, not {self.lr_drops}")
+        if self.bf16 == "auto":
+            self.bf16 = has_bf16() and not self.fp16
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
+        # TrainingArguments refuses bf16 without a GPU, unless the CPU was asked for.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = self.base_learning_rate * self.total_batch_size / 256
+
+    @property
+    def total_batch_size(self) -> int:
+        """Images per optimizer step, over all devices and processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+class MIMTrainer(Trainer):
+    """A `Trainer` without weight decay for biases, norms, tokens and positions, whose data set is told the epoch.
+
+    Args:
+        console: where progress is shown; None shows nothing. All other arguments are those of `Trainer`.
+    """
+
+    def __init__(self, *args, console: Console | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(EpochCallback(self.train_dataset))
+        self.progress = None
+        if console is not None and self.is_world_process_zero():
+            self.progress = TrainingProgress(console)
+            self.add_callback(self.progress)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.progress is not None:
+                self.progress.close()
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.args.lr_drops and self.lr_scheduler is None:
+            warmup = max(1, self.args.get_warmup_steps(num_training_steps))
+            drops = [share * num_training_steps for share in self.args.lr_drops]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer,
+                lambda step: min(1, step / warmup) * 0.1 ** sum(step >= drop for drop in drops),
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        own = self.accelerator.unwrap_model(self.model)
+        if not hasattr(own, "parameters_without_decay"):
+            return super().get_decay_parameter_names(model)
+        without = own.parameters_without_decay()
+        return [name for name, _ in model.named_parameters() if WRAPPERS.sub("", name) not in without]
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a data set the epoch. accelerate does so with one process, but not with several: its loader then finds a
+    sampler to tell and stops there."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with step, loss, images per second and the time left; a line now and then where there is no terminal.
+
+    Attributes:
+        images_per_second: mean over the run so far, first step (which compiles and warms up) excluded.
+    """
+
+    COLUMNS = ("{task.description}", "{task.completed:.0f}/{task.total:.0f}", "loss {task.fields[loss]}")
+
+    def __init__(self, console: Console):
+        self.console, self.bar, self.loss, self.images_per_second = console, None, None, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.started, self.printed = state.global_step, time.perf_counter(), 0
+        if not self.console.is_terminal:
+            return
+        texts = [TextColumn(text) for text in (*self.COLUMNS, "{task.fields[speed]} images/s")]
+        left = (TimeRemainingColumn(compact=True), TextColumn("left"))
+        self.bar = Progress(texts[0], BarColumn(), *texts[1:], *left, console=self.console, refresh_per_second=4)
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=self.first, loss="-", speed="-")
+        self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        if state.global_step == self.first + 1:
+            self.started = now
+            return
+        steps, seconds = state.global_step - self.first - 1, now - self.started
+        self.images_per_second = steps * args.total_batch_size / max(seconds, 1e-9)
+        if self.bar is not None:
+            loss = "-" if self.loss is None else f"{self.loss:.4f}"
+            self.bar.update(self.task, completed=state.global_step, loss=loss, speed=f"{self.images_per_second:,.0f}")
+        elif state.global_step * LINES // state.max_steps > self.printed:
+            self.printed = state.global_step * LINES // state.max_steps
+            self._print(state, (state.max_steps - state.global_step) * seconds / steps)
+
+    def _print(self, state, left: float):
+        loss = "" if self.loss is None else f"  loss {self.loss:.4f}"
+        speed = f"  {self.images_per_second:,.0f} images/s"
+        step = f"step {state.global_step:,} of {state.max_steps:,}"
+        self.console.print(f"{step}{loss}{speed}  {left // 60:.0f}:{left % 60:02.0f} left", highlight=False)
+        sys.stdout.flush()
+
+    def close(self):
+        """Gives the terminal back, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,120 @@
+"""Random crops, flips and normalisation; every random number follows from (seed, epoch, sample index)."""
+
+import math
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+
+CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of the crops, relative to that of the output
+TRIES = 10  # crops that do not fit into the image are drawn again, as in torchvision
+UNIFORMS = 4 * TRIES + 1  # how many numbers an image's crop and flip take from its generator, whatever the options
+# Up to this size a crop is resampled as two matrix products for the whole batch; above, one image at a time is faster.
+SMALL = 64
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one image in one epoch: it depends on nothing else, neither process nor worker nor order."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+def crop_boxes(uniforms: np.ndarray, sizes: np.ndarray, size: tuple[int, int], scale: list[float]) -> np.ndarray:
+    """Boxes of random resized crops.
+
+    Args:
+        uniforms: (batch, >= 4 * TRIES), in [0, 1).
+        sizes: (batch, 2), height and width of the images, pixels.
+        size: of the output; the crops' aspect ratios lie around that of the output.
+        scale: least and greatest share of the image's area.
+
+    Returns:
+        (batch, 4), int: top, left, height, width. Where no try fits, the largest centred crop of allowed ratio.
+    """
+    tries = uniforms[:, : 4 * TRIES].reshape(-1, TRIES, 4)
+    heights, widths = sizes[:, :1], sizes[:, 1:]
+    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+    low, high = (math.log(ratio * size[1] / size[0]) for ratio in CROP_RATIO)
+    ratio = np.exp(low + (high - low) * tries[..., 1])
+    crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (crop_w > 0) & (crop_w <= widths) & (crop_h > 0) & (crop_h <= heights)
+    top, left = np.floor(tries[..., 2] * (heights - crop_h + 1)), np.floor(tries[..., 3] * (widths - crop_w + 1))
+    boxes = np.stack([top, left, crop_h, crop_w], axis=-1)[np.arange(len(fits)), fits.argmax(1)]
+    none = ~fits.any(1)
+    if none.any():
+        boxes[none] = _centred(sizes[none], math.exp(low), math.exp(high))
+    return boxes.astype(np.int64)
+
+
+def _centred(sizes: np.ndarray, low: float, high: float) -> np.ndarray:
+    heights, widths = sizes[:, 0], sizes[:, 1]
+    crop_h = np.minimum(heights, np.maximum(1, np.rint(widths / low)))
+    crop_w = np.minimum(widths, np.maximum(1, np.rint(heights * high)))
+    return np.stack([(heights - crop_h) // 2, (widths - crop_w) // 2, crop_h, crop_w], axis=-1)
+
+
+def resize(image: torch.Tensor, size: tuple[int, int], box=None) -> torch.Tensor:
+    """Bicubic with antialiasing, as `processor_for` does it.
+
+    Args:
+        image: (..., channels, height, width), uint8.
+        box: top, left, height, width of the part to keep; None is all of it.
+    """
+    if box is None:
+        same = tuple(image.shape[-2:]) == tuple(size)
+        return image if same else F.resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)
+    top, left, height, width = map(int, box)
+    return F.resized_crop(image, top, left, height, width, list(size), InterpolationMode.BICUBIC, antialias=True)
+
+
+def resample_matrix(starts: np.ndarray, lengths: np.ndarray, source: int, out: int) -> torch.Tensor:
+    """Weights of antialiased bicubic resampling of an interval to `out` pixels, one matrix per image.
+
+    Args:
+        starts, lengths: (batch,), the intervals in pixels, within [0, source).
+
+    Returns:
+        (batch, out, source), float32; rows sum to one.
+    """
+    starts, lengths = torch.from_numpy(starts)[:, None, None], torch.from_numpy(lengths)[:, None, None]
+    step = lengths.float() / out
+    widen = step.clamp(min=1)
+    centres = (torch.arange(out)[:, None] + 0.5) * step
+    pixels = torch.arange(source) - starts
+    x = ((pixels + 0.5 - centres) / widen).abs()
+    # Keys' cubic with a = -0.5, which PIL and torchvision use where they antialias.
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, far) * ((x < 2) & (pixels >= 0) & (pixels < lengths))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Crops and resizes images of one size, each with its own box.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        boxes: (batch, 4), as of `crop_boxes`.
+
+    Returns:
+        (batch, channels, *size), uint8, within one level of `resize` with that box.
+    """
+    height, width = images.shape[-2:]
+    if max(height, width, *size) > SMALL:
+        return torch.stack([resize(image, size, box) for image, box in zip(images, boxes, strict=True)])
+    rows = resample_matrix(boxes[:, 0], boxes[:, 2], height, size[0])
+    columns = resample_matrix(boxes[:, 1], boxes[:, 3], width, size[1])
+    resized = rows[:, None] @ images.float() @ columns[:, None].mT
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def flip_batch(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:
+    """Mirrors the images (batch, channels, height, width) for which `flips` (batch,) is True."""
+    return torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(-1), images)
+
+
+def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """(batch, channels, height, width) uint8 -> float32 `pixel_values`: (pixel / 255 - mean) / std per channel."""
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] * 255 for values in (mean, std))
+    return images.float().sub_(mean).div_(std)
