@@ -43,15 +43,16 @@ def count_hidden(grid: Grid, ratio: float, unit: int | tuple[int, int] = 1) -> i
 def num_hidden_tokens(config, grid: Grid) -> int:
     """What the config's masking hides of this grid, in every image."""
     options = {**options_of(MASK_GENERATORS[config.masking]), **config.masking_config}
-    return count_hidden(grid, options["ratio"], options["unit"])
+    return count_hidden(grid, options["ratio"], options.get("unit", 1))
 
 
 def check_masking(config, grid: Grid) -> None:
     """Raises:
-    ValueError: the generator or an option is unknown, or the ratio does not fit the grid.
+    ValueError: the generator or an option is unknown, an option's value is bad, or the ratio does not fit the grid.
     """
     check_part("mask generator", MASK_GENERATORS, config.masking, config.masking_config)
     num_hidden_tokens(config, grid)
+    sample_masks(config, grid, [np.random.default_rng(0)])
 
 
 def sample_masks(config, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
@@ -84,6 +85,11 @@ def block_mask(
     `min_aspect` and its inverse; each gets `tries` tries to add something without passing the count. What is missing
     then is drawn at random.
     """
+    if not 0 < min_aspect <= 1 or min_block < 1 or tries < 1:
+        raise ValueError(
+            "block masks need min_aspect in (0, 1], min_block and tries of at least 1, "
+            f"got min_aspect={min_aspect}, min_block={min_block}, tries={tries}"
+        )
     hidden = count_hidden(grid, ratio, unit)
     units = _unit_grid(grid, unit)
     wanted = max(1, units[0] * units[1] * hidden // (grid[0] * grid[1]))
@@ -102,6 +108,8 @@ def inverse_block_mask(
 ) -> Tensor:
     """Hides all but some square blocks of `block_size` units (data2vec 2.0, 2212.07525, section 3.2): blocks are
     drawn, cut by the border, until enough is visible; what is too much is hidden at random."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     hidden = count_hidden(grid, ratio, unit)
     units = _unit_grid(grid, unit)
     wanted = -(-units[0] * units[1] * (grid[0] * grid[1] - hidden) // (grid[0] * grid[1]))
@@ -144,7 +152,7 @@ def _draw_blocks(grid: Grid, wanted: int, rng, min_block: int, min_aspect: float
     while (missing := wanted - int(mask.sum())) > 0:
         for _ in range(tries):
             area = rng.uniform(min(min_block, missing), missing)
-            aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
+            aspect = math.exp(log_aspect * rng.uniform(-1, 1))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height <= grid[0] and 0 < width <= grid[1]):
                 continue

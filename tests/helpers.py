@@ -1,0 +1,44 @@
+"""What several test files need: small configs, masks, images."""
+
+import torch
+
+from hf_mim import MIMConfig
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+DECODER_OPTIONS = {  # small values for the options that the decoders share
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "groups": 4,
+}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
+RESNET["layer_type"] = "basic"
+CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
+SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
+NATIVE_VIT = {**VIT, "model_type": "vit", "intermediate_size": 32}
+DINOV2 = {**VIT, "model_type": "dinov2"}
+
+
+def tiny_config(**changes) -> MIMConfig:
+    """A config of a ViT that is quick to build; `encoder_config` is taken together with its small sizes."""
+    encoder = changes.pop("encoder_config", {})
+    if changes.get("encoder", "vit") == "vit":
+        encoder = {**VIT, **encoder}
+    if changes.get("decoder", "transformer") == "transformer" and "decoder_config" not in changes:
+        changes["decoder_config"] = {name: DECODER_OPTIONS[name] for name in list(DECODER_OPTIONS)[:3]}
+    return MIMConfig(**{"image_size": 16, "encoder_config": encoder, **changes})
+
+
+def random_masks(batch: int, tokens: int, hidden: int) -> torch.Tensor:
+    """bool (batch, tokens) with `hidden` True entries in every row."""
+    order = torch.rand(batch, tokens).argsort(dim=1)
+    return torch.zeros(batch, tokens, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
+
+
+@torch.no_grad()
+def perturb(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
+    """Adds noise to every parameter: tables, tokens and biases that start at zero would hide mistakes."""
+    for parameter in module.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+    return module
