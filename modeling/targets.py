@@ -68,10 +68,10 @@ def hidden_values(values: Tensor, bool_masked_pos: Tensor, num_predicted: int) -
 
 
 def mean_over_hidden(per_token: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean of (batch, K) losses over the hidden tokens of the whole batch."""
+    """The mean of (batch, K) losses over the hidden tokens of the whole batch; 0 where none is hidden."""
     if weight is None:
         return per_token.mean()
-    return (per_token * weight).sum() / weight.sum()
+    return (per_token * weight).sum() / weight.sum().clamp(min=1)
 
 
 class PixelTarget(Target):
@@ -99,7 +99,7 @@ class PixelTarget(Target):
 
     @torch.no_grad()
     def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
-        patches = patchify(pixel_values, grid)
+        patches = patchify(pixel_values, grid).float()
         if self.normalize:
             mean, scale = patch_statistics(patches)
             patches = (patches - mean) / scale
@@ -112,7 +112,7 @@ class PixelTarget(Target):
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         if self.normalize:
-            mean, scale = patch_statistics(patchify(pixel_values, grid))
+            mean, scale = patch_statistics(patchify(pixel_values, grid).float())
             if bool_masked_pos is not None:
                 mean, scale = (interpolate_visible(table, bool_masked_pos, grid) for table in (mean, scale))
             values = values * scale + mean
@@ -126,21 +126,22 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 def interpolate_visible(table: Tensor, bool_masked_pos: Tensor, grid: Grid) -> Tensor:
     """Fills the hidden entries of (batch, tokens, 1) from the visible ones, weighted by inverse squared distance.
-    What stood in the hidden entries has no influence."""
+    What stood in the hidden entries has no influence; with nothing visible they become 0."""
     rows, cols = torch.meshgrid(*(torch.arange(n, device=table.device) for n in grid), indexing="ij")
     places = torch.stack([rows, cols], dim=-1).view(-1, 2).float()
     weight = 1 / torch.cdist(places, places).square().clamp(min=1e-6)
     weight = weight * ~bool_masked_pos[:, None, :]
-    filled = (weight @ table.masked_fill(bool_masked_pos[..., None], 0)) / weight.sum(-1, keepdim=True)
+    filled = (weight @ table.masked_fill(bool_masked_pos[..., None], 0)) / weight.sum(-1, keepdim=True).clamp(min=1e-6)
     return torch.where(bool_masked_pos[..., None], filled, table)
 
 
 def displayable(pixel_values: Tensor, image_mean: list[float], image_std: list[float]) -> Tensor:
     """Normalised (batch, channels, height, width) -> (batch, 1 or 3, height, width) in [0, 1]. Of images with two
     channels the first is shown, of those with more than three the first three."""
+    pixel_values = pixel_values.float()
     mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
     shown = 3 if pixel_values.shape[1] >= 3 else 1
-    return (pixel_values * std + mean)[:, :shown].float().clamp(0, 1)
+    return (pixel_values * std + mean)[:, :shown].clamp(0, 1)
 
 
 TARGETS = {"pixel": PixelTarget}
