@@ -77,6 +77,8 @@ class TransformerDecoder(Decoder):
         super().__init__(config, encoder)
         if hidden_size % 4:
             raise ValueError(f"the decoder's hidden_size must be divisible by 4, got {hidden_size}")
+        if num_hidden_layers < 1:
+            raise ValueError(f"the decoder's num_hidden_layers must be at least 1, got {num_hidden_layers}")
         self.hidden_size = hidden_size
         self.embed = ToGrid(encoder.hidden_size, hidden_size, self.factor)
         needs_token = encoder.drops_tokens or self.layer_class is CrossLayer
