@@ -237,7 +237,9 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
     else:
         test = splits[test_name]
     training = MIMDataset(_first(train, data.max_train_images), config, data, True, seed)
-    testing = MIMDataset(_first(test, data.max_eval_images), config, data, False, seed, training.classes)
+    testing = MIMDataset(test, config, data, False, seed, training.classes)
+    if data.max_eval_images == 0:
+        return Splits(training, None, None, "data.max_eval_images is 0")
     if testing.labels is None or (testing.labels < 0).any() or (training.labels < 0).any():
         return Splits(training, None, None, "not every image has a label")
     return Splits(training, training.without_augmentation(), testing, note)

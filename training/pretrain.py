@@ -15,6 +15,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from transformers import set_seed
 
@@ -240,17 +241,23 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
 
 def evaluate(run: Run) -> dict:
     """k-NN and linear-probe accuracy of the frozen encoder, of the same encoder untrained, and of raw pixels."""
-    started, config = time.perf_counter(), run.config
-    workers = run.arguments.dataloader_num_workers
-    train = metrics.subset(run.splits.train_eval, metrics.TRAIN_IMAGES)
-    test = metrics.subset(run.splits.test, metrics.TEST_IMAGES)
-    with run.console.status("evaluating the frozen encoder, trained and untrained, and raw pixels ..."):
-        set_seed(run.arguments.seed)
-        untrained = MIMForPreTraining(config).mim.to(run.model.device)
-        results = {}
-        for name, encoder in (("trained", run.model.mim), ("untrained", untrained)):
-            results[name] = metrics.evaluate_encoder(encoder, config, train, test, run.arguments.bf16, workers)
-        results["raw_pixels"] = metrics.evaluate_raw_pixels(config, train, test, workers)
+    started, most = time.perf_counter(), run.recipe["data"].get("max_eval_images") or metrics.TRAIN_IMAGES
+    train = metrics.subset(run.splits.train_eval, min(most, metrics.TRAIN_IMAGES))
+    test = metrics.subset(run.splits.test, min(most, metrics.TEST_IMAGES))
+    set_seed(run.arguments.seed)
+    untrained = MIMForPreTraining(run.config).mim.to(run.model.device)
+    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} images")
+    with Progress(*columns, TimeRemainingColumn(compact=True), console=run.console, transient=True) as bar:
+        task = bar.add_task("evaluating", total=3 * (len(train[1]) + len(test[1])))
+        loader = {
+            "workers": run.arguments.dataloader_num_workers,
+            "advance": lambda images: bar.advance(task, images),
+        }
+        results = {
+            "trained": metrics.evaluate_encoder(run.model.mim, train, test, run.arguments.bf16, **loader),
+            "untrained": metrics.evaluate_encoder(untrained, train, test, run.arguments.bf16, **loader),
+            "raw_pixels": metrics.evaluate_raw_pixels(run.config, train, test, **loader),
+        }
     results["evaluation"] = {
         "train_images": len(train[1]),
         "test_images": len(test[1]),

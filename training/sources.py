@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import pyarrow.parquet
 
 import hf_mim
 from hf_mim.modeling.configuration_mim import unknown
@@ -37,7 +38,8 @@ class DataArguments:
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
         image_column, label_column: None finds them.
         streaming: read a Hub data set while training instead of downloading it first; needs `training.max_steps`.
-        max_train_images, max_eval_images: use only that many, the first ones.
+        max_train_images: train only on the first so many.
+        max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
@@ -60,9 +62,9 @@ class DataArguments:
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
-        for name in ("max_train_images", "max_eval_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("max_train_images", 1), ("max_eval_images", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
@@ -105,16 +107,16 @@ def open_parquet(files: list[Path]) -> dict[str, datasets.Dataset]:
     """Parquet files; a file or its folder whose name begins with a split's name belongs to that split."""
     splits = {}
     for file in files:
-        named = [name for name in (file.stem, file.parent.name) for name in [_split_of(name)] if name]
+        try:
+            pyarrow.parquet.read_schema(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"cannot read {file} as parquet: {str(error).splitlines()[0]}") from None
+        named = [name for name in (_split_of(file.stem), _split_of(file.parent.name)) if name]
         splits.setdefault(named[0] if named else "train", []).append(str(file))
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # nothing is downloaded
     try:
         return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(
-            f"cannot read {files[0]} as parquet: {str(error.__cause__ or error).splitlines()[0]}"
-        ) from None
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 
 # What wrappers put before a parameter's name.
@@ -47,11 +48,11 @@ class MIMTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
-    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_type: SchedulerType | str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict | str | None = None
     warmup_steps: float = 0.05
     logging_steps: float = 10
-    save_strategy: str = "epoch"
+    save_strategy: SaveStrategy | str = "epoch"
     save_total_limit: int | None = 1
     disable_tqdm: bool | None = True
     remove_unused_columns: bool = False

@@ -98,15 +98,16 @@ def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -
         boxes: (batch, 4), as of `crop_boxes`.
 
     Returns:
-        (batch, channels, *size), uint8, within one level of `resize` with that box.
+        (batch, channels, *size), uint8, within a level of what Pillow gives.
     """
     height, width = images.shape[-2:]
     if max(height, width, *size) > SMALL:
         return torch.stack([resize(image, size, box) for image, box in zip(images, boxes, strict=True)])
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], height, size[0])
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], width, size[1])
-    resized = rows[:, None] @ images.float() @ columns[:, None].mT
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    # Rounded between the passes as well, as torchvision and PIL do.
+    resized = (images.float() @ columns[:, None].mT).round_().clamp_(0, 255)
+    return (rows[:, None] @ resized).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def flip_batch(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:

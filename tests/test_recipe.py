@@ -1,0 +1,182 @@
+"""Recipes: what they say, what overrides do to them, and how they fail."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.masking import sample_masks
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.training import recipe as recipes
+from hf_mim.training.trainer import MIMTrainingArguments
+
+
+NAMES = sorted(recipes.recipe_files())
+
+
+def build(section: dict) -> MIMForPreTraining:
+    with torch.device("meta"):
+        return MIMForPreTraining(MIMConfig(**section))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_valid_and_says_what_it_is(name, tmp_path):
+    recipe = recipes.resolve(name)
+    model = build(recipe["model"])
+    grid = model.mask_grid(*pair(model.config.image_size))
+    masks = sample_masks(model.config, grid, [np.random.default_rng(0), np.random.default_rng(1)])
+    assert 0 < masks.float().mean() < 1
+    MIMTrainingArguments(output_dir=str(tmp_path), **recipe["training"])
+    header = recipes.read_header(recipes.find(name))
+    assert header["title"] and header["paper"].startswith("arXiv:")
+    assert header["command"].startswith("hf-mim pretrain") and header["cost"]
+    assert name == "quick" or name in header["command"].split()
+
+
+@pytest.mark.parametrize(("size", "dim", "depth"), [("small", 384, 12), ("large", 1024, 24), ("huge", 1280, 32)])
+def test_mae_takes_other_sizes_by_one_override(size, dim, depth):
+    model = build(recipes.resolve("mae", [f"model.encoder_config.size={size}"])["model"])
+    assert model.mim.encoder.hidden_size == dim
+    assert len(model.mim.encoder.stage_names) - 1 == depth
+
+
+def test_mae_and_simmim_hide_what_the_papers_hide():
+    mae, simmim = (recipes.resolve(name)["model"] for name in ("mae", "simmim"))
+    mask = sample_masks(MIMConfig(**mae), (14, 14), [np.random.default_rng(0)])
+    assert (~mask).sum() == 49
+    mask = sample_masks(MIMConfig(**simmim), (14, 14), [np.random.default_rng(0)]).view(7, 2, 7, 2)
+    whole = mask.float().mean(dim=(1, 3))
+    assert set(whole.unique().tolist()) == {0.0, 1.0} and whole.sum() == 30  # 60 percent of 49 cells of 32 pixels
+
+
+def test_swin_predicts_through_its_coarse_last_stage():
+    section = recipes.resolve("simmim_swin", ["model.image_size=64"])["model"]
+    section["encoder_config"] |= {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 2}
+    section["masking_config"] = {"ratio": 0.5, "unit": 4}
+    model = MIMForPreTraining(MIMConfig(**section))
+    out = model(torch.randn(2, 3, 64, 64))
+    assert model.mask_grid(64, 64) == (16, 16) and out.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5e-4", 1.5e-4),
+        ("2E5", 2e5),
+        (".5", 0.5),
+        ("3", 3),
+        ("-3", -3),
+        ("010", 10),
+        ("true", True),
+        ("no", "no"),
+        ("off", "off"),
+        ("1:30", "1:30"),
+        ("null", None),
+        ("", None),
+        ("[1, 2e-1]", [1, 0.2]),
+        ("1e", "1e"),
+        ("'3'", "3"),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value):
+    parsed = recipes.parse_overrides([f"model.x={text}"])["model"]["x"]
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_overrides_reach_nested_keys_and_nothing_else():
+    plain = recipes.resolve("quick")
+    changed = recipes.resolve("quick", ["model.masking_config.ratio=0.6", "training.learning_rate=1e-4"])
+    assert changed["model"]["masking_config"]["ratio"] == 0.6
+    assert changed["training"].pop("learning_rate") == 1e-4
+    changed["model"]["masking_config"]["ratio"] = plain["model"]["masking_config"]["ratio"]
+    assert changed == plain
+
+
+def test_another_part_drops_the_recipes_options_of_that_part_only():
+    plain = recipes.resolve("quick")["model"]
+    changed = recipes.resolve("quick", ["model.decoder=cross_attention", "model.decoder_config.hidden_size=32"])[
+        "model"
+    ]
+    assert changed["decoder_config"] == {"hidden_size": 32}
+    assert changed["encoder_config"] == plain["encoder_config"]
+    same = recipes.resolve("quick", ["model.decoder=transformer"])["model"]
+    assert same["decoder_config"] == plain["decoder_config"]
+
+
+def test_init_from_leaves_the_architecture_to_the_checkpoint():
+    overrides = ["model.init_from=somewhere", "model.masking_config.ratio=0.6"]
+    resolved = recipes.resolve("quick", overrides)
+    assert resolved["model"] == {"init_from": "somewhere", "masking_config": {"ratio": 0.6}}
+    assert resolved["training"] == recipes.resolve("quick")["training"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modle.encoder=vit", ["modle", "did you mean 'model'"]),
+        ("model.encodr=vit", ["encodr", "did you mean 'encoder'"]),
+        ("training.num_train_epoch=3", ["did you mean 'num_train_epochs'"]),
+        ("data.dataste=x", ["did you mean 'dataset'"]),
+        ("training.num_train_epochs=abc", ["training.num_train_epochs must be a number", "'abc'"]),
+        ("training.per_device_train_batch_size=2.5", ["whole number", "2.5"]),
+        ("training.bf16=3", ["true or false or text", "3"]),
+        ("training.save_strategy=epochs", ["did you mean 'epoch'"]),
+        ("data.streaming=maybe", ["data.streaming must be true or false"]),
+        ("data.crop_scale=0.2", ["data.crop_scale must be a list or null"]),
+        ("data.crop_scale=[a, b]", ["data.crop_scale must be a list or null"]),
+        ("model.encoder_config=3", ["model.encoder_config must be options or null"]),
+        ("model=3", ["section.key=value"]),
+        ("model.encoder", ["section.key=value"]),
+        ("model..x=1", ["section.key=value"]),
+        ("model.encoder_config=[1", ["not valid YAML"]),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(override, words):
+    with pytest.raises(ValueError) as caught:
+        recipes.resolve("quick", [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_overrides_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="already has the value 3"):
+        recipes.parse_overrides(["model.encoder_config=3", "model.encoder_config.size=tiny"])
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'simmim'"):
+        recipes.resolve("simmmim")
+    with pytest.raises(ValueError, match=r"no recipe at there/is/none\.yaml"):
+        recipes.resolve("there/is/none.yaml")
+
+
+def test_a_broken_recipe_file_names_file_and_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  encoder: [vit\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml, line \d"):
+        recipes.resolve(str(file))
+    file.write_text("- a list\n")
+    with pytest.raises(ValueError, match="must hold sections"):
+        recipes.resolve(str(file))
+    file.write_text("model: vit\n")
+    with pytest.raises(ValueError, match="section 'model'"):
+        recipes.resolve(str(file))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_recipe_resolves_to_itself(name, tmp_path):
+    overrides = ["training.run_name='1e-4'", "training.optim_args='no'", "training.learning_rate=1.5e-05"]
+    resolved = recipes.resolve(name, overrides)
+    assert resolved["training"]["run_name"] == "1e-4"
+    recipes.save(resolved, tmp_path / "recipe.yaml", "Run again:\nhf-mim pretrain recipe.yaml")
+    assert recipes.resolve(str(tmp_path / "recipe.yaml")) == resolved
+    assert recipes.resolve(str(tmp_path)) == resolved  # the folder of a run
+    assert (tmp_path / "recipe.yaml").read_text().startswith("# Run again:\n# hf-mim pretrain recipe.yaml\n")
+
+
+def test_a_header_may_continue_on_other_lines(tmp_path):
+    (tmp_path / "x.yaml").write_text("# Title\n#\n# Paper: arXiv:1\n#   and more\n#\n# a remark\nmodel:\n# Cost: no\n")
+    assert recipes.read_header(tmp_path / "x.yaml") == {"title": "Title", "paper": "arXiv:1 and more"}
