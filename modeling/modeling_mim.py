@@ -26,7 +26,8 @@ from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .poolers import POOLERS
-from .targets import TARGETS, displayable
+from .target_base import displayable
+from .targets import TARGETS
 
 
 def make_encoder(config: MIMConfig, use_mask_token: bool = False):

@@ -1,0 +1,88 @@
+"""The contract of a target, and what targets share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .encoder_base import Grid
+
+
+# Losses per value; the targets average them over a token's values.
+DISTANCES = {
+    "mse": lambda predicted, value: (predicted - value).square(),
+    "l1": lambda predicted, value: (predicted - value).abs(),
+    "smooth_l1": lambda predicted, value: F.smooth_l1_loss(predicted, value, reduction="none", beta=2.0),
+}
+
+
+class Target(nn.Module):
+    """Made as `Target(config, encoder, **options)`.
+
+    scope: "hidden" or "all", the tokens that the decoder is asked for.
+    outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
+    distance: (predicted, wanted) -> the loss of every value, an entry of `DISTANCES`.
+    image_note: what a person who looks at `to_image` must know, or None.
+    """
+
+    scope: str = "hidden"
+    outputs: dict[str, int]
+    image_note: str | None = None
+
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The unmasked images (batch, channels, height, width) -> {"patches": (batch, rows * cols, dim)}, without
+        gradient."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        predictions: dict[str, Tensor],
+        values: dict[str, Tensor],
+        bool_masked_pos: Tensor,
+        grid: Grid,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """-> a scalar. `predictions["patches"]` is (batch, K, dim), K = the hidden tokens or all;
+        `bool_masked_pos` (batch, rows * cols); `generator` for targets that draw something.
+
+        Unless a target says otherwise: `self.distance`, averaged over each token's values and over the hidden tokens.
+        """
+        predicted = predictions["patches"].float()
+        wanted, weight = hidden_values(values["patches"].float(), bool_masked_pos, predicted.shape[1])
+        return mean_over_hidden(self.distance(predicted, wanted).mean(dim=-1), weight)
+
+    def to_image(
+        self, values: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor | None = None
+    ) -> Tensor:
+        """What a person should be shown of values (batch, rows * cols, dim): (batch, 1 or 3, height, width) in [0, 1].
+
+        With a mask, nothing of the hidden pixels may be used.
+        """
+        raise NotImplementedError
+
+
+def hidden_values(values: Tensor, bool_masked_pos: Tensor, num_predicted: int) -> tuple[Tensor, Tensor | None]:
+    """Brings values (batch, tokens, dim) beside predictions of `num_predicted` tokens.
+
+    -> the hidden tokens' values and None, where only they are predicted; else all values and the weight of each token
+    (batch, tokens), 1 for a hidden one. No counting, so that a GPU need not be waited for.
+    """
+    if num_predicted == values.shape[1]:
+        return values, bool_masked_pos.to(values.dtype)
+    index = bool_masked_pos.byte().argsort(dim=1, stable=True)[:, -num_predicted:]
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1])), None
+
+
+def mean_over_hidden(per_token: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean of (batch, K) losses over the hidden tokens of the whole batch; 0 where none is hidden."""
+    if weight is None:
+        return per_token.mean()
+    return (per_token * weight).sum() / weight.sum().clamp(min=1)
+
+
+def displayable(pixel_values: Tensor, image_mean: list[float], image_std: list[float]) -> Tensor:
+    """Normalised (batch, channels, height, width) -> (batch, 1 or 3, height, width) in [0, 1]. Of images with two
+    channels the first is shown, of those with more than three the first three."""
+    pixel_values = pixel_values.float()
+    mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
+    shown = 3 if pixel_values.shape[1] >= 3 else 1
+    return (pixel_values * std + mean)[:, :shown].clamp(0, 1)

@@ -1,0 +1,109 @@
+"""Histograms of oriented gradients as targets (MaskFeat, 2112.09133)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_mim import pair
+from .encoder_base import Encoder, Grid, choose
+from .target_base import DISTANCES, Target
+
+
+def oriented_gradients(pixel_values: Tensor, cell: Grid, orientations: int = 9, window: bool = True) -> Tensor:
+    """(batch, channels, height, width) -> (batch, channels, orientations, height / cell, width / cell), float32.
+
+    Sobel gradients with mirrored borders; unsigned directions in equal bins; magnitudes weighted, as the released code
+    does, by a Gaussian window of 2 x 2 cells tiled over the image; summed over cells; scaled to Euclidean norm 1 over
+    the orientations of a cell (a cell without gradient stays 0).
+    """
+    pixels = pixel_values.float()
+    sobel = pixels.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    kernel = torch.stack([sobel, sobel.T])[:, None].repeat(pixels.shape[1], 1, 1, 1)
+    padded = F.pad(pixels, (1, 1, 1, 1), mode="reflect")
+    across, down = F.conv2d(padded, kernel, groups=pixels.shape[1]).unflatten(1, (-1, 2)).unbind(2)
+    magnitude = torch.hypot(across, down)
+    bins = torch.atan2(down, across).mul(orientations / math.pi).floor().long() % orientations
+    if window:
+        magnitude = magnitude * tiled_gaussian(cell, pixels.shape[2:], pixels.device)
+    histogram = magnitude.new_zeros(*magnitude.shape[:2], orientations, *magnitude.shape[2:])
+    histogram.scatter_(2, bins[:, :, None], magnitude[:, :, None])
+    cells = F.avg_pool2d(histogram.flatten(0, 2)[:, None], cell).view(*histogram.shape[:3], -1)
+    cells = F.normalize(cells, dim=2)
+    return cells.unflatten(3, (pixels.shape[2] // cell[0], pixels.shape[3] // cell[1]))
+
+
+def tiled_gaussian(cell: Grid, size: Grid, device=None) -> Tensor:
+    """A Gaussian over 2 x 2 cells (standard deviation: one cell; sum 1), tiled over `size` pixels: (height, width)."""
+    waves = []
+    for step, length in zip(cell, size):
+        offset = torch.arange(2 * step, device=device) - (2 * step - 1) / 2
+        wave = torch.exp(-0.5 * (offset / step) ** 2)
+        waves.append((wave / wave.sum()).repeat(-(-length // (2 * step)))[:length])
+    return waves[0][:, None] * waves[1]
+
+
+class HOGTarget(Target):
+    """HOG of each hidden patch (MaskFeat, section 3.2): channels x orientations x cells.
+
+    Options:
+        cell_size: pixels, an int or a pair; must divide the patch. None: 8 where that divides it, else half a patch.
+        orientations: bins of unsigned direction.
+        window: whether magnitudes are weighted by the tiled Gaussian of the released code.
+        loss: mse, l1 or smooth_l1 (beta 2).
+    """
+
+    image_note = "Each cell shows the directions of its edges; the longer a line, the more of the cell's gradient."
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        *,
+        cell_size: int | tuple[int, int] | None = None,
+        orientations: int = 9,
+        window: bool = True,
+        loss: str = "mse",
+    ):
+        super().__init__()
+        size = pair(config.image_size)
+        patch = tuple(length // tokens for length, tokens in zip(size, encoder.mask_grid(*size)))
+        default = tuple(8 if length % 8 == 0 else max(1, length // 2) for length in patch)
+        self.cell = default if cell_size is None else pair(cell_size)
+        if any(length % step for length, step in zip(patch, self.cell)):
+            raise ValueError(f"cell_size {self.cell[0]}x{self.cell[1]} does not divide the patch {patch[0]}x{patch[1]}")
+        self.orientations, self.window = orientations, window
+        self.distance = DISTANCES[choose("loss of target 'hog'", loss, DISTANCES)]
+        self.cells = tuple(length // step for length, step in zip(patch, self.cell))
+        self.outputs = {"patches": config.num_channels * orientations * math.prod(self.cells)}
+
+    @torch.no_grad()
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        histogram = oriented_gradients(pixel_values, self.cell, self.orientations, self.window)
+        batch, channels = histogram.shape[:2]
+        patches = histogram.view(
+            batch, channels, self.orientations, grid[0], self.cells[0], grid[1], self.cells[1]
+        ).permute(0, 3, 5, 1, 2, 4, 6)
+        return {"patches": patches.reshape(batch, grid[0] * grid[1], -1)}
+
+    def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
+        """Glyphs: in each cell a line along every edge direction, as bright as its share; mean over channels."""
+        batch, (rows, cols) = values.shape[0], self.cells
+        cells = values.float().clamp(0, 1).view(batch, *grid, -1, self.orientations, rows, cols).mean(3)
+        cells = cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.orientations, grid[0] * rows, grid[1] * cols)
+        scale = max(1, -(-16 // min(self.cell)))  # small cells are drawn larger, then averaged back
+        glyphs = edge_glyphs(tuple(step * scale for step in self.cell), self.orientations, values.device)
+        drawn = torch.einsum("bohw,oyx->bhywx", cells, glyphs).reshape(
+            batch, 1, pixel_values.shape[2] * scale, pixel_values.shape[3] * scale
+        )
+        return F.avg_pool2d(drawn, scale).clamp(0, 1)
+
+
+def edge_glyphs(size: Grid, orientations: int, device=None) -> Tensor:
+    """(orientations, height, width) in [0, 1]: a line through the centre across each bin's mean gradient direction."""
+    y, x = (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2 for n in size)
+    angles = (torch.arange(orientations, device=device) + 0.5) * math.pi / orientations
+    distance = (x[None, None] * angles.cos()[:, None, None] + y[None, :, None] * angles.sin()[:, None, None]).abs()
+    inside = (x[None, None] ** 2 + y[None, :, None] ** 2) <= (min(size) / 2) ** 2
+    return (1.25 - distance).clamp(0, 1) * inside

@@ -1,0 +1,64 @@
+"""Pixels as targets."""
+
+import torch
+from torch import Tensor
+
+from .configuration_mim import pair
+from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
+from .target_base import DISTANCES, Target, displayable
+
+
+class PixelTarget(Target):
+    """The pixels of each hidden patch (MAE, 2111.06377; SimMIM, 2111.09886).
+
+    Options:
+        normalize: whether each patch's pixels are brought to mean 0 and (unbiased) variance 1, as MAE recommends.
+            Where most patches are blank, as in drawings on white, raw pixels learn better.
+        loss: mse, l1 or smooth_l1 (beta 2).
+    """
+
+    def __init__(self, config, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
+        super().__init__()
+        height, width = pair(config.image_size)
+        rows, cols = encoder.mask_grid(height, width)
+        self.outputs = {"patches": (height // rows) * (width // cols) * config.num_channels}
+        self.normalize = normalize
+        self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]
+        self.image_mean, self.image_std = config.image_mean, config.image_std
+        if normalize:
+            self.image_note = (
+                "The model predicts each patch up to its brightness and contrast. Those of a hidden patch are not "
+                "known to it and are shown here as interpolated from the visible patches."
+            )
+
+    @torch.no_grad()
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        patches = patchify(pixel_values, grid).float()
+        if self.normalize:
+            mean, scale = patch_statistics(patches)
+            patches = (patches - mean) / scale
+        return {"patches": patches}
+
+    def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
+        if self.normalize:
+            mean, scale = patch_statistics(patchify(pixel_values, grid).float())
+            if bool_masked_pos is not None:
+                mean, scale = (interpolate_visible(table, bool_masked_pos, grid) for table in (mean, scale))
+            values = values * scale + mean
+        return displayable(unpatchify(values, grid, *pixel_values.shape[2:]), self.image_mean, self.image_std)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (batch, tokens, 1) of each patch, the latter bounded away from 0 as in MAE."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def interpolate_visible(table: Tensor, bool_masked_pos: Tensor, grid: Grid) -> Tensor:
+    """Fills the hidden entries of (batch, tokens, 1) from the visible ones, weighted by inverse squared distance.
+    What stood in the hidden entries has no influence; with nothing visible they become 0."""
+    rows, cols = torch.meshgrid(*(torch.arange(n, device=table.device) for n in grid), indexing="ij")
+    places = torch.stack([rows, cols], dim=-1).view(-1, 2).float()
+    weight = 1 / torch.cdist(places, places).square().clamp(min=1e-6)
+    weight = weight * ~bool_masked_pos[:, None, :]
+    filled = (weight @ table.masked_fill(bool_masked_pos[..., None], 0)) / weight.sum(-1, keepdim=True).clamp(min=1e-6)
+    return torch.where(bool_masked_pos[..., None], filled, table)
