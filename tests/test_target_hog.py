@@ -1,0 +1,93 @@
+"""HOG against scikit-image and against loops in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config
+from skimage.feature import hog
+
+from hf_mim import MIMForPreTraining
+from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.target_hog import HOGTarget, edge_glyphs, oriented_gradients, tiled_gaussian
+
+
+def test_against_scikit_image():
+    """Its gradients are central differences. On sums of a row and a column function Sobel's are four times those, and
+    cells scaled to norm 1 do not see the factor."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(24, 1)).cumsum(0) + rng.normal(size=(1, 32)).cumsum(1)
+    ours = oriented_gradients(torch.from_numpy(image)[None, None], (8, 8), window=False)[0, 0]
+    theirs = hog(
+        image, 9, pixels_per_cell=(8, 8), cells_per_block=(1, 1), block_norm="L2", feature_vector=False
+    )  # (3, 4, 1, 1, 9); its norm is bounded below by 1e-5 squared under the root
+    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), theirs[:, :, 0, 0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [True, False])
+def test_against_a_float64_loop(window):
+    torch.manual_seed(0)
+    image = torch.randn(1, 2, 8, 12, dtype=torch.float64)
+    cell = (4, 2)
+    padded = np.pad(image[0].numpy(), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    wanted = np.zeros((2, 9, 2, 6))
+    for c in range(2):
+        for y in range(8):
+            for x in range(12):
+                p = padded[c, y : y + 3, x : x + 3]
+                across = (p[0, 0] + 2 * p[1, 0] + p[2, 0]) - (p[0, 2] + 2 * p[1, 2] + p[2, 2])
+                down = (p[0, 0] + 2 * p[0, 1] + p[0, 2]) - (p[2, 0] + 2 * p[2, 1] + p[2, 2])
+                weight = math.exp(-0.5 * ((y % 8 - 3.5) / 4) ** 2) * math.exp(-0.5 * ((x % 4 - 1.5) / 2) ** 2)
+                angle = math.floor(math.atan2(down, across) / math.pi * 9) % 9
+                wanted[c, angle, y // 4, x // 2] += math.hypot(across, down) * (weight if window else 1)
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    ours = oriented_gradients(image, cell, window=window)[0]
+    np.testing.assert_allclose(ours.numpy(), wanted, rtol=0, atol=1e-5)
+
+
+def test_norms_are_one_or_zero_and_the_window_sums_to_one():
+    image = torch.randn(2, 3, 16, 16)
+    image[1, :, :8] = 0.3  # without gradient, but for the row that sees the other half
+    norms = oriented_gradients(image, (4, 4)).norm(dim=2)
+    assert (norms[0] - 1).abs().max() < 1e-5 and (norms[1, :, 0] == 0).all()
+    assert tiled_gaussian((8, 8), (16, 16)).sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "channels", "dim"), [(32, 16, 3, 108), ([16, 24], [4, 8], 2, 2 * 9 * 2), (16, 4, 1, 36)]
+)
+def test_dimension_and_order_of_a_patch(size, patch, channels, dim):
+    """Channel, orientation, row and column of the cell; 108 for 16 pixels and three channels (MaskFeat)."""
+    config = tiny_config(image_size=size, num_channels=channels, encoder_config={"patch_size": patch}, target="hog")
+    target = MIMForPreTraining(config).target
+    height, width = (size, size) if isinstance(size, int) else size
+    pixel_values = torch.randn(2, channels, height, width)
+    grid = make_encoder(config).mask_grid(height, width)
+    values = target.values(pixel_values, grid)["patches"]
+    assert values.shape == (2, grid[0] * grid[1], dim) and target.outputs == {"patches": dim}
+    cells = oriented_gradients(pixel_values, target.cell)
+    (rows, cols), last = target.cells, (grid[0] - 1, grid[1] - 1)
+    patch_cells = cells[1, :, :, last[0] * rows : (last[0] + 1) * rows, last[1] * cols : (last[1] + 1) * cols]
+    assert torch.equal(values[1, -1], patch_cells.flatten())
+
+
+def test_glyphs_show_edges_in_their_direction():
+    """A gradient to the right (bin 0) is an upright edge."""
+    glyphs = edge_glyphs((15, 15), 9)
+    upright = glyphs[0]
+    assert upright[:, 7].mean() > upright[7].mean() and glyphs.min() == 0 and glyphs.max() == 1
+    config = tiny_config(image_size=32, num_channels=1, encoder_config={"patch_size": 16}, target="hog")
+    target = MIMForPreTraining(config).target
+    step = torch.zeros(1, 1, 32, 32)
+    step[..., 4:] = 1
+    values = target.values(step, (2, 2))["patches"]
+    picture = target.to_image(values, step, (2, 2))
+    assert picture.shape == (1, 1, 32, 32) and picture.min() >= 0 and picture.max() <= 1
+    assert picture[0, 0, :, 3:5].mean() > 4 * picture[0, 0, :, 16:].mean()
+
+
+def test_a_cell_that_does_not_fit():
+    config = tiny_config(target="hog", target_config={"cell_size": 3})
+    with pytest.raises(ValueError, match="cell_size 3x3 does not divide the patch 4x4"):
+        HOGTarget(config, make_encoder(config), cell_size=3)
