@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+from types import UnionType
+from typing import Union, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -30,10 +32,10 @@ Size = int | list[int] | tuple[int, int]
 
 def pair(size: Size) -> tuple[int, int]:
     """An int or a (height, width) pair as a (height, width) pair of positive ints."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"a size must be positive, got {size}")
-    return height, width
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
+    return sides
 
 
 def unknown(kind: str, value: str, choices) -> ValueError:
@@ -49,19 +51,36 @@ def options_of(entry) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def is_of(value, annotation) -> bool:
+    """Whether a value is of an annotated type. As JSON and YAML have it, a list passes for a tuple and an int for a
+    float; annotations that are no types pass everything."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for kind in (get_origin(kind) or kind for kind in kinds):
+        if not isinstance(kind, type) or kind is inspect.Parameter.empty:
+            return True
+        accepted = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+        if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
 def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
-    """Checks a part's name and the names of its options.
+    """Checks a part's name, and the names and types of its options.
 
     Raises:
-        ValueError: the name or an option is unknown; the message lists the choices.
+        ValueError: the name or an option is unknown (the message lists the choices), or a value is of a wrong type.
     """
     if name not in entries:
         raise unknown(kind, name, entries)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entries[name]).parameters.values())
     choices = options_of(entries[name])
-    for option in options:
+    annotations = {p.name: p.annotation for p in inspect.signature(entries[name]).parameters.values()}
+    for option, value in options.items():
         if option not in choices and not takes_any:
             raise unknown(f"option of {kind} {name!r}", option, choices)
+        if option in choices and not is_of(value, annotations[option]):
+            wanted = inspect.formatannotation(annotations[option])
+            raise ValueError(f"option {option!r} of {kind} {name!r} must be {wanted}, got {value!r}")
 
 
 @strict
@@ -110,7 +129,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        fields = [name for name in MIMConfig.__annotations__ if not name.startswith("_")]
+        fields += ["num_labels", "id2label", "label2id", "out_features", "out_indices"]
         for key in kwargs:
             if key not in TRANSFORMERS_KEYS and not key.startswith("_"):
                 raise unknown("key of MIMConfig", key, fields)
@@ -132,6 +152,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.num_channels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for num_channels={self.num_channels}")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std}")
 
     def _check_encoder_and_pooler(self) -> list[str]:
         # Imported with the first config, not with this file: the model classes need most of transformers, and

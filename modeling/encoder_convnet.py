@@ -141,7 +141,10 @@ class TimmStages(nn.Module):
         if not timm.is_model(model_name):
             near = timm.list_models(f"*{model_name[:6]}*")[:8]
             raise unknown("timm model", model_name, near or timm.list_models("res*")[:8])
-        network = timm.create_model(model_name, features_only=True, in_chans=config.num_channels, **options)
+        try:
+            network = timm.create_model(model_name, features_only=True, in_chans=config.num_channels, **options)
+        except TypeError as error:  # how timm refuses an option
+            raise ValueError(f"timm's {model_name!r} cannot be made with the options {options}: {error}") from error
         if not isinstance(network, timm.models.FeatureListNet):
             raise ValueError(f"timm's {model_name!r} cannot be cut into stages; choose a plain ConvNet, say resnet18")
         self.widths, self.strides = network.feature_info.channels(), network.feature_info.reduction()

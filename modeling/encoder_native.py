@@ -5,7 +5,8 @@ import inspect
 import math
 
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_mim import pair, unknown
 from .encoder_base import Encoder, EncoderOutput, Grid, cells, tokens_to_map
@@ -28,12 +29,13 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
         ValueError: the model type or an option is unknown.
     """
     if model_type not in CONFIG_MAPPING:
-        raise unknown("transformers model type", model_type, list(CONFIG_MAPPING.keys()))
+        raise unknown("transformers model type", model_type, sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))
     config_class = CONFIG_MAPPING[model_type]
     fields = {**config_class().to_dict(), **dict.fromkeys(config_class.__dataclass_fields__)}
     for option in options:
         if option not in fields and not option.startswith("_"):
-            raise unknown(f"option of the transformers model {model_type!r}", option, sorted(fields))
+            own = sorted(name for name in fields if name not in PreTrainedConfig.__dataclass_fields__)
+            raise unknown(f"option of the transformers model {model_type!r}", option, own)
     if "image_size" in fields:
         height, width = pair(config.image_size)
         options = {**options, "image_size": height if height == width else [height, width]}
@@ -96,6 +98,11 @@ class NativeEncoder(Encoder):
         self.network = native_model(config, native, use_mask_token)
         self.native = native
         self.takes = set(inspect.signature(self.network.forward).parameters)
+        if "pixel_values" not in self.takes:
+            raise ValueError(
+                f"the transformers model {model_type!r} takes no images; those that do: "
+                f"{', '.join(sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))}"
+            )
         if use_mask_token and "bool_masked_pos" not in self.takes:
             raise ValueError(
                 f"the transformers model {model_type!r} takes no bool_masked_pos and cannot hide tokens; "
@@ -177,8 +184,10 @@ class NativeEncoder(Encoder):
         )
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
-        maps = []
+        """As of `ViTEncoder`, after the final norm where it has the width of every stage."""
+        maps, one_width = [], len(set(self.num_features)) == 1
         for state in encoded.hidden_states:
+            state = self.final_norm(state) if one_width else state
             if state.ndim == 3:
                 state = state[:, self.num_prefix_tokens :]
                 rows = round(math.sqrt(state.shape[1] * height / width))

@@ -49,6 +49,7 @@ def check_encoder_and_pooler(config: MIMConfig) -> list[str]:
     with torch.device("meta"):
         encoder = make_encoder(config)
         make_pooler(config, encoder)
+    encoder.token_grid(*pair(config.image_size))
     return encoder.stage_names
 
 

@@ -188,7 +188,7 @@ def test_ratios_that_leave_nothing(name):
 @GENERATORS
 @pytest.mark.parametrize("unit", [0, (2, 0), -1])
 def test_bad_units(name, unit):
-    with pytest.raises(ValueError, match="must be positive, got"):
+    with pytest.raises(ValueError, match="must be a positive int or a .* got"):
         draw(name, 1, (4, 4), ratio=0.5, unit=unit)
 
 
