@@ -1,7 +1,5 @@
 """Loading what was trained before, with errors that say what was found instead."""
 
-from pathlib import Path
-
 from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
@@ -20,9 +18,11 @@ def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        reason = "there is no config.json"
     except (OSError, ValueError) as error:
-        reason = "there is no config.json" if Path(checkpoint).exists() else str(error).strip().splitlines()[0]
-        raise ValueError(f"no checkpoint at {checkpoint}: {reason}") from None
+        fields, reason = {}, str(error).strip().splitlines()[0]
+    if not fields:
+        raise ValueError(f"no checkpoint at {checkpoint}: {reason}")
     if fields.get("model_type") != MIMConfig.model_type:
         found = fields.get("model_type", "no model that transformers knows")
         raise ValueError(f"{checkpoint} holds {found!r}, and only a checkpoint of model type 'mim' can be used here")

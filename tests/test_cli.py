@@ -1,0 +1,108 @@
+"""The command line: what it lists, and that an error is one line on stderr with a non-zero exit code."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_mim import cli
+
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"pretrain", "recipes", "reconstruct"}
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_help_lists_the_commands_that_exist(capsys, arguments):
+    code, out, err = call(capsys, *arguments)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out + err)
+    assert code in (0, 2) and set(re.findall(r"^│ (\w+) ", plain, re.MULTILINE)) - {"Usage"} == COMMANDS
+    assert set(cli.typer.main.get_command(cli.app).commands) == COMMANDS
+
+
+def test_recipes_lists_every_recipe_with_paper_and_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0
+    for words in ("quick", "mae", "simmim", "arXiv:2111.06377", "arXiv:2111.09886", "hf-mim pretrain mae"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pretrian",), "unknown command 'pretrian': did you mean 'pretrain'? Choices: pretrain, recipes, reconstruct"),
+        (("pretrain", "maee"), "did you mean 'mae'"),
+        (("pretrain", "mae", "modle.encoder=vit"), "did you mean 'model'"),
+        (("pretrain", "training.num_train_epochs=abc"), "must be a number, not 'abc'"),
+        (("pretrain", "mae", "quick"), "section.key=value"),
+        (("pretrain", "data.dataset=./nowhere"), "no file or folder ./nowhere"),
+        (("pretrain", "model.encoder=vti"), "did you mean 'vit'"),
+        (("pretrain", "--fast"), "--fast"),
+        (("reconstruct",), "checkpoint"),
+        (("reconstruct", "./nowhere", "setup.py"), "no checkpoint at ./nowhere"),
+        (("reconstruct", "./nowhere", "none.png"), "there is no image none.png"),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.py").touch()
+    code, out, err = call(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and words.lower() in err.lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["setup.py"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    code, _, err = call(capsys, "pretrain", f"model.init_from={tmp_path}", f"training.output_dir={tmp_path / 'new'}")
+    assert code == 2 and "'bert'" in err and err.count("\n") == 1
+
+
+def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
+    from hf_mim.training import pretrain
+
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
+    for words in ([], ["mae"], ["a.b=1", "c.d=2"], ["mae", "a.b=1"]):
+        assert cli.main(["pretrain", *words]) == 0
+    assert seen == [("quick", []), ("mae", []), ("quick", ["a.b=1", "c.d=2"]), ("mae", ["a.b=1"])]
+
+
+def test_an_interrupt_has_its_own_code_and_a_mistake_of_ours_its_traceback(monkeypatch):
+    from hf_mim.training import pretrain
+
+    def raising(error):
+        def run(*arguments):
+            raise error
+
+        return run
+
+    monkeypatch.setattr(pretrain, "pretrain", raising(KeyboardInterrupt()))
+    assert cli.main(["pretrain"]) == 130
+    monkeypatch.setattr(pretrain, "pretrain", raising(TypeError("a bug")))
+    with pytest.raises(TypeError):
+        cli.main(["pretrain"])
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("HF_MIM_DEBUG", "1")
+    with pytest.raises(ValueError, match="did you mean 'mae'"):
+        cli.main(["pretrain", "maee"])
+    monkeypatch.setenv("HF_MIM_DEBUG", "0")
+    assert cli.main(["pretrain", "maee"]) == 2
+
+
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "hf_mim", "pretrain", "maee"]
+    done = subprocess.run(command, cwd=tmp_path, env={**cli.os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and not done.stdout
