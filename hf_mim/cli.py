@@ -18,7 +18,7 @@ app = typer.Typer(
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE] [SECTION.KEY=VALUE]...",
+        metavar="RECIPE SECTION.KEY=VALUE",
         help="A recipe's name (see `hf-mim recipes`) or a file, `quick` by default, and what to change in it.",
         show_default=False,
     ),

@@ -297,8 +297,8 @@ def say_what_next(run: Run) -> None:
     folder = shlex.quote(str(run.folder))
     for line in (
         f"pictures: {folder}/reconstructions.png, {folder}/loss.png",
-        f"output folder: {folder}",
         f"next, train it further: hf-mim pretrain {folder} model.init_from={folder}",
         f"or let it fill in an image of yours: hf-mim reconstruct {folder} IMAGE",
+        f"output folder: {folder}",
     ):
         run.console.print(line, highlight=False, soft_wrap=True)

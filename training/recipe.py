@@ -21,7 +21,8 @@ HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
 
 def _model_keys() -> dict:
     own = {name: kind for name, kind in MIMConfig.__annotations__.items() if not name.startswith("_")}
-    own.pop("stage_names")  # follows from the encoder
+    for name in ("stage_names", "format_version"):  # follow from the encoder and from this version of hf_mim
+        own.pop(name)
     return {**own, "init_from": str | None}
 
 
@@ -152,8 +153,9 @@ def check(recipe: dict, where: str) -> None:
 
 # ---- loading, overriding, saving -----------------------------------------------------------------------------------
 def recipe_files() -> dict[str, Path]:
-    """The recipes that ship with the package: name -> file."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    """The recipes that ship with the package: name -> file; `quick`, which is the default, comes first."""
+    paths = sorted(RECIPES.glob("*.yaml"), key=lambda path: (path.stem != "quick", path.stem))
+    return {path.stem: path for path in paths}
 
 
 def find(name: str) -> Path:
