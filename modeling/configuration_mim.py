@@ -27,6 +27,10 @@ TRANSFORMERS_KEYS = {
     *("name_or_path", "auto_map", "model_type", "quantization_config", "out_features", "out_indices", "use_cache"),
 }
 
+# Of checkpoints. It is raised by a change that this file's older versions would load wrongly, and then `from_dict`
+# learns to read the version before; a new field with a default is no such change.
+FORMAT_VERSION = 1
+
 Size = int | list[int] | tuple[int, int]
 
 
@@ -83,6 +87,17 @@ def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
             raise ValueError(f"option {option!r} of {kind} {name!r} must be {wanted}, got {value!r}")
 
 
+def check_format(version) -> None:
+    """Raises:
+    ValueError: a checkpoint of this format version was saved by a newer hf_mim than this.
+    """
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint was made by a newer hf_mim: its format version is {version!r}, and this one reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install -U hf_mim"
+        )
+
+
 @strict
 class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""One config class for every head, because the Auto classes need one config class per model.
@@ -101,9 +116,10 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         target, target_config: an entry of `TARGETS`.
         pooler, pooler_config: an entry of `POOLERS`; `apply_final_norm` says whether it sees the tokens after the
             encoder's last norm.
+        format_version: of the checkpoint that holds this config; nobody sets it.
 
     Raises:
-        ValueError: an unknown key, part or option, or values that do not fit together.
+        ValueError: an unknown key, part or option, values that do not fit together, or a newer format version.
     """
 
     model_type = "mim"
@@ -124,11 +140,13 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     pooler: str = "mean"
     pooler_config: dict | None = None
     initializer_range: float | int = 0.02
+    format_version: int = FORMAT_VERSION
     stage_names: list[str] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_format(self.format_version)
         fields = [name for name in MIMConfig.__annotations__ if not name.startswith("_")]
         fields += ["num_labels", "id2label", "label2id", "out_features", "out_indices"]
         for key in kwargs:
@@ -166,6 +184,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; keys that this version does not know are kept as attributes, since libraries and later
         versions add some. (The constructor refuses them: there they are typing errors.)"""
+        check_format(config_dict.get("format_version", 1))  # before anything that a newer version may have changed
         known = {*cls.__dataclass_fields__, *TRANSFORMERS_KEYS}
         extra = {k: v for k, v in config_dict.items() if k not in known and not k.startswith("_")}
         result = super().from_dict({k: v for k, v in config_dict.items() if k not in extra}, **kwargs)
