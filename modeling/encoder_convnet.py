@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_mim import pair, unknown
-from .encoder_base import PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
+from .encoder_base import NO_MASK_TOKEN, PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
 from .encoder_native import native_config, native_model
 
 
@@ -108,9 +108,7 @@ class ConvNetEncoder(Encoder):
 
     def _hide(self, features: Tensor, mask: Tensor) -> Tensor:
         if self.mask_token is None:
-            raise ValueError(
-                "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
-            )
+            raise ValueError(NO_MASK_TOKEN)
         hidden = mask.view(-1, 1, *features.shape[2:])
         token = self.mask_token.to(features.dtype)[:, None, None]
         if self.mask_style == "add":

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, Auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_mim import pair, unknown
-from .encoder_base import Encoder, EncoderOutput, Grid, cells, tokens_to_map
+from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, cells, tokens_to_map
 
 
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
@@ -108,6 +108,7 @@ class NativeEncoder(Encoder):
                 f"the transformers model {model_type!r} takes no bool_masked_pos and cannot hide tokens; "
                 "pretrain with encoder 'vit' or 'convnet'"
             )
+        self.has_mask_token = use_mask_token
         self.hidden_size = getattr(native, "hidden_size", None) or native.hidden_sizes[-1]
         names = {name.rsplit(".", 1)[-1]: p for name, p in self.network.named_parameters()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
@@ -149,6 +150,7 @@ class NativeEncoder(Encoder):
         patch = getattr(self.native, "patch_size", None)
         if patch is None:
             raise ValueError(f"the transformers model {self.native.model_type!r} has no patches that could be hidden")
+        self.token_grid(height, width)
         return cells((height, width), pair(patch), "patch")
 
     def token_grid(self, height: int, width: int) -> Grid:
@@ -167,6 +169,8 @@ class NativeEncoder(Encoder):
     ) -> EncoderOutput:
         extra = {"output_hidden_states": output_hidden_states} if output_hidden_states else {}
         if bool_masked_pos is not None:
+            if not self.has_mask_token:
+                raise ValueError(NO_MASK_TOKEN)
             extra["bool_masked_pos"] = bool_masked_pos
         if output_attentions:
             extra["output_attentions"] = True

@@ -30,6 +30,10 @@ from .target_base import displayable
 from .targets import TARGETS
 
 
+# What a pretraining checkpoint holds and other heads are meant not to have, as patterns of names.
+PRETRAINING_PARTS = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", r"^global_head\."]
+
+
 def make_encoder(config: MIMConfig, use_mask_token: bool = False):
     check_part("encoder", ENCODERS, config.encoder, config.encoder_config)
     return ENCODERS[config.encoder](config, use_mask_token, **config.encoder_config)
@@ -117,7 +121,7 @@ class MIMModel(MIMPreTrainedModel):
 
     _auto_class = "AutoModel"
     # A checkpoint of a head brings parts that the bare model is meant not to have.
-    _keys_to_ignore_on_load_unexpected = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [*PRETRAINING_PARTS, r"^classifier\."]
 
     def __init__(self, config: MIMConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__(config)
@@ -142,7 +146,7 @@ class MIMModel(MIMPreTrainedModel):
             ValueError: the channels are not the config's, the size is no multiple of the patch, or the mask does not
                 fit the grid.
         """
-        self._check_inputs(pixel_values, bool_masked_pos)
+        self.check_inputs(pixel_values, bool_masked_pos)
         encoded = self.encoder(
             pixel_values.to(self.dtype),
             bool_masked_pos,
@@ -167,18 +171,26 @@ class MIMModel(MIMPreTrainedModel):
             hidden_index=encoded.hidden_index,
         )
 
-    def _check_inputs(self, pixel_values: Tensor, bool_masked_pos: Tensor | None):
+    def check_inputs(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, several: bool = False):
+        """Raises:
+        ValueError: see `forward`. With `several`, the masks may be (batch, M, rows * cols).
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values must be (batch, {self.config.num_channels}, height, width) as num_channels says, "
                 f"got {tuple(pixel_values.shape)}"
             )
+        if self.pooler is not None:
+            self.encoder.token_grid(*pixel_values.shape[2:])
         if bool_masked_pos is None:
             return
         rows, cols = self.encoder.mask_grid(*pixel_values.shape[2:])
-        if bool_masked_pos.shape != (len(pixel_values), rows * cols) or bool_masked_pos.dtype != torch.bool:
+        batch, shape = len(pixel_values), bool_masked_pos.shape
+        shape = (shape[0], shape[2]) if several and len(shape) == 3 else tuple(shape)
+        if shape != (batch, rows * cols) or bool_masked_pos.dtype != torch.bool:
+            repeated = f" or ({batch}, M, {rows * cols})" if several else ""
             raise ValueError(
-                f"bool_masked_pos must be bool ({len(pixel_values)}, {rows * cols}) for the {rows}x{cols} mask grid, "
+                f"bool_masked_pos must be bool ({batch}, {rows * cols}){repeated} for the {rows}x{cols} mask grid, "
                 f"got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}"
             )
 
@@ -199,8 +211,13 @@ class MIMForPreTraining(MIMPreTrainedModel):
         check_part("target", TARGETS, config.target, config.target_config)
         check_part("decoder", DECODERS, config.decoder, config.decoder_config)
         self.target = TARGETS[config.target](config, self.mim.encoder, **config.target_config)
-        out_dim = self.target.outputs["patches"]
-        self.decoder = DECODERS[config.decoder](config, self.mim.encoder, out_dim, **config.decoder_config)
+        config.target_config = {**config.target_config, **self.target.options_to_save()}
+        outputs, dim = self.target.outputs, self.mim.encoder.hidden_size
+        self.decoder = DECODERS[config.decoder](config, self.mim.encoder, outputs["patches"], **config.decoder_config)
+        has_global = "global" in outputs
+        self.global_head = (
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs["global"])) if has_global else None
+        )
         self.post_init()
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -220,6 +237,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
     ) -> MIMForPreTrainingOutput:
         """pixel_values (batch, channels, height, width), normalised. bool_masked_pos (batch, rows * cols), or
         (batch, M, rows * cols) for M masks of each image; drawn as `masking` says where it is absent."""
+        self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
         grid = self.mask_grid(*pixel_values.shape[2:])
         masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
         repeats = masks.shape[1] if masks.ndim == 3 else 1
@@ -231,8 +249,11 @@ class MIMForPreTraining(MIMPreTrainedModel):
             output_attentions=output_attentions,
         )
         predictions = {"patches": self._decode(outputs, masks, grid, self.target.scope)}
+        if self.global_head is not None:
+            predictions["global"] = self.global_head(self._global_token(outputs, masks))
         loss = None
         if return_loss:
+            self.target.bind(self.mim.encoder)
             values = self.target.values(pixel_values, grid)
             if repeats > 1:
                 values = {name: value.repeat_interleave(repeats, dim=0) for name, value in values.items()}
@@ -254,6 +275,17 @@ class MIMForPreTraining(MIMPreTrainedModel):
         )
         return self.decoder(encoded, masks, grid, scope)
 
+    def _global_token(self, outputs: MIMModelOutput, masks: Tensor) -> Tensor:
+        """The class token (batch, dim), or without one the mean of the visible tokens."""
+        tokens, prefix = outputs.last_hidden_state, self.mim.encoder.num_prefix_tokens
+        if self.mim.encoder.has_cls_token:
+            return tokens[:, 0]
+        patches = tokens[:, prefix:]
+        if patches.shape[1] != masks.shape[1]:  # hidden tokens were dropped, or a coarser map has mixed them in
+            return patches.mean(dim=1)
+        visible = (~masks)[..., None].to(patches.dtype)
+        return (patches * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+
     def _sample_masks(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
         seeds = torch.randint(2**62, (len(pixel_values),)).tolist()
         masks = sample_masks(self.config, grid, [np.random.default_rng(seed) for seed in seeds])
@@ -262,6 +294,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> MIMReconstruction:
         """What the model makes of the hidden patches, as pictures. Arguments as of `forward`, one mask per image."""
+        self.mim.check_inputs(pixel_values, bool_masked_pos)
         height, width = pixel_values.shape[2:]
         grid = self.mask_grid(height, width)
         masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
@@ -284,7 +317,7 @@ class MIMForImageClassification(MIMPreTrainedModel):
     """Encoder, pooler and a linear classifier; frozen or fine-tuned."""
 
     _auto_class = "AutoModelForImageClassification"
-    _keys_to_ignore_on_load_unexpected = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\."]
+    _keys_to_ignore_on_load_unexpected = PRETRAINING_PARTS
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)
@@ -315,17 +348,7 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
     """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`."""
 
     _auto_class = "AutoBackbone"
-    _keys_to_ignore_on_load_unexpected = [
-        *(
-            r"mask_token",
-            r"mask_scale",
-            r"^decoder\.",
-            r"^target\.",
-            r"^classifier\.",
-            r"^mim\.pooler",
-            r"^mim\.pooled_norm",
-        )
-    ]
+    _keys_to_ignore_on_load_unexpected = [*PRETRAINING_PARTS, r"^classifier\.", r"^mim\.pooler", r"^mim\.pooled_norm"]
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)

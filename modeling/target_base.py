@@ -21,12 +21,31 @@ class Target(nn.Module):
     scope: "hidden" or "all", the tokens that the decoder is asked for.
     outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
     distance: (predicted, wanted) -> the loss of every value, an entry of `DISTANCES`.
+    token_features: whether the values are features of tokens, which can be averaged.
     image_note: what a person who looks at `to_image` must know, or None.
     """
 
     scope: str = "hidden"
     outputs: dict[str, int]
+    token_features: bool = True
     image_note: str | None = None
+
+    def options_to_save(self) -> dict:
+        """What belongs into `target_config`, so that the model can be built where its teacher is not at hand."""
+        return {}
+
+    def bind(self, encoder: nn.Module) -> None:
+        """Shows the target the student's encoder; called before each loss, for targets that follow the student."""
+
+    def update(self, step: int) -> None:
+        """Follows the student after optimizer step `step` (from 1); `MIMTrainer` calls it."""
+
+    def moving_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs of a target that moves. It goes into the Trainer's checkpoints, not to the Hub."""
+        return {}
+
+    def load_moving_state(self, state: dict[str, Tensor]) -> None:
+        """Takes `moving_state` back."""
 
     def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The unmasked images (batch, channels, height, width) -> {"patches": (batch, rows * cols, dim)}, without
@@ -77,6 +96,21 @@ def mean_over_hidden(per_token: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return per_token.mean()
     return (per_token * weight).sum() / weight.sum().clamp(min=1)
+
+
+def feature_colours(values: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """Features (batch, tokens, dim) -> (batch, 3, height, width) in [0, 1]: their first three principal components
+    over the whole batch, each stretched over its range, every token a rectangle."""
+    flat = values.flatten(0, 1)
+    flat = flat - flat.mean(dim=0)
+    # The signs of principal components are arbitrary: the largest weight of each is made positive.
+    directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    shares = flat @ (directions * largest.sign()).T
+    shares = F.pad(shares, (0, 3 - shares.shape[1]))
+    low, high = shares.amin(dim=0), shares.amax(dim=0)
+    colours = ((shares - low) / (high - low).clamp(min=1e-6)).view(*values.shape[:2], 3)
+    return F.interpolate(colours.transpose(1, 2).unflatten(2, grid), size=size)
 
 
 def displayable(pixel_values: Tensor, image_mean: list[float], image_std: list[float]) -> Tensor:

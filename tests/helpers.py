@@ -1,8 +1,9 @@
 """What several test files need: small configs, masks, images."""
 
 import torch
+from safetensors.torch import save_file
 
-from hf_mim import MIMConfig
+from hf_mim import MIMConfig, MIMModel
 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
@@ -42,3 +43,23 @@ def perturb(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
     for parameter in module.parameters():
         parameter.add_(scale * torch.randn_like(parameter))
     return module
+
+
+# What the targets need that have no default: a teacher, a codebook, features to wrap.
+TARGET_OPTIONS = {
+    "token_morphing": {"features": {"name": "hog"}},
+    "discrete_token": {"features": {"name": "hog", "cell_size": 8}},
+}
+
+
+def target_options(name: str, folder) -> dict:
+    """`TARGET_OPTIONS` with a small teacher and a codebook of 5 codes for HOG of 8 x 8 patches in `folder`."""
+    options = dict(TARGET_OPTIONS.get(name, {}))
+    if name == "teacher_feature":
+        if not (folder / "teacher").exists():
+            MIMModel(tiny_config(image_size=32)).save_pretrained(folder / "teacher")
+        options = {**options, "teacher": str(folder / "teacher"), "match": "interpolate", "input_size": 32}
+    if name == "discrete_token":
+        save_file({"codes": torch.rand(5, 27)}, folder / "codebook.safetensors")
+        options = {**options, "codebook": str(folder / "codebook.safetensors")}
+    return options

@@ -61,7 +61,9 @@ def test_averaged_spectra_do_not_see_errors_that_cancel():
 def test_focal_l1_against_its_formula():
     predicted, wanted = torch.randn(50), torch.randn(50)
     e = (predicted - wanted).abs().double()
-    torch.testing.assert_close(focal_l1(predicted, wanted).double(), e * (2 / (1 + (-0.2 * e).exp()) - 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        focal_l1(predicted, wanted).double(), e * (2 / (1 + (-0.2 * e).exp()) - 1), rtol=1e-5, atol=1e-6
+    )
     assert focal_l1(torch.tensor(0.5), torch.tensor(0.0)).item() == pytest.approx(0.0249, abs=1e-3)
 
 

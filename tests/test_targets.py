@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import RESNET, random_masks, tiny_config
+from helpers import RESNET, random_masks, target_options, tiny_config
 
 from hf_mim import MIMForPreTraining
 from hf_mim.modeling.encoder_base import patchify, unpatchify
@@ -28,6 +28,13 @@ def target_of(name: str = "pixel", channels: int = 3, size=SIZE, patch=PATCH, **
     return TARGETS[name](config, make_encoder(config), **options)
 
 
+def any_target(name: str, folder):
+    """Any entry of TARGETS, ready to use, on patches of 8 x 8: those that cut patches into cells need some room."""
+    target = target_of(name, size=(32, 24), patch=(8, 8), **target_options(name, folder))
+    target.bind(make_encoder(tiny_config(image_size=[32, 24], encoder_config={"patch_size": 8})))
+    return target
+
+
 def hide(pixel_values: torch.Tensor, mask: torch.Tensor, grid=GRID) -> torch.Tensor:
     """The images with noise in their hidden patches."""
     height, width = pixel_values.shape[2:]
@@ -39,10 +46,9 @@ def hide(pixel_values: torch.Tensor, mask: torch.Tensor, grid=GRID) -> torch.Ten
 
 
 @EVERY
-def test_shapes_and_gradients(name):
+def test_shapes_and_gradients(name, tmp_path):
     torch.manual_seed(0)
-    # A patch of 8 x 8: targets that cut patches into cells need some room.
-    target = target_of(name, size=(32, 24), patch=(8, 8))
+    target = any_target(name, tmp_path)
     pixel_values = torch.randn(2, 3, 32, 24, requires_grad=True)
     values = target.values(pixel_values, (4, 3))
     assert target.scope in ("hidden", "all")
@@ -61,9 +67,9 @@ def test_shapes_and_gradients(name):
 
 
 @EVERY
-def test_values_live_on_the_grid_at_every_resolution(name):
+def test_values_live_on_the_grid_at_every_resolution(name, tmp_path):
     torch.manual_seed(0)
-    target = target_of(name, size=(32, 24), patch=(8, 8))
+    target = any_target(name, tmp_path)
     for grid in ((4, 3), (2, 5), (3, 3)):
         pixel_values = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
         values = target.values(pixel_values, grid)["patches"]
@@ -73,9 +79,9 @@ def test_values_live_on_the_grid_at_every_resolution(name):
 
 
 @EVERY
-def test_pictures_use_nothing_of_hidden_pixels(name):
+def test_pictures_use_nothing_of_hidden_pixels(name, tmp_path):
     torch.manual_seed(0)
-    target = target_of(name, size=(32, 24), patch=(8, 8))
+    target = any_target(name, tmp_path)
     pixel_values, mask = torch.randn(2, 3, 32, 24), random_masks(2, 12, 8)
     predicted = torch.randn(2, 12, target.outputs["patches"])
     picture = target.to_image(predicted, pixel_values, (4, 3), mask)

@@ -1,0 +1,94 @@
+"""Codes of features as targets: the nearest entry of a codebook, predicted by cross-entropy (BEiT, 2106.08254)."""
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .encoder_base import Encoder, Grid
+from .target_base import Target, hidden_values, mean_over_hidden
+from .target_morphing import wrap_features
+
+
+class DiscreteTokenTarget(Target):
+    """The index of the codebook entry nearest to a token's features.
+
+    Options:
+        features: the target whose values are coded: {"name": ..., and its options}.
+        codebook: a safetensors file with `codes` (number, dim), as `hf-mim codebook` writes it.
+        num_codes: how many there are; filled in with the first model that is built.
+    """
+
+    token_features = False
+    image_note = "Each code has a colour of its own; tokens of one colour have one code."
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        *,
+        features: dict | None = None,
+        codebook: str | None = None,
+        num_codes: int | None = None,
+    ):
+        super().__init__()
+        self.wrapped = wrap_features("discrete_token", config, encoder, features)
+        self.codebook_file, self.features, self.codes = codebook, dict(features), None
+        if num_codes is None:
+            num_codes = len(self.load_codes())
+        self.num_codes = num_codes
+        self.outputs = {"patches": num_codes}
+
+    def options_to_save(self) -> dict:
+        return {"num_codes": self.num_codes, "features": {**self.features, **self.wrapped.options_to_save()}}
+
+    def load_codes(self) -> Tensor:
+        """The codebook (number, dim), read once.
+
+        Raises:
+            ValueError: there is none, or it is of another dimension than the features.
+        """
+        if self.codes is None:
+            if self.codebook_file is None:
+                raise ValueError("target 'discrete_token' needs target_config.codebook; make one with hf-mim codebook")
+            try:
+                codes = load_file(self.codebook_file)["codes"].float()
+            except (OSError, KeyError) as error:
+                raise ValueError(f"{self.codebook_file} is no codebook: {error}") from error
+            dim = self.wrapped.outputs["patches"]
+            if codes.ndim != 2 or codes.shape[1] != dim:
+                raise ValueError(
+                    f"the codebook {self.codebook_file} has codes of shape {tuple(codes.shape)}, the features have "
+                    f"{dim} channels; fit one on the same features with hf-mim codebook"
+                )
+            self.codes = codes  # a plain attribute: no part of the published weights
+        return self.codes
+
+    @torch.no_grad()
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """-> {"patches": (batch, tokens, 1)}, integers."""
+        features = self.wrapped.values(pixel_values, grid)["patches"].float()
+        codes = self.load_codes().to(features.device)
+        # |f - c|^2 = |f|^2 - 2 f.c + |c|^2, the first of which is the same for every code
+        distance = codes.square().sum(1) - 2 * features @ codes.T
+        return {"patches": distance.argmin(dim=-1, keepdim=True)}
+
+    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
+        logits = predictions["patches"].float()
+        wanted, weight = hidden_values(values["patches"], bool_masked_pos, logits.shape[1])
+        losses = F.cross_entropy(logits.transpose(1, 2), wanted[..., 0], reduction="none")
+        return mean_over_hidden(losses, None if weight is None else bool_masked_pos.float())
+
+    def usage(self, values: Tensor) -> tuple[float, int]:
+        """Of codes (batch, tokens, 1): the perplexity of their distribution, and how many are never used."""
+        share = torch.bincount(values.flatten(), minlength=self.num_codes).float()
+        share = share / share.sum()
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        return entropy.exp().item(), int((share == 0).sum())
+
+    def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
+        """Codes (batch, tokens, 1), or logits (batch, tokens, codes), whose largest is shown."""
+        index = values[..., 0].long() if values.shape[-1] == 1 else values.argmax(dim=-1)
+        palette = torch.rand(self.num_codes, 3, generator=torch.Generator().manual_seed(0)).to(values.device)
+        colours = palette[index].transpose(1, 2).unflatten(2, grid)
+        return F.interpolate(colours, size=tuple(pixel_values.shape[2:]))

@@ -1,0 +1,117 @@
+"""The student's own moving average as teacher (data2vec 2.0, 2212.07525)."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .encoder_base import Encoder, Grid, choose
+from .layers import MLP
+from .target_teacher import FEATURE_DISTANCES, FeatureTarget, normalise_features
+
+
+class MovingAverageTarget(FeatureTarget):
+    """The mean over the last blocks of a moving average of the student, on the unmasked image; each block's MLP outputs
+    normalised per channel over the tokens, their mean normalised per token.
+
+    Options:
+        top_k_blocks: how many of the last blocks (fewer where there are fewer).
+        decay, end_decay, decay_steps: the average keeps `decay` of itself per optimizer step, moving linearly to
+            `end_decay` over `decay_steps` steps. data2vec's 0.9998, 0.99999 and 100,000 are for long runs; short ones
+            need less.
+        loss: mse, l1, smooth_l1 (beta 2) or cosine.
+        global_weight: of the squared error between a prediction from the class token and the mean target (0.01 in
+            data2vec 2.0).
+    """
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        *,
+        top_k_blocks: int = 10,
+        decay: float = 0.9998,
+        end_decay: float = 0.99999,
+        decay_steps: int = 100_000,
+        loss: str = "mse",
+        global_weight: float = 0.0,
+    ):
+        super().__init__()
+        self.blocks = [module for module in encoder.modules() if isinstance(module, MLP)]
+        if not self.blocks:
+            raise ValueError("target 'moving_average' reads the blocks of encoder 'vit'; choose that encoder")
+        for name, value in (("decay", decay), ("end_decay", end_decay)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        self.top_k_blocks = min(top_k_blocks, len(self.blocks))
+        self.blocks = None
+        self.decay, self.end_decay, self.decay_steps = decay, end_decay, decay_steps
+        self.distance = FEATURE_DISTANCES[choose("loss of target 'moving_average'", loss, FEATURE_DISTANCES)]
+        self.global_weight = global_weight
+        self.block_dims = [encoder.hidden_size]
+        self.outputs = {"patches": encoder.hidden_size} | ({"global": encoder.hidden_size} if global_weight else {})
+        self.average = Hidden()
+
+    def global_loss(self, predictions, values):
+        if not self.global_weight:
+            return 0.0
+        error = predictions["global"].float() - values["global"].float()
+        return self.global_weight * error.square().mean()
+
+    def bind(self, encoder: Encoder) -> None:
+        """Starts from the student's present weights, at the first call."""
+        self.average.student = encoder
+        if self.average.teacher is None:
+            self.average.teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
+            if self.average.waiting:
+                self.load_moving_state(self.average.waiting)
+
+    def decay_at(self, step: int) -> float:
+        share = min(1.0, step / max(1, self.decay_steps))
+        return self.decay + (self.end_decay - self.decay) * share
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """teacher = decay * teacher + (1 - decay) * student, parameter by parameter; buffers are copied."""
+        teacher, student = self.average.teacher, self.average.student
+        if teacher is None:
+            return
+        own = dict(student.named_parameters())
+        pairs = [(kept, own[name].to(kept)) for name, kept in teacher.named_parameters()]
+        torch._foreach_lerp_([kept for kept, _ in pairs], [new for _, new in pairs], 1 - self.decay_at(step))
+        for kept, new in zip(teacher.buffers(), student.buffers()):
+            kept.copy_(new)
+
+    def moving_state(self) -> dict[str, Tensor]:
+        return {} if self.average.teacher is None else self.average.teacher.state_dict()
+
+    def load_moving_state(self, state: dict[str, Tensor]) -> None:
+        if self.average.teacher is None:
+            self.average.waiting = state  # until the student is bound
+        else:
+            self.average.teacher.load_state_dict(state)
+            self.average.waiting = None
+
+    @torch.no_grad()
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        teacher, outputs = self.average.teacher, []
+        if teacher is None:
+            raise ValueError("target 'moving_average' follows a student: call bind(encoder) first")
+        blocks = [module for module in teacher.modules() if isinstance(module, MLP)][-self.top_k_blocks :]
+        hooks = [block.register_forward_hook(lambda m, i, out: outputs.append(out)) for block in blocks]
+        try:
+            teacher(pixel_values.to(next(teacher.parameters()).dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        prefix = teacher.num_prefix_tokens
+        mean = sum(normalise_features(out[:, prefix:].float(), "instance") for out in outputs) / len(outputs)
+        patches = F.layer_norm(mean, mean.shape[-1:])
+        return {"patches": patches} | ({"global": patches.mean(dim=1)} if self.global_weight else {})
+
+
+class Hidden:
+    """Keeps modules out of the module tree: they are neither trained nor saved with the model."""
+
+    student = teacher = waiting = None

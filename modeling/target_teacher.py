@@ -1,0 +1,123 @@
+"""The features of a frozen teacher as targets: feature distillation (MaskDistill) and Img2Vec (2304.12535)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .encoder_base import Encoder, Grid, choose
+from .target_base import DISTANCES, Target, feature_colours, hidden_values, mean_over_hidden
+from .teachers import Teacher
+
+
+NORMS = ("layer", "instance", "none")
+
+
+def normalise_features(features: Tensor, norm: str) -> Tensor:
+    """(batch, tokens, dim) -> mean 0 and variance 1 over the channels of each token (`layer`), over the tokens of each
+    channel (`instance`), or as they are (`none`)."""
+    if norm == "layer":
+        return F.layer_norm(features, features.shape[-1:])
+    if norm == "instance":
+        return F.instance_norm(features.transpose(1, 2)).transpose(1, 2)
+    return features
+
+
+def cosine_distance(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """1 - cosine over the last axis, which stays with length 1."""
+    return 1 - F.cosine_similarity(predicted, wanted, dim=-1)[..., None]
+
+
+class FeatureTarget(Target):
+    """What targets made of token features share: their losses, split by block, and their picture.
+
+    `block_dims` says how the channels of "patches" are divided among blocks; each block counts the same.
+    """
+
+    block_dims: list[int]
+    global_weight: float = 0.0
+    image_note = "Features are shown by their first three principal components, as red, green and blue."
+
+    def token_losses(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """(batch, K, dim) each -> the loss of each token (batch, K): the mean over blocks of the mean over channels."""
+        pairs = zip(predicted.split(self.block_dims, dim=-1), wanted.split(self.block_dims, dim=-1))
+        return torch.stack([self.distance(*blocks).mean(dim=-1) for blocks in pairs]).mean(dim=0)
+
+    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
+        predicted = predictions["patches"].float()
+        wanted, weight = hidden_values(values["patches"].float(), bool_masked_pos, predicted.shape[1])
+        loss = mean_over_hidden(self.token_losses(predicted, wanted), weight)
+        return loss + self.global_loss(predictions, values)
+
+    def global_loss(self, predictions, values) -> Tensor | float:
+        if not self.global_weight:
+            return 0.0
+        return self.global_weight * cosine_distance(predictions["global"].float(), values["global"].float()).mean()
+
+    def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
+        return feature_colours(values.float(), grid, tuple(pixel_values.shape[2:]))
+
+
+FEATURE_DISTANCES = {**DISTANCES, "cosine": cosine_distance}
+
+
+class TeacherFeatureTarget(FeatureTarget):
+    """The token features of a frozen teacher on the unmasked image.
+
+    Options:
+        teacher: Hub id or local folder of a vision model of transformers (timm's through it) or of this project.
+        layers: its stages by index or name; several are predicted side by side, or averaged with combine `mean`.
+        match: input, stage, dilate or interpolate: how its grid meets the student's; see `Teacher`.
+        input_size: of the teacher, for the last three; None: the student's.
+        norm: layer (per token), instance (per channel over tokens) or none.
+        combine: concat or mean, for several layers.
+        loss: mse, l1, smooth_l1 (beta 2) or cosine.
+        global_weight: of 1 - cosine between a prediction from the class token (else the mean visible token) and the
+            teacher's mean token.
+        feature_dims: the channels of each layer; filled in with the first model that is built, so that later ones are
+            built without the teacher.
+
+    For Img2Vec only the abstract is known here: layers, norm, loss, combine and global_weight are unverified there.
+    """
+
+    def __init__(
+        self,
+        config,
+        encoder: Encoder,
+        *,
+        teacher: str | None = None,
+        layers: list[int | str] = (-1,),
+        match: str = "input",
+        input_size: int | list[int] | None = None,
+        norm: str = "layer",
+        combine: str = "concat",
+        loss: str = "smooth_l1",
+        global_weight: float = 0.0,
+        feature_dims: list[int] | None = None,
+    ):
+        super().__init__()
+        if teacher is None:
+            raise ValueError("target 'teacher_feature' needs target_config.teacher, a Hub id or a local folder")
+        self.norm, self.global_weight = choose("norm of the teacher's features", norm, NORMS), global_weight
+        self.combine = choose("combine of the teacher's layers", combine, ("concat", "mean"))
+        self.distance = FEATURE_DISTANCES[choose("loss of target 'teacher_feature'", loss, FEATURE_DISTANCES)]
+        self.teacher = Teacher(teacher, list(layers), match, input_size, config.image_mean, config.image_std)
+        self.feature_dims = list(feature_dims or self.teacher.feature_dims())
+        if combine == "mean" and len(set(self.feature_dims)) > 1:
+            raise ValueError(f"combine 'mean' needs layers of one width, these have {self.feature_dims}")
+        self.block_dims = self.feature_dims[:1] if combine == "mean" else self.feature_dims
+        self.outputs = {"patches": sum(self.block_dims)}
+        if global_weight:
+            self.outputs["global"] = self.feature_dims[-1]
+
+    def options_to_save(self) -> dict:
+        return {"feature_dims": self.feature_dims}
+
+    @torch.no_grad()
+    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        maps = [stage.flatten(2).transpose(1, 2) for stage in self.teacher.maps(pixel_values, grid)]
+        blocks = [normalise_features(tokens, self.norm) for tokens in maps]
+        patches = torch.stack(blocks).mean(dim=0) if self.combine == "mean" else torch.cat(blocks, dim=-1)
+        values = {"patches": patches}
+        if self.global_weight:
+            values["global"] = maps[-1].mean(dim=1)
+        return values
