@@ -56,13 +56,13 @@ def options_of(entry) -> dict[str, object]:
 
 
 def is_of(value, annotation) -> bool:
-    """Whether a value is of an annotated type. As JSON and YAML have it, a list passes for a tuple and an int for a
-    float; annotations that are no types pass everything."""
+    """Whether a value is of an annotated type. A list passes for a tuple and the reverse, an int for a float;
+    annotations that are no types pass everything."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     for kind in (get_origin(kind) or kind for kind in kinds):
         if not isinstance(kind, type) or kind is inspect.Parameter.empty:
             return True
-        accepted = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+        accepted = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)
         if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
             return True
     return False

@@ -10,6 +10,7 @@ from .configuration_mim import unknown
 
 Grid = tuple[int, int]
 PIXEL_FILLS = ("none", "mean", "zero")
+NO_MASK_TOKEN = "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from .configuration_mim import pair
 from .encoder_base import (
+    NO_MASK_TOKEN,
     PIXEL_FILLS,
     Encoder,
     EncoderOutput,
@@ -201,9 +202,7 @@ class ViTEncoder(Encoder):
         if mask is None or self.drops_tokens:
             return tokens
         if self.mask_token is None:
-            raise ValueError(
-                "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
-            )
+            raise ValueError(NO_MASK_TOKEN)
         hidden = F.pad(mask, (prefix, 0))[..., None]
         token = self.mask_token.to(tokens.dtype)
         return torch.where(hidden, tokens + token if self.mask_style == "add" else token, tokens)
@@ -218,10 +217,10 @@ class ViTEncoder(Encoder):
             )
             return expected
         counts = mask.sum(1).tolist()
-        if len(set(counts)) > 1 or counts[0] == mask.shape[1]:
+        if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
             raise ValueError(
-                f"mask_style 'drop' needs the same number of hidden tokens in every image and a visible one, "
-                f"got {sorted(set(counts))} hidden of {mask.shape[1]}; mask_style 'token' takes any mask"
+                f"mask_style 'drop' needs the same number of hidden tokens in every image, and a hidden and a visible "
+                f"one, got {sorted(set(counts))} hidden of {mask.shape[1]}; mask_style 'token' takes any mask"
             )
         return counts[0]
 
