@@ -195,9 +195,79 @@ class ConvDecoder(Decoder):
         return self.head(tokens)
 
 
+class UNetDecoder(Decoder):
+    """From the coarsest to the finest map of a ConvNet, each with a learned token in its hidden positions (SparK,
+    2301.03580, section 3.2): upsample, convolve, add the next map.
+
+    Where the target is an image (its values fill the cells pixel by pixel), every position of the finest map predicts
+    its own pixels; otherwise the finest map is averaged over each cell.
+
+    Options:
+        hidden_size: width at the coarsest map; halved at each finer one, but not below 16.
+    """
+
+    def __init__(self, config, encoder: Encoder, out_dim: int, *, hidden_size: int = 512):
+        super().__init__(config, encoder)
+        if not hasattr(encoder, "strides"):
+            raise ValueError("decoder 'unet' needs the feature maps of encoder 'convnet'")
+        widths, strides = encoder.num_features[:0:-1], encoder.strides[:0:-1]
+        hidden = [max(16, hidden_size // 2**i) for i in range(len(widths))]
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
+        self.tokens = nn.ParameterList(torch.zeros(width) for width in widths)
+        self.inputs = nn.ModuleList(nn.Conv2d(width, size, 1) for width, size in zip(widths, hidden))
+        self.blocks = nn.ModuleList(_up_block(*pair_of_widths) for pair_of_widths in zip(hidden, hidden[1:]))
+        height, width = pair(config.image_size)
+        cell = (height // self.base_grid[0], width // self.base_grid[1])
+        if min(cell) < strides[-1]:
+            raise ValueError(f"decoder 'unet' needs mask cells of {strides[-1]} pixels or more, not {min(cell)}")
+        self.inside = tuple(length // strides[-1] for length in cell)  # positions of the finest map in a cell
+        self.by_pixel = out_dim == cell[0] * cell[1] * config.num_channels
+        self.channels = config.num_channels
+        self.stride = strides[-1]
+        self.head = nn.Linear(hidden[-1], self.channels * self.stride**2 if self.by_pixel else out_dim)
+
+    def init_parameters(self):
+        for token in self.tokens:
+            init.trunc_normal_(token, std=self.std)
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        image = None
+        for i, features in enumerate(encoded.feature_maps[:0:-1]):
+            entering = self.inputs[i](self._densify(features, bool_masked_pos, grid, i))
+            if image is not None:
+                entering = entering + self.blocks[i - 1](F.interpolate(image, size=entering.shape[2:]))
+            image = entering
+        batch, channels, height, width = image.shape
+        (down, right), side = self.inside, self.stride
+        cells = image.view(batch, channels, grid[0], down, grid[1], right).permute(0, 2, 4, 3, 5, 1)
+        if not self.by_pixel:
+            return self.head(cells.mean(dim=(3, 4))).flatten(1, 2)
+        pixels = self.head(cells).unflatten(-1, (side, side, self.channels))  # a square of pixels per position
+        return pixels.transpose(4, 5).reshape(batch, grid[0] * grid[1], -1)
+
+    def _densify(self, features: Tensor, mask: Tensor, grid: Grid, i: int) -> Tensor:
+        normed = self.norms[i](features.permute(0, 2, 3, 1))
+        hidden = mask.view(-1, 1, *grid).float()
+        if features.shape[2] < grid[0]:  # a position of a coarse map is hidden where all its cells are
+            hidden = -F.adaptive_max_pool2d(-hidden, features.shape[2:])
+        hidden = F.interpolate(hidden, size=features.shape[2:]).bool().permute(0, 2, 3, 1)
+        return torch.where(hidden, self.tokens[i].to(normed.dtype), normed).permute(0, 3, 1, 2)
+
+
+def _up_block(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU6(inplace=True),
+        nn.Conv2d(width, out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+    )
+
+
 DECODERS = {
     "linear": LinearDecoder,
     "transformer": TransformerDecoder,
     "cross_attention": CrossAttentionDecoder,
     "conv": ConvDecoder,
+    "unet": UNetDecoder,
 }

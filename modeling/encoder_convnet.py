@@ -7,6 +7,7 @@ from transformers import initialization as init
 from .configuration_mim import pair, unknown
 from .encoder_base import NO_MASK_TOKEN, PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
 from .encoder_native import native_config, native_model
+from .sparse import SparseMask, make_sparse
 
 
 try:
@@ -23,8 +24,10 @@ class ConvNetEncoder(Encoder):
     Options:
         model_type: resnet, convnext, convnextv2 (transformers' models; further options are their configs' fields), or
             timm with `model_name` (further options go to `timm.create_model`, `output_stride` among them).
-        mask_style: what hidden cells become: `token` the learned token, `add` their own features plus the token.
-        mask_stage: the stage, counted from 0, before which the token acts; its input is the mask grid.
+        mask_style: what hidden cells become: `token` the learned token, `add` their own features plus the token;
+            `sparse` computes on visible positions only (SparK).
+        mask_stage: the stage, counted from 0, before which the token acts; its input is the mask grid. With `sparse`
+            the mask grid is that of the last stage.
         mask_scale_init_value: with `add`, hidden cells keep their features times a learned factor per channel that
             starts here (1e-6 in the released A2MIM configs for ConvNets); None keeps them as they are.
         pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
@@ -43,7 +46,7 @@ class ConvNetEncoder(Encoder):
         **options,
     ):
         super().__init__()
-        self.mask_style = choose("mask_style", mask_style, ("add", "token"))
+        self.mask_style = choose("mask_style", mask_style, ("add", "token", "sparse"))
         self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
         self.std = config.initializer_range
         build = timm_stages if choose("model_type", model_type, MODEL_TYPES) == "timm" else native_stages
@@ -59,7 +62,11 @@ class ConvNetEncoder(Encoder):
         self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
         self.token_grid(*pair(config.image_size))
         width = self.num_features[mask_stage]
-        self.mask_token = nn.Parameter(torch.zeros(width)) if use_mask_token else None
+        self.sparse_mask = SparseMask()
+        if mask_style == "sparse":
+            make_sparse(self.network, self.sparse_mask)
+        has_token = use_mask_token and mask_style != "sparse"
+        self.mask_token = nn.Parameter(torch.zeros(width)) if has_token else None
         scaled = use_mask_token and mask_style == "add" and mask_scale_init_value is not None
         self.initial_scale = mask_scale_init_value
         self.mask_scale = nn.Parameter(torch.full((width,), float(mask_scale_init_value))) if scaled else None
@@ -74,7 +81,7 @@ class ConvNetEncoder(Encoder):
         return nn.Identity() if self.norm_eps is None else nn.LayerNorm(self.hidden_size, eps=self.norm_eps)
 
     def mask_grid(self, height: int, width: int) -> Grid:
-        stride = self.strides[self.mask_stage]
+        stride = self.strides[-1 if self.mask_style == "sparse" else self.mask_stage]
         self.token_grid(height, width)
         return cells((height, width), (stride, stride), "stride at the masked stage")
 
@@ -92,19 +99,30 @@ class ConvNetEncoder(Encoder):
             raise ValueError("a ConvNet has no attentions to return")
         if bool_masked_pos is not None:
             grid = self.mask_grid(*pixel_values.shape[2:])
-            pixel_values = fill_hidden_pixels(pixel_values, bool_masked_pos, grid, self.pixel_fill)
-        stem, stages = split_network(self.network)
-        maps = [stem(pixel_values)]
-        for i, stage in enumerate(stages):
-            entering = maps[-1]
-            if i == self.mask_stage and bool_masked_pos is not None:
-                entering = self._hide(entering, bool_masked_pos)
-            maps.append(stage(entering))
+            if self.mask_style == "sparse":
+                self.sparse_mask.visible = ~bool_masked_pos.view(-1, 1, *grid)
+            else:
+                pixel_values = fill_hidden_pixels(pixel_values, bool_masked_pos, grid, self.pixel_fill)
+        try:
+            maps = self._run(pixel_values, bool_masked_pos)
+        finally:
+            self.sparse_mask.visible = None
         return EncoderOutput(
             tokens=maps[-1].flatten(2).transpose(1, 2),
             feature_maps=tuple(maps),
             hidden_states=tuple(maps) if output_hidden_states else None,
         )
+
+    def _run(self, pixel_values: Tensor, bool_masked_pos: Tensor | None) -> list[Tensor]:
+        """-> the maps of the stem and of every stage."""
+        stem, stages = split_network(self.network)
+        maps = [stem(pixel_values)]
+        for i, stage in enumerate(stages):
+            entering = maps[-1]
+            if i == self.mask_stage and bool_masked_pos is not None and self.mask_style != "sparse":
+                entering = self._hide(entering, bool_masked_pos)
+            maps.append(stage(entering))
+        return maps
 
     def _hide(self, features: Tensor, mask: Tensor) -> Tensor:
         if self.mask_token is None:
