@@ -102,6 +102,21 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert cli.main(["pretrain", "maee"]) == 2
 
 
+def test_pretraining_starts_again_with_threads_that_sleep(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "maee"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "maee"])
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert cli.main() == 2
+    path, words, environment = started.pop()
+    assert path == words[0] == sys.executable and words[1:] == ["-X", "dev", "hf-mim", "pretrain", "maee"]
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert cli.main() == 2 and not started
+
+
 def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "hf_mim", "pretrain", "maee"]
     done = subprocess.run(command, cwd=tmp_path, env={**cli.os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
