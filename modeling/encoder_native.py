@@ -38,7 +38,8 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
             raise unknown(f"option of the transformers model {model_type!r}", option, own)
     if "image_size" in fields:
         height, width = pair(config.image_size)
-        options = {**options, "image_size": height if height == width else [height, width]}
+        square = height == width and isinstance(config_class().image_size, int)
+        options = {**options, "image_size": height if square else [height, width]}
     if "num_channels" in fields:
         options = {**options, "num_channels": config.num_channels}
     if "use_mask_token" in fields:
@@ -85,6 +86,14 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     return fields, network.state_dict()
 
 
+def grid_of(tokens: int, height: float, width: float) -> Grid:
+    """How many rows and columns the `tokens` equal cells of a picture make: of all factors the pair that is nearest to
+    the picture's shape. It is the right one whether cells at the border are cut off, as in ViT, or padded, as in Swin.
+    """
+    pairs = ((rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0)
+    return min(pairs, key=lambda grid: abs(math.log(grid[0] * width / (grid[1] * height))))
+
+
 class NativeEncoder(Encoder):
     """Wraps a transformers vision model.
 
@@ -109,7 +118,9 @@ class NativeEncoder(Encoder):
                 "pretrain with encoder 'vit' or 'convnet'"
             )
         self.has_mask_token = use_mask_token
-        self.hidden_size = getattr(native, "hidden_size", None) or native.hidden_sizes[-1]
+        self.hidden_size = getattr(native, "hidden_size", None) or getattr(native, "hidden_sizes", [None])[-1]
+        if self.hidden_size is None:
+            raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
         names = {name.rsplit(".", 1)[-1]: p for name, p in self.network.named_parameters()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
         self.num_prefix_tokens = sum(prefixes)
@@ -138,12 +149,13 @@ class NativeEncoder(Encoder):
             self.final_norm.load_state_dict(final)
 
     def _stage_widths(self, depth: int) -> list[int]:
-        if hasattr(self.native, "hidden_sizes"):
-            return [self.native.hidden_sizes[0], *self.native.hidden_sizes]
         if hasattr(self.native, "embed_dim") and hasattr(self.native, "depths"):
             # A Swin stage hands over the map that it has already merged, the last one excepted.
             widths = [self.native.embed_dim * 2**i for i in range(depth)]
             return [*widths, widths[-1]]
+        if hasattr(self.native, "hidden_sizes"):
+            widths = list(self.native.hidden_sizes)
+            return [getattr(self.native, "embedding_size", widths[0]), *widths]
         return [self.hidden_size] * (depth + 1)
 
     def mask_grid(self, height: int, width: int) -> Grid:
@@ -190,11 +202,17 @@ class NativeEncoder(Encoder):
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """As of `ViTEncoder`, after the final norm where it has the width of every stage."""
         maps, one_width = [], len(set(self.num_features)) == 1
+        down, right = pair(getattr(self.native, "patch_size", 1))
         for state in encoded.hidden_states:
             state = self.final_norm(state) if one_width else state
             if state.ndim == 3:
                 state = state[:, self.num_prefix_tokens :]
-                rows = round(math.sqrt(state.shape[1] * height / width))
-                state = tokens_to_map(state, (rows, state.shape[1] // rows))
+                state = tokens_to_map(state, grid_of(state.shape[1], height / down, width / right))
             maps.append(state)
+        widths = [stage.shape[1] for stage in maps]
+        if widths != self.num_features:
+            raise ValueError(
+                f"the transformers model {self.native.model_type!r} cannot be a backbone here: its stages were "
+                f"expected to have {self.num_features} channels and have {widths}"
+            )
         return tuple(maps)

@@ -1,0 +1,231 @@
+"""MIMBackbone: the feature maps of every kind of encoder, their choice, and a detector's or segmenter's use of them."""
+
+import pytest
+import torch
+from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, perturb, tiny_config
+from transformers import AutoBackbone, UperNetConfig, UperNetForSemanticSegmentation
+
+from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
+from hf_mim.modeling.encoder_native import grid_of
+
+
+def timm(name: str, **options) -> dict:
+    return {"model_type": "timm", "model_name": name, **options}
+
+
+# Fields, picture, and the (channels, rows, cols) of every stage, worked out by hand.
+STAGES = {
+    "vit": ({"encoder_config": {"num_register_tokens": 2}}, (16, 24), [(16, 4, 6)] * 3),
+    "vit_without_prefix": (
+        {"encoder_config": {"use_cls_token": False, "patch_size": [8, 4]}},
+        (16, 24),
+        [(16, 2, 6)] * 3,
+    ),
+    "resnet": (
+        {"image_size": 64, "encoder": "convnet", "encoder_config": RESNET},
+        (64, 96),
+        [(8, 16, 24), (8, 16, 24), (12, 8, 12), (16, 4, 6), (20, 2, 3)],
+    ),
+    "convnext": (
+        {"image_size": 64, "encoder": "convnet", "encoder_config": CONVNEXT},
+        (96, 64),
+        [(8, 24, 16), (8, 24, 16), (12, 12, 8), (16, 6, 4), (20, 3, 2)],
+    ),
+    "timm_resnet18": (
+        {"image_size": 64, "encoder": "convnet", "encoder_config": timm("resnet18")},
+        (64, 64),
+        [(64, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)],
+    ),
+    "timm_output_stride": (
+        {"image_size": 64, "encoder": "convnet", "encoder_config": timm("resnet18", output_stride=16)},
+        (64, 64),
+        [(64, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 4, 4)],
+    ),
+    "timm_convnext": (
+        {"image_size": 64, "encoder": "convnet", "encoder_config": timm("convnext_atto")},
+        (64, 64),
+        [(40, 16, 16), (40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 2, 2)],
+    ),
+    "native_vit": ({"encoder": "native", "encoder_config": NATIVE_VIT}, (16, 24), [(16, 4, 6)] * 3),
+    "native_dinov2": ({"encoder": "native", "encoder_config": DINOV2}, (24, 16), [(16, 6, 4)] * 3),
+    "native_swin": (
+        {"encoder": "native", "encoder_config": SWIN},
+        (16, 24),
+        [(8, 4, 6), (16, 2, 3), (16, 2, 3)],  # a stage hands over its merged map
+    ),
+    "native_resnet": (
+        {
+            "image_size": 64,
+            "encoder": "native",
+            "encoder_config": {**RESNET, "embedding_size": 6},
+        },
+        (64, 64),
+        [(6, 16, 16), (8, 16, 16), (12, 8, 8), (16, 4, 4), (20, 2, 2)],
+    ),
+}
+EVERY = pytest.mark.parametrize("name", STAGES)
+
+
+def backbone(name: str, **changes) -> MIMBackbone:
+    torch.manual_seed(0)
+    return AutoBackbone.from_config(tiny_config(**STAGES[name][0], **changes)).eval()
+
+
+@EVERY
+def test_every_stage_has_its_channels_and_size(name):
+    _, size, stages = STAGES[name]
+    names = tiny_config(**STAGES[name][0]).stage_names
+    assert names == ["stem"] + [f"stage{i}" for i in range(1, len(stages))]
+    model = backbone(name, out_features=names)
+    assert type(model) is MIMBackbone
+    assert model.channels == [channels for channels, _, _ in stages]
+    maps = model(torch.randn(2, 3, *size)).feature_maps
+    assert [tuple(m.shape) for m in maps] == [(2, *stage) for stage in stages]
+
+
+@EVERY
+def test_stages_can_be_chosen(name):
+    _, size, stages = STAGES[name]
+    pixel_values = torch.randn(1, 3, *size)
+    every = backbone(name, out_indices=list(range(len(stages))))(pixel_values).feature_maps
+    last = backbone(name)
+    assert last.out_features == [f"stage{len(stages) - 1}"]
+    assert torch.equal(last(pixel_values).feature_maps[0], every[-1])
+    two = backbone(name, out_features=["stem", "stage1"])
+    assert two.config.out_indices == [0, 1] and two.channels == [stages[0][0], stages[1][0]]
+    assert all(torch.equal(a, b) for a, b in zip(two(pixel_values).feature_maps, every[:2], strict=True))
+    by_index = backbone(name, out_indices=[1, -1])
+    assert by_index.channels == [stages[1][0], stages[-1][0]]
+    chosen = by_index(pixel_values, return_dict=False)[0]
+    assert torch.equal(chosen[0], every[1]) and torch.equal(chosen[1], every[-1])
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match=r"\['stem', 'stage1', 'stage2'\].*stage9"):
+        tiny_config(out_features=["stage9"])
+
+
+def test_maps_are_the_patch_tokens_after_the_final_norm():
+    model = perturb(backbone("vit", out_features=["stem", "stage1", "stage2"]))
+    pixel_values = torch.randn(2, 3, 16, 24)
+    maps = model(pixel_values).feature_maps
+    out = model.mim(pixel_values, output_hidden_states=True)
+    norm = model.mim.encoder.final_norm
+    for stage, state in zip(maps, out.hidden_states):
+        centred = state[:, 3:] - state[:, 3:].mean(-1, keepdim=True)
+        tokens = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+        for row in range(4):
+            for col in range(6):
+                assert torch.allclose(stage[:, :, row, col], tokens[:, row * 6 + col], atol=1e-5)
+    assert torch.allclose(maps[-1].flatten(2).transpose(1, 2), out.last_hidden_state[:, 3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["native_vit", "native_dinov2"])
+def test_last_native_map_is_its_last_hidden_state(name):
+    model = backbone(name)
+    _, size, (*_, (_, rows, cols)) = STAGES[name]
+    pixel_values = torch.randn(1, 3, *size)
+    wanted = model.mim(pixel_values).last_hidden_state[:, 1:]
+    got = model(pixel_values).feature_maps[0]
+    assert got.shape[2:] == (rows, cols)
+    assert torch.allclose(got.flatten(2).transpose(1, 2), wanted, atol=1e-6)
+
+
+def test_a_native_model_with_other_stages_is_refused():
+    options = {"model_type": "segformer", "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "depths": [1] * 4}
+    model = MIMBackbone(tiny_config(image_size=64, encoder="native", encoder_config=options)).eval()
+    with pytest.raises(
+        ValueError, match=r"'segformer' cannot be a backbone .* \[8, 8, 8, 8, 8\] channels and have \[8"
+    ):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_hidden_states_and_attentions_on_request():
+    model, pixel_values = backbone("vit"), torch.randn(1, 3, 16, 16)
+    out = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3 and out.attentions[0].shape == (1, 2, 19, 19)
+    assert model(pixel_values).hidden_states is None
+
+
+# --- pictures of any size ----------------------------------------------------------------------------------------
+
+
+def test_the_grid_of_any_picture():
+    """Cut off at the border (ViT), or padded and merged again and again (Swin)."""
+    for height in range(16, 120, 3):
+        for width in range(16, 120, 7):
+            rows, cols = height // 4, width // 4
+            assert grid_of(rows * cols, height, width) == (rows, cols)
+            rows, cols = -(-height // 4), -(-width // 4)
+            while min(rows, cols) > 1:
+                assert grid_of(rows * cols, height, width) == (rows, cols)
+                rows, cols = -(-rows // 2), -(-cols // 2)
+
+
+@pytest.mark.parametrize("size", [(20, 17), (41, 19), (32, 22), (17, 40)])
+def test_native_backbones_take_any_picture(size):
+    pixel_values = torch.randn(1, 3, *size)
+    vit, swin = (backbone(name)(pixel_values).feature_maps[0] for name in ("native_vit", "native_swin"))
+    assert vit.shape[1:] == (16, size[0] // 4, size[1] // 4)
+    assert swin.shape[1:] == (16, -(-size[0] // 8), -(-size[1] // 8))
+
+
+def test_convnets_take_any_picture():
+    maps = backbone("resnet", out_features=["stem", "stage4"])(torch.randn(1, 3, 70, 101)).feature_maps
+    assert [tuple(m.shape[1:]) for m in maps] == [(8, 18, 26), (20, 3, 4)]
+
+
+# --- checkpoints and users ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_class", [MIMForPreTraining, MIMModel, MIMForImageClassification])
+@pytest.mark.parametrize("name", ["vit", "resnet", "native_swin"])
+def test_it_loads_from_any_checkpoint(name, model_class, tmp_path):
+    fields, size, stages = STAGES[name]
+    torch.manual_seed(0)
+    decoder = {"decoder": "linear", "decoder_config": {}} if name != "vit" else {}
+    model = perturb(model_class(tiny_config(**fields, **decoder)), 0.05).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = MIMBackbone.from_pretrained(tmp_path, out_features=["stem", "stage2"], output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+    assert loaded.channels == [stages[0][0], stages[2][0]]
+    encoder = model.encoder if model_class is MIMModel else model.mim.encoder
+    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in loaded.mim.encoder.state_dict().items())
+    assert not any("mask_" in key for key in loaded.state_dict())
+    loaded(torch.randn(1, 3, *size))
+    loaded.save_pretrained(tmp_path / "again")
+    again = MIMBackbone.from_pretrained(tmp_path / "again")
+    pixel_values = torch.randn(1, 3, *size)
+    assert again.out_features == ["stem", "stage2"]
+    for a, b in zip(again(pixel_values).feature_maps, loaded(pixel_values).feature_maps, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_resnet18", "native_swin"])
+def test_inside_upernet(name, tmp_path):
+    torch.manual_seed(0)
+    fields, size, stages = STAGES[name]
+    config = UperNetConfig(
+        backbone_config=tiny_config(**fields, out_features=["stem", "stage1", "stage2"]),
+        hidden_size=8,
+        pool_scales=[1, 2],
+        use_auxiliary_head=False,
+        num_labels=3,
+    )
+    model = UperNetForSemanticSegmentation(config)
+    assert type(model.backbone) is MIMBackbone
+    assert model.decode_head.in_channels == [channels for channels, _, _ in stages[:3]]
+    pixel_values, labels = torch.randn(2, 3, *size), torch.randint(3, (2, *size))
+    out = model(pixel_values, labels=labels)
+    assert out.logits.shape == (2, 3, *size)
+    out.loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.backbone.parameters())
+    model.eval().save_pretrained(tmp_path)
+    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    assert again.config.backbone_config.out_features == ["stem", "stage1", "stage2"]
+    with torch.no_grad():
+        pairs = zip(again.backbone(pixel_values).feature_maps, model.backbone(pixel_values).feature_maps, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        # UperNet's own convolutions round differently where the loaded weights lie elsewhere in memory: also with
+        # transformers' own backbones.
+        assert torch.allclose(again(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-8)
