@@ -75,7 +75,7 @@ def push(
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
     license: License = None,
 ):
-    """Publish a checkpoint on the Hub, with code, card, results and pictures. The token: `hf auth login`, or HF_TOKEN."""
+    """Publish a checkpoint on the Hub, with card, results and pictures. The token: `hf auth login` or HF_TOKEN."""
     from hf_mim.hub import push as run
 
     done = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license)

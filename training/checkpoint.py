@@ -18,11 +18,12 @@ def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
-        reason = "there is no config.json"
+        reason, cause = "there is no config.json", None
     except (OSError, ValueError) as error:
-        fields, reason = {}, str(error).strip().splitlines()[0]
+        fields, reason, cause = {}, str(error).strip().splitlines()[0], error
     if not fields:
-        raise ValueError(f"no checkpoint at {checkpoint}: {reason}")
+        # With its cause: the command explains what the Hub said from there.
+        raise ValueError(f"no checkpoint at {checkpoint}: {reason}") from cause
     if fields.get("model_type") != MIMConfig.model_type:
         found = fields.get("model_type", "no model that transformers knows")
         raise ValueError(f"{checkpoint} holds {found!r}, and only a checkpoint of model type 'mim' can be used here")
