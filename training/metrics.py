@@ -14,6 +14,14 @@ TRAIN_IMAGES, TEST_IMAGES = 10_000, 5_000
 RAW_SIDE = 32  # raw pixels are averaged down to this height and width: beyond, their linear probe costs gigabytes
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of the linear probe, as in scikit-learn; strong ones first
+# What the accuracies mean, in the words of metrics.json and the model card.
+PROTOCOL = {
+    "knn": f"k-NN: a vote of the {NEIGHBOURS} nearest training images by cosine, each weighing "
+    f"exp(cosine / {TEMPERATURE}).",
+    "linear": "Linear probe: logistic regression on standardised features, fitted to convergence by L-BFGS; its "
+    "penalty is the best of five on a held-out fifth of the training images.",
+    "raw_pixels": f"Raw pixels: the normalised images, averaged down to at most {RAW_SIDE} pixels a side.",
+}
 
 
 def subset(dataset, most: int):

@@ -262,6 +262,7 @@ def evaluate(run: Run) -> dict:
         "train_images": len(train[1]),
         "test_images": len(test[1]),
         "test": run.splits.note,
+        "protocol": metrics.PROTOCOL,
         "seconds": round(time.perf_counter() - started, 1),
     }
     return results

@@ -4,10 +4,13 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
@@ -15,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 # What wrappers put before a parameter's name.
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
 LINES = 20  # how many progress lines a run prints where there is no terminal
 
 
@@ -91,6 +95,9 @@ class MIMTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(EpochCallback(self.train_dataset))
+        self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
+        if self.target is not None:
+            self.add_callback(TargetCallback(self.target))
         self.progress = None
         if console is not None and self.is_world_process_zero():
             self.progress = TrainingProgress(console)
@@ -102,6 +109,25 @@ class MIMTrainer(Trainer):
         finally:
             if self.progress is not None:
                 self.progress.close()
+
+    @property
+    def target(self):
+        """The target of a `MIMForPreTraining`, however it is wrapped; None for other models."""
+        return getattr(self.accelerator.unwrap_model(self.model), "target", None)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.target is not None:
+            step, batches = self.state.global_step, self.micro_step[1] + 1
+            self.micro_step = (step, batches if step == self.micro_step[0] else 0)
+            key = (self.args.seed, self.args.process_index, *self.micro_step)
+            inputs = {**inputs, "generator": torch.Generator().manual_seed(seed_of(key))}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / MOVING_STATE
+        if self.target is not None and path.is_file():
+            self.target.load_moving_state(load_file(path))
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_drops and self.lr_scheduler is None:
@@ -120,6 +146,27 @@ class MIMTrainer(Trainer):
             return super().get_decay_parameter_names(model)
         without = own.parameters_without_decay()
         return [name for name, _ in model.named_parameters() if WRAPPERS.sub("", name) not in without]
+
+
+def seed_of(key: tuple[int, ...]) -> int:
+    """One seed for several numbers, without overlap between neighbours."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class TargetCallback(TrainerCallback):
+    """Moves a target that follows the student after each optimizer step, and saves it in the checkpoints."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.target.update(state.global_step + 1)
+
+    def on_save(self, args, state, control, **kwargs):
+        moving = self.target.moving_state()
+        if moving and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
 
 
 class EpochCallback(TrainerCallback):
