@@ -28,11 +28,14 @@ Words = Annotated[
 @app.command()
 def pretrain(words: Words = None):
     """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
+    from hf_mim.hub import push_run
     from hf_mim.training.pretrain import pretrain as run
 
     words = list(words or [])
     named = bool(words) and "=" not in words[0]
-    run(words[0] if named else "quick", words[1:] if named else words)
+    done = push_run(run(words[0] if named else "quick", words[1:] if named else words))
+    if done is not None:
+        typer.echo(done.url)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -75,6 +76,17 @@ def push(
         validate(ModelCard.load(files["README.md"]))
         make_repository(api, owned, private, revision)
         return commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+
+
+def push_run(folder: Path) -> Published | None:
+    """After a pretraining run whose recipe says `push_to_hub`, what its Trainer did not send: card, results, pictures.
+
+    Raises: as of `push`.
+    """
+    training = read_recipe(folder).get("training", {})
+    if not training.get("push_to_hub") or not PartialState().is_main_process:
+        return None
+    return push(folder, training.get("hub_model_id") or folder.name, revision=training.get("hub_revision"))
 
 
 # ---- what to send ----------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class Run:
     model: MIMForPreTraining
     splits: Splits
     console: Console
+    paper: str = ""  # what the recipe's header says of it
 
     @property
     def config(self) -> MIMConfig:
@@ -93,7 +94,8 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     splits = load_splits(data, model.config, arguments.seed)
     check_length(splits.train, arguments)
     describe(console, model, splits, arguments, data)
-    return Run(recipe, arguments, folder, model, splits, console)
+    paper = recipes.read_header(recipes.find(name)).get("paper", "")
+    return Run(recipe, arguments, folder, model, splits, console, paper)
 
 
 def choose_folder(wanted: str | None, stem: str) -> Path:
@@ -191,9 +193,9 @@ def save(run: Run, trainer: MIMTrainer) -> None:
         return
     (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
     command = f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}"
-    recipes.save(
-        run.recipe, run.folder / "recipe.yaml", f"The resolved recipe of this run. To run it again:\n{command}"
-    )
+    comment = f"The resolved recipe of this run. To run it again:\n{command}"
+    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
+    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
     if any("loss" in entry for entry in trainer.state.log_history):
         pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
     if hasattr(run.splits.train, "__len__"):

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
+from hf_mim.training.pushing import PushMixin
+
 
 # What wrappers put before a parameter's name.
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -63,6 +65,9 @@ class MIMTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
 
     def __post_init__(self):
+        if self.hub_token is not None:
+            # It would be saved with the recipe.
+            raise ValueError("training.hub_token is refused: log in with `hf auth login`, or set HF_TOKEN")
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
         if any(not 0 < share < 1 for share in self.lr_drops or ()):
@@ -83,7 +88,7 @@ class MIMTrainingArguments(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-class MIMTrainer(Trainer):
+class MIMTrainer(PushMixin, Trainer):
     """A `Trainer` without weight decay for biases, norms, tokens and positions, whose data set is told the epoch.
 
     Args:

@@ -1,0 +1,72 @@
+"""The Trainer's pushes to the Hub, at checkpoints and at the end: what they leave there loads."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from hf_mim.modeling import configuration_mim
+
+
+MODELING = Path(configuration_mim.__file__).resolve().parent
+
+
+def published_names() -> list[str]:
+    """Patterns of what is sent. Named one by one: the folder may be a user's own, and optimizers are pickles."""
+    code = [path.name for path in sorted(MODELING.glob("*.py")) if path.name != "__init__.py"]
+    weights = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+    return [*code, *weights, "config.json", "preprocessor_config.json", "README.md"]
+
+
+class PushMixin:
+    """For a `Trainer` (before it in the bases). Its own pushes lack the code that loads the weights at checkpoints,
+    hold a pickle with the arguments, and a card that calls every model "fine-tuned"."""
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **_
+    ):
+        """As in `Trainer`; the keywords for its model card are ignored, since `hf-mim push` writes one."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self._upload(commit_message, token, revision, run_as_future=not blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        names = [path for pattern in published_names() for path in Path(checkpoint_folder).glob(pattern)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            # The state of the optimizer was asked for too: Trainer sends it, with what is added here.
+            for path in names:
+                shutil.copy(path, self.args.output_dir)
+            return super()._push_from_checkpoint(checkpoint_folder)
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # From a copy: the checkpoint may be removed before the upload in the background is through.
+        for path in names:
+            shutil.copy(path, self.args.output_dir)
+        job = self._upload(f"Training in progress, step {self.state.global_step}", run_as_future=True)
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _upload(self, message: str, token: str | None = None, revision: str | None = None, run_as_future: bool = False):
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=message,
+            token=token,
+            run_as_future=run_as_future,
+            allow_patterns=published_names(),
+            ignore_patterns=["checkpoint-*"],
+            revision=revision or self.args.hub_revision,
+        )
