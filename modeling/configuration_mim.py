@@ -112,6 +112,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         image_mean, image_std: per channel, of the normalised `pixel_values`; ImageNet's for three channels, else 0.5.
         encoder, encoder_config: an entry of `ENCODERS` and its options.
         masking, masking_config: an entry of `MASK_GENERATORS`; `ratio` in (0, 1) is the share of hidden tokens.
+        masks_per_image: how many masks of each image a training step sees (data2vec 2.0); its target is computed once.
         decoder, decoder_config: an entry of `DECODERS`.
         target, target_config: an entry of `TARGETS`.
         pooler, pooler_config: an entry of `POOLERS`; `apply_final_norm` says whether it sees the tokens after the
@@ -133,6 +134,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     encoder_config: dict | None = None
     masking: str = "random"
     masking_config: dict | None = None
+    masks_per_image: int = 1
     decoder: str = "transformer"
     decoder_config: dict | None = None
     target: str = "pixel"

@@ -56,8 +56,11 @@ def check_masking(config, grid: Grid) -> None:
 
 
 def sample_masks(config, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
-    """Masks as the config says, one per generator: bool (batch, rows * cols), True = hidden."""
-    return MASK_GENERATORS[config.masking](len(rngs), grid, rngs, **config.masking_config)
+    """Masks as the config says, one per generator: bool (batch, rows * cols), True = hidden; (batch, M, rows * cols)
+    with M `masks_per_image` above 1."""
+    generate = MASK_GENERATORS[config.masking]
+    masks = [generate(len(rngs), grid, rngs, **config.masking_config) for _ in range(config.masks_per_image)]
+    return masks[0] if len(masks) == 1 else torch.stack(masks, dim=1)
 
 
 def random_mask(

@@ -293,11 +293,13 @@ class MIMForPreTraining(MIMPreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> MIMReconstruction:
-        """What the model makes of the hidden patches, as pictures. Arguments as of `forward`, one mask per image."""
-        self.mim.check_inputs(pixel_values, bool_masked_pos)
+        """What the model makes of the hidden patches, as pictures. Arguments as of `forward`; of several masks the
+        first is shown."""
+        self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
         height, width = pixel_values.shape[2:]
         grid = self.mask_grid(height, width)
         masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
+        masks = masks[:, 0] if masks.ndim == 3 else masks
         predicted = self._decode(self.mim(pixel_values, masks), masks, grid, "all").to(pixel_values.dtype)
         prediction = self.target.to_image(predicted, pixel_values, grid, masks)
         original = displayable(pixel_values, self.config.image_mean, self.config.image_std)
