@@ -12,7 +12,6 @@ from hf_mim import cli
 
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"pretrain", "recipes", "reconstruct"}
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -25,8 +24,9 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
 def test_help_lists_the_commands_that_exist(capsys, arguments):
     code, out, err = call(capsys, *arguments)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out + err)
-    assert code in (0, 2) and set(re.findall(r"^│ (\w+) ", plain, re.MULTILINE)) - {"Usage"} == COMMANDS
-    assert set(cli.typer.main.get_command(cli.app).commands) == COMMANDS
+    registered = set(cli.typer.main.get_command(cli.app).commands)
+    assert code in (0, 2) and set(re.findall(r"^│ ([\w-]+) ", plain, re.MULTILINE)) - {"--help"} == registered
+    assert registered >= {"pretrain", "recipes", "reconstruct"}
 
 
 def test_recipes_lists_every_recipe_with_paper_and_command(capsys, monkeypatch):
@@ -69,9 +69,11 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
 
 
 def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
+    from hf_mim import hub
     from hf_mim.training import pretrain
 
     seen = []
+    monkeypatch.setattr(hub, "push_run", lambda folder: None)
     monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
     for words in ([], ["mae"], ["a.b=1", "c.d=2"], ["mae", "a.b=1"]):
         assert cli.main(["pretrain", *words]) == 0
