@@ -4,6 +4,7 @@ takes `bool_masked_pos`."""
 import inspect
 import math
 
+import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
@@ -42,6 +43,8 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
         options = {**options, "image_size": height if square else [height, width]}
     if "num_channels" in fields:
         options = {**options, "num_channels": config.num_channels}
+    if "mask_ratio" in fields:  # ViTMAE hides patches by itself, in evaluation too
+        options = {**options, "mask_ratio": 0.0}
     if "use_mask_token" in fields:
         options = {**options, "use_mask_token": use_mask_token}
     return config_class(**options)
@@ -189,6 +192,9 @@ class NativeEncoder(Encoder):
         trained = getattr(self.native, "image_size", None)
         if "interpolate_pos_encoding" in self.takes and trained and tuple(pixel_values.shape[2:]) != pair(trained):
             extra["interpolate_pos_encoding"] = True
+        if "noise" in self.takes:  # ViTMAE orders its patches by it
+            tokens = math.prod(self.mask_grid(*pixel_values.shape[2:]))
+            extra["noise"] = torch.arange(tokens, device=pixel_values.device).expand(len(pixel_values), -1)
         out = self.network(pixel_values, **extra)
         tokens = out.last_hidden_state
         maps = (tokens,) if tokens.ndim == 4 else None

@@ -95,3 +95,20 @@ def test_a_classifier_around_a_native_encoder_is_one_model(tmp_path):
     pixel_values = torch.randn(2, 3, 32, 32)
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_vitmae_is_encoded_whole_and_in_order(tmp_path):
+    """By itself it masks in evaluation too, and shuffles its patches."""
+    from transformers import ViTMAEConfig, ViTMAEModel, ViTModel
+
+    torch.manual_seed(0)
+    peer = ViTMAEModel(ViTMAEConfig(**VIT, image_size=32)).eval()
+    peer.save_pretrained(tmp_path / "vitmae")
+    ours = MIMModel.from_encoder(str(tmp_path / "vitmae"))
+    pixel_values = torch.randn(2, 3, 32, 32)
+    plain = ViTModel(CONFIG_MAPPING["vit"](**VIT, image_size=32), add_pooling_layer=False).eval()
+    plain.load_state_dict(peer.state_dict())
+    with torch.no_grad():
+        out = ours(pixel_values).last_hidden_state
+        torch.testing.assert_close(out, plain(pixel_values).last_hidden_state, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours(pixel_values).last_hidden_state, out)
