@@ -16,6 +16,8 @@ except ImportError:  # only model type "timm" needs it
     timm = None
 
 MODEL_TYPES = ("resnet", "convnext", "convnextv2", "timm")
+# Options of timm.create_model that make it read files or fetch them, pickles among them: a checkpoint is data.
+LOADING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 class ConvNetEncoder(Encoder):
@@ -157,6 +159,9 @@ class TimmStages(nn.Module):
         if not timm.is_model(model_name):
             near = timm.list_models(f"*{model_name[:6]}*")[:8]
             raise unknown("timm model", model_name, near or timm.list_models("res*")[:8])
+        loading = sorted(LOADING & set(options))
+        if loading:
+            raise ValueError(f"options of timm that load files are refused in a config: {', '.join(loading)}")
         try:
             network = timm.create_model(model_name, features_only=True, in_chans=config.num_channels, **options)
         except TypeError as error:  # how timm refuses an option

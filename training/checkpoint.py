@@ -46,7 +46,7 @@ def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTrainin
     """
     config = load_config(checkpoint, changes)
     try:
-        return MIMForPreTraining.from_pretrained(checkpoint, config=config)
+        return MIMForPreTraining.from_pretrained(checkpoint, config=config, use_safetensors=True)
     except RuntimeError as error:  # how transformers reports weights of other shapes
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line.lower()), str(error))
         raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None
