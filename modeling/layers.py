@@ -140,10 +140,11 @@ class RelativePositionBias(nn.Module):
 
 def eager_attention(module, query, key, value, attention_mask=None, scaling=None, position_bias=None, **kwargs):
     """Plain attention that returns its weights, with the signature of transformers' attention functions."""
-    logits = query @ key.transpose(2, 3) * scaling
+    # The query is smaller than the logits. softmax computes in float32 and rounds its result, whatever the dtype.
+    logits = (query * scaling) @ key.transpose(2, 3)
     if position_bias is not None:
         logits = logits + position_bias
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = logits.softmax(dim=-1)
     return (weights @ value).transpose(1, 2), weights
 
 
