@@ -65,6 +65,34 @@ def reconstruct(
     typer.echo(out)
 
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+
+
+@app.command()
+def teacher(
+    model: Annotated[str, typer.Argument(help="A vision model on the Hub, or a local folder.")],
+    overrides: Overrides = None,
+):
+    """Show what a teacher would give: channels, grid and token diversity of its layers, images per second."""
+    from hf_mim.training.teacher import describe_teacher
+
+    describe_teacher(model, list(overrides or []))
+
+
+@app.command()
+def codebook(
+    model: Annotated[str, typer.Argument(help="The teacher: a vision model on the Hub, or a local folder.")],
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    overrides: Overrides = None,
+    codes: Annotated[int, typer.Option(help="How many; 256 to 1024 for small data.")] = 512,
+    images: Annotated[int, typer.Option(help="How many training images to fit them on.")] = 2000,
+):
+    """Fit a codebook of a teacher's features, for the target discrete_token."""
+    from hf_mim.training.teacher import fit_codebook
+
+    fit_codebook(model, out, list(overrides or []), codes, images)
+
+
 License = Annotated[str | None, typer.Option(help="For the card, as the Hub names licences; absent otherwise.")]
 
 

@@ -10,6 +10,12 @@ from .target_base import Target, hidden_values, mean_over_hidden
 from .target_morphing import wrap_features
 
 
+def nearest_code(features: Tensor, codes: Tensor) -> Tensor:
+    """(..., dim) features and (number, dim) codes -> (...) the index of the code at the least Euclidean distance."""
+    # |f - c|^2 = |f|^2 - 2 f.c + |c|^2, the first of which is the same for every code
+    return (codes.square().sum(1) - 2 * features @ codes.T).argmin(dim=-1)
+
+
 class DiscreteTokenTarget(Target):
     """The index of the codebook entry nearest to a token's features.
 
@@ -69,9 +75,7 @@ class DiscreteTokenTarget(Target):
         """-> {"patches": (batch, tokens, 1)}, integers."""
         features = self.wrapped.values(pixel_values, grid)["patches"].float()
         codes = self.load_codes().to(features.device)
-        # |f - c|^2 = |f|^2 - 2 f.c + |c|^2, the first of which is the same for every code
-        distance = codes.square().sum(1) - 2 * features @ codes.T
-        return {"patches": distance.argmin(dim=-1, keepdim=True)}
+        return {"patches": nearest_code(features, codes)[..., None]}
 
     def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
         logits = predictions["patches"].float()

@@ -209,3 +209,28 @@ def evaluate_raw_pixels(config: MIMConfig, train, test, **loader) -> dict[str, f
     """{"knn", "linear"} of the pixels themselves, percent. Arguments as of `evaluate_encoder`."""
     pixels = [raw_pixels(pixel_loader(dataset, config, **loader)) for dataset, _ in (train, test)]
     return accuracies(pixels[0], train[1], pixels[1], test[1])
+
+
+def token_diversity(tokens: Tensor) -> dict[str, float]:
+    """How different the tokens of one image are from each other, means over images (Img2Vec, 2304.12535; the formula
+    is this project's: the paper's is not known here).
+
+    Args:
+        tokens: (batch, tokens, dim), without a class token; compare encoders at equal numbers of tokens.
+
+    Returns:
+        "raw": 1 - the mean cosine of two tokens, in [0, tokens / (tokens - 1)], 0 where all point one way;
+        "centred": the same of the tokens less their image's mean; "residual": the norm of the tokens less their mean
+        over the norm of the tokens, in [0, 1].
+    """
+    tokens = tokens.double()
+    centred = tokens - tokens.mean(dim=1, keepdim=True)
+    share = centred.norm(dim=(1, 2)) / tokens.norm(dim=(1, 2)).clamp(min=1e-12)
+    return {"raw": _diversity(tokens), "centred": _diversity(centred), "residual": share.mean().item()}
+
+
+def _diversity(tokens: Tensor) -> float:
+    unit, count = F.normalize(tokens, dim=-1), tokens.shape[1]
+    # The sum of all cosines is the squared norm of the sum of unit vectors: no tokens x tokens matrix.
+    cosines = (unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
+    return (1 - cosines).mean().item()
