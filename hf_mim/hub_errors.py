@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 
 from huggingface_hub import constants, errors, get_token, scan_cache_dir
@@ -51,7 +52,7 @@ def explain_one(error: BaseException) -> str | None:
 def explain_answer(error: errors.HfHubHTTPError) -> str:
     """Of an answer that the Hub gave."""
     status = getattr(error.response, "status_code", None)
-    name = getattr(error, "repo_id", None) or "the repository"
+    name = getattr(error, "repo_id", None) or repository_of(str(error.response.url))
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: accept its conditions on its page, and {LOG_IN}"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -63,14 +64,17 @@ def explain_answer(error: errors.HfHubHTTPError) -> str:
     if status == 401:
         return f"the Hub does not accept {token_in_use()}"
     if status == 403:
-        return (
-            f"no right to write to {name} with {token_in_use()}: it takes a token that may write, and its owner's leave"
-        )
+        return f"no right to write to {name} with {token_in_use()}: it takes a token that may, and its owner's leave"
     if status == 409:
         return f"the Hub says that it exists already: {said(error)}"
     if status == 429 or (status or 0) >= 500:
         return f"the Hub has a problem (status {status}); what it has got stays there: run the same command again"
     return f"the Hub refused (status {status}): {said(error)}"
+
+
+def repository_of(url: str) -> str:
+    found = re.search(r"/api/models/([^/]+/[^/?]+)", url)
+    return found.group(1) if found else "the repository"
 
 
 def said(error: errors.HfHubHTTPError) -> str:

@@ -1,0 +1,381 @@
+"""Pushing to and loading from the Hub: the real client in fresh processes, against the server of hub_server.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config
+from hub_server import OWNER, READER, Hub
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
+from hf_mim.training.data import processor_for
+
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # an import of torch and transformers in each of a few processes
+
+# Runs command lines and pieces of code from stdin, so that one import serves many of them.
+WORKER = """
+import contextlib, io, json, os, sys, traceback
+from hf_mim import cli
+for line in sys.stdin:
+    request, out, err, code = json.loads(line), io.StringIO(), io.StringIO(), 0
+    for name, value in request["environment"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(request["run"]) if isinstance(request["run"], list) else exec(request["run"]) or 0
+        except BaseException:
+            code = traceback.format_exc()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+# Loads every source named on stdin as every class, and saves what comes out.
+LOAD = """
+import importlib.abc, json, sys
+jobs = json.load(sys.stdin)
+if jobs["blocked"]:
+    class NoPlugin(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "hf_mim":
+                raise ImportError("hf_mim cannot be imported here")
+    sys.meta_path.insert(0, NoPlugin())
+    trust = {"trust_remote_code": True}
+else:
+    import hf_mim
+    trust = {}
+import torch, transformers
+from huggingface_hub import constants
+from peft import PeftModel
+from PIL import Image
+from transformers import pipeline
+image = Image.open(jobs["image"])
+results = {}
+if jobs["blocked"] and not constants.HF_HUB_OFFLINE:
+    try:
+        transformers.AutoModel.from_pretrained(jobs["sources"][0][1])
+        raise SystemExit("remote code ran without leave")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    assert not any(name.startswith("transformers_modules.") and "mim" in name for name in sys.modules)
+for name, model, classifier, revision in jobs["sources"]:
+    at = {"revision": revision} if revision else {}
+    assert transformers.AutoConfig.from_pretrained(model, **at, **trust).model_type == "mim"
+    processor = transformers.AutoImageProcessor.from_pretrained(model, **at)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    found = {"pixel_values": pixels}
+    masks = torch.arange(16)[None] % 4 != 0
+    with torch.no_grad():
+        base = transformers.AutoModel.from_pretrained(model, **at, **trust).eval()
+        found["tokens"] = base(pixels).last_hidden_state
+        for auto in ("AutoModelForPreTraining", "AutoModelForMaskedImageModeling"):
+            found[auto] = getattr(transformers, auto).from_pretrained(model, **at, **trust).eval()(pixels, masks).loss
+        # AutoBackbone asks the Hub whether the repository exists: it takes no folder and does not work offline.
+        online = name in ("repository", "revision") and not constants.HF_HUB_OFFLINE
+        if online:
+            backbone = transformers.AutoBackbone.from_pretrained(model, **at, **trust)
+        else:
+            config = transformers.AutoConfig.from_pretrained(model, **at, **trust)
+            kind = type(transformers.AutoBackbone.from_config(config, **trust))
+            backbone = kind.from_pretrained(model, **at)
+        found["backbone"] = backbone.eval()(pixels).feature_maps[-1]
+        extract = pipeline("image-feature-extraction", model=model, **at, **trust)
+        found["extracted"] = torch.tensor(extract(image))
+        if name in ("repository", "folder"):
+            auto = transformers.AutoModelForImageClassification
+            found["logits"] = auto.from_pretrained(classifier, **trust).eval()(pixels).logits
+            scores = pipeline("image-classification", model=classifier, **trust)(image)
+            found["scores"] = torch.tensor([entry["score"] for entry in sorted(scores, key=lambda e: e["label"])])
+            adapter = jobs["adapters"] if name == "folder" else "me/adapter"
+            found["peft"] = PeftModel.from_pretrained(base, adapter).eval()(pixels).last_hidden_state
+    results[name] = found
+torch.save(results, jobs["out"])
+"""
+
+
+def environment(hub: Hub, home: Path, token: str | None = OWNER, **more: str) -> dict[str, str]:
+    """Of a process that knows nothing but this Hub."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
+    return {**kept, **({"HF_TOKEN": token} if token else {}), **more}
+
+
+class Worker:
+    """A process that runs command lines and code: `worker(["push", ...])` -> its exit code, stdout and stderr."""
+
+    def __init__(self, env: dict[str, str], folder: Path):
+        command = [sys.executable, "-c", WORKER]
+        self.log = Path(env["HF_HOME"] + ".log")  # what is written past the redirection: loggers keep their stream
+        with self.log.open("w") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            self.process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+        self.said = ""
+
+    def __call__(self, run: list[str] | str, **env: str | None) -> tuple[int, str, str]:
+        self.process.stdin.write(json.dumps({"run": run, "environment": {"HF_TOKEN": OWNER, **env}}) + "\n")
+        self.process.stdin.flush()
+        code, out, err = json.loads(self.process.stdout.readline())
+        self.said += out + err
+        return code, out, err
+
+    def good(self, run: list[str] | str, **env: str | None) -> str:
+        code, out, err = self(run, **env)
+        assert code == 0, (code, err)
+        return out
+
+    def refused(self, *words: str, **env: str | None) -> str:
+        """The one line that a command ends with when it fails."""
+        code, out, err = self(list(words), **env)
+        assert code == 2 and out == "", (code, out, err)
+        assert "Traceback" not in err and err.splitlines()[-1].startswith("error: "), err
+        return err.splitlines()[-1].removeprefix("error: ")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.said += self.log.read_text()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def hub(place):
+    (place / "xet").mkdir()
+    with Hub(place / "xet") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def worker(hub, place):
+    worker = Worker(environment(hub, place / "home"), place)
+    yield worker
+    worker.close()
+
+
+def save_run(folder: Path, seed: int) -> MIMForPreTraining:
+    """What a run leaves, in small: a checkpoint, a processor, a recipe, results and a picture."""
+    torch.manual_seed(seed)
+    model = MIMForPreTraining(tiny_config()).eval()
+    model.save_pretrained(folder)
+    processor_for(model.config).save_pretrained(folder)
+    recipe = (
+        f"# A run\n#\n# Paper: arXiv:2111.06377 (MAE)\nmodel:\n  image_size: 16\ndata:\n  dataset: {folder}/photos\n"
+    )
+    (folder / "recipe.yaml").write_text(recipe + "training:\n  hub_token: hf_secret\n")
+    (folder / "metrics.json").write_text(json.dumps({"trained": {"knn_mean": 50.0}, "seed": seed}))
+    Image.new("L", (8, 8), seed).save(folder / "reconstructions.png")
+    torch.save({"step": 1}, folder / "training_args.bin")
+    return model
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> dict[str, MIMForPreTraining]:
+    return {name: save_run(place / name, seed) for seed, name in enumerate(("first", "second"))}
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, worker, runs, place):
+    """me/tiny: `first` at the tag v1, then `second`; me/classifier and me/adapter by their own push_to_hub."""
+    assert worker.good(["push", "first", "tiny", "--tag", "v1"]).strip() == f"{hub.url}/me/tiny"
+    worker.good(["push", "second", "me/tiny", "--license", "mit"])
+    torch.manual_seed(3)
+    classifier = MIMForImageClassification(tiny_config(num_labels=3)).eval()
+    classifier.save_pretrained(place / "classifier")
+    processor_for(classifier.config).save_pretrained(place / "classifier")
+    adapted = get_peft_model(MIMModel.from_pretrained(place / "second"), LoraConfig(target_modules="all-linear", r=2))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(place / "adapter")
+    worker.good(
+        "from transformers import AutoModelForImageClassification, AutoImageProcessor, AutoModel\n"
+        "from peft import PeftModel\n"
+        "AutoModelForImageClassification.from_pretrained('classifier').push_to_hub('me/classifier')\n"
+        "AutoImageProcessor.from_pretrained('classifier').push_to_hub('me/classifier')\n"
+        "PeftModel.from_pretrained(AutoModel.from_pretrained('second'), 'adapter').push_to_hub('me/adapter')\n"
+    )
+    return {**runs, "classifier": classifier, "adapter": adapted.eval()}
+
+
+# ---- pushing ---------------------------------------------------------------------------------------------------------
+def test_a_push_sends_what_loading_takes_and_nothing_else(hub, pushed, place):
+    files = hub.files("me/tiny", "v1")
+    code = {path.name for path in (ROOT / "modeling").glob("*.py")} - {"__init__.py"}
+    others = {".gitattributes", "README.md", "config.json", "metrics.json", "model.safetensors"}
+    assert set(files) == code | others | {"preprocessor_config.json", "recipe.yaml", "reconstructions.png"}
+    assert files["model.safetensors"] == (place / "first" / "model.safetensors").read_bytes()
+    assert len(json.loads(files["config.json"])["auto_map"]) == 6
+    card = files["README.md"].decode()
+    assert "![test images" in card and "knn" not in card.lower().replace("k-nn", "") and "license" not in card
+    assert "license: mit" in hub.files("me/tiny")["README.md"].decode()
+    for name, content in files.items():
+        assert str(place).encode() not in content and b"hf_secret" not in content, name
+    assert "dataset: photos" in files["recipe.yaml"].decode()
+
+
+def test_nothing_is_sent_twice(hub, worker, pushed):
+    worker.good(["push", "first", "me/again"])
+    sent = len(hub.log)
+    assert "all there already" in worker.good(["push", "first", "me/again"])
+    assert not [line for line in hub.log[sent:] if line.startswith("PUT") or "/commit/" in line]
+
+
+def test_private_branch_tag_and_pull_request(hub, worker, runs):
+    worker.good(["push", "first", "me/hidden", "--private"])
+    worker.good(["push", "second", "me/hidden", "--revision", "dev", "--tag", "v2"])
+    assert "/discussions/1" in worker.good(["push", "second", "me/hidden", "--pr"])
+    refs = hub.repos["me/hidden"].refs
+    assert set(refs) == {"refs/heads/main", "refs/heads/dev", "refs/tags/v2", "refs/pr/1"}
+    assert hub.repos["me/hidden"].private
+    assert refs["refs/tags/v2"] == refs["refs/heads/dev"] != refs["refs/heads/main"]
+    assert "has a tag v2 of another commit" in worker.refused("push", "first", "me/hidden", "--tag", "v2")
+    assert "takes neither" in worker.refused("push", "first", "me/hidden", "--pr", "--tag", "v3")
+
+
+def test_a_push_survives_a_server_that_fails_for_a_moment(hub, worker, place):
+    save_run(place / "third", 7)
+    hub.fail = [("PUT /lfs/", 500, 1), ("POST /lfs/.*/verify", "cut", 1)]
+    worker.good(["push", "third", "me/shaky"])
+    assert hub.requests("PUT /lfs/.* 500") and hub.requests("verify cut")
+    assert hub.files("me/shaky")["model.safetensors"]
+
+
+def test_an_interrupted_push_continues(hub, worker, place):
+    save_run(place / "fourth", 8)
+    hub.fail = [("POST /api/models/me/broken/commit", 500, 1)]
+    said = worker.refused("push", "fourth", "me/broken")
+    assert "status 500" in said and "run the same command again" in said
+    sent = len(hub.log)
+    worker.good(["push", "fourth", "me/broken"])
+    assert not [line for line in hub.log[sent:] if line.startswith("PUT")]  # the large files are there
+    assert hub.files("me/broken")["model.safetensors"]
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(hub, worker, pushed, place):
+    push = ("push", "first", "me/tiny", "--license", "apache-2.0")
+    assert "needs a token" in worker.refused(*push, HF_TOKEN=None)
+    assert "does not accept the token in HF_TOKEN" in worker.refused(*push, HF_TOKEN="hf_wrong_0123456789")
+    assert "no right to write to me/tiny" in worker.refused(*push, HF_TOKEN=READER)
+    assert "no right to write" in worker.refused("push", "first", "somebody/x")
+    assert "exists and is public" in worker.refused("push", "first", "me/tiny", "--private")
+    before = len(hub.log)
+    said = worker.refused("push", "first", "me/card", "--license", "nonsense")
+    assert 'card\'s metadata: "license" must be one of' in said
+    assert "me/card" not in hub.repos and not [line for line in hub.log[before:] if line.startswith("PUT")]
+    image = str(place / "first" / "reconstructions.png")
+    assert "no repository me/none" in worker.refused("reconstruct", "me/none", image)
+    worker.good(["push", "first", "me/secret", "--private"])
+    said = worker.refused("reconstruct", "me/secret", image, HF_TOKEN=None)
+    assert "no repository me/secret on the Hub, or no access to it with no token: log in" in said
+    for token in (OWNER, READER, "hf_wrong"):
+        assert token not in worker.said + worker.log.read_text()
+
+
+def test_the_trainer_pushes_what_loads(hub, worker, place):
+    """Also at a checkpoint, before the training ends."""
+    sizes = ["model.encoder_config.hidden_size=16", "model.encoder_config.num_hidden_layers=1"]
+    data = ["data.max_train_images=32", "data.max_eval_images=20", "training.max_steps=2", "training.save_steps=1"]
+    pushing = ["training.push_to_hub=true", "training.hub_model_id=me/run", "training.save_strategy=steps"]
+    more = ["training.per_device_train_batch_size=8", "training.output_dir=run"]
+    worker.good(["pretrain", *sizes, *data, *pushing, *more])
+    assert not (place / "run" / "training_args.bin").exists()
+    commits = list(hub.repos["me/run"].commits.values())
+    assert len(commits) >= 4  # made, checkpoint, end of training, card
+    for files in commits[1:]:
+        assert {"config.json", "model.safetensors", "modeling_mim.py", "preprocessor_config.json"} <= set(files)
+        assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
+    assert {"README.md", "metrics.json", "recipe.yaml", "reconstructions.png"} <= set(commits[-1])
+    said = worker.refused("pretrain", "training.hub_token=hf_secret")
+    assert "hub_token is refused" in said and "hf_secret" not in said
+
+
+def test_xet(hub, place):
+    """Uploads and downloads by Xet, the whole with debug logs, in which no token may stand."""
+    env = environment(hub, place / "xet-home", HF_HUB_DISABLE_XET="0", HF_HUB_VERBOSITY="debug", HF_DEBUG="1")
+    worker = Worker(env, place)
+    save_run(place / "fifth", 9)
+    worker.good(["push", "fifth", "me/xet"])
+    assert hub.files("me/xet")["model.safetensors"] is None and hub.requests("xet-write-token")
+    assert "all there already" in worker.good(["push", "fifth", "me/xet"])
+    worker.good(
+        "from transformers import AutoModel\nimport torch\n"
+        "remote, local = (AutoModel.from_pretrained(name) for name in ('me/xet', 'fifth'))\n"
+        "assert all(torch.equal(a, b) for a, b in zip(remote.parameters(), local.parameters(), strict=True))\n"
+    )
+    assert hub.requests("xet-read-token")
+    worker.close()
+    assert len(worker.said) > 1000 and OWNER not in worker.said
+    for home in (place / "xet-home", place / "fifth"):
+        for path in home.rglob("*"):
+            assert not path.is_file() or OWNER.encode() not in path.read_bytes(), path
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def expected(models: dict, image: Image.Image) -> dict[str, dict[str, torch.Tensor]]:
+    """What each run gives for an image, computed here."""
+    found = {}
+    for name in ("first", "second"):
+        model = models[name]
+        pixels = processor_for(model.config)(image, return_tensors="pt")["pixel_values"]
+        masks = torch.arange(16)[None] % 4 != 0
+        tokens = model.mim(pixels).last_hidden_state
+        loss = model(pixels, masks).loss
+        found[name] = {"pixel_values": pixels, "tokens": tokens, "extracted": tokens}
+        found[name] |= {"AutoModelForPreTraining": loss, "AutoModelForMaskedImageModeling": loss}
+        backbone = MIMBackbone(model.config).eval()
+        backbone.load_state_dict(model.state_dict(), strict=False)
+        found[name]["backbone"] = backbone(pixels).feature_maps[-1]
+    logits = models["classifier"](found["second"]["pixel_values"]).logits
+    powers = np.exp(logits[0].numpy() - logits[0].numpy().max())  # as the pipeline does it, in numpy
+    found["second"] |= {"logits": logits, "scores": torch.tensor(powers / powers.sum())}
+    found["second"]["peft"] = models["adapter"](found["second"]["pixel_values"]).last_hidden_state
+    return found
+
+
+def load(hub: Hub, place: Path, home: str, blocked: bool, **env: str) -> dict[str, dict[str, torch.Tensor]]:
+    """{source: {what: tensor}} from a fresh process."""
+    names = [["repository", "me/tiny", "me/classifier", None], ["revision", "me/tiny", None, "v1"]]
+    if not env:
+        names.append(["folder", str(place / "second"), str(place / "classifier"), None])
+    out = place / f"{home}-{len(env)}.pt"
+    jobs = {"sources": names, "blocked": blocked, "image": str(place / "image.png"), "out": str(out)}
+    jobs["adapters"] = str(place / "adapter")
+    environ = environment(hub, place / home, token=None, **env)
+    command = [sys.executable, "-c", LOAD]
+    done = subprocess.run(
+        command, cwd=place, env=environ, input=json.dumps(jobs), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["imported", "remote code alone"])
+def test_every_class_loads_from_everywhere_bit_for_bit(blocked, hub, pushed, place):
+    image = Image.merge("RGB", [Image.effect_noise((20, 20), 60) for _ in range(3)])
+    image.save(place / "image.png")
+    wanted = expected(pushed, image)
+    home = f"load-{blocked}"
+    results = load(hub, place, home, blocked)
+    # The Hub out of reach: from the cache that the process before has left.
+    offline = load(hub, place, home, blocked, HF_HUB_OFFLINE="1")
+    for found, sources in ((results, {"repository", "revision", "folder"}), (offline, {"repository", "revision"})):
+        assert set(found) == sources
+        for source, tensors in found.items():
+            reference = wanted["first" if source == "revision" else "second"]
+            assert set(tensors) == set(reference) - ({"logits", "scores", "peft"} if source == "revision" else set())
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, reference[name]), (source, name)
