@@ -65,7 +65,7 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
         title=repo.split("/")[-1],
         repo=repo,
         summary=summary(config, metrics, data),
-        prefix_tokens=plural(prefix_tokens(config), "token"),
+        prefix_tokens=plural(prefix_tokens(config), "vector") + " without a patch",
         pooler=f"`{config.pooler}`",
         channels=config.num_channels,
         pictures=[{"file": name, "words": words} for name, words in PICTURES.items() if (folder / name).is_file()],
@@ -192,18 +192,19 @@ def is_number(value) -> bool:
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def summary(config: MIMConfig, metrics: dict, data: dict) -> str:
     height, width = pair(config.image_size)
-    images = metrics.get("num_train_images")
-    what = (
-        f"A {config.encoder} encoder for images of {height}x{width} pixels and {plural(config.num_channels, 'channel')}"
-    )
-    trained = ", pretrained without labels by predicting what was hidden from it"
-    count = f" {images:,} images of" if is_number(images) else ""
-    return what + trained + (f", on{count} {data['words']}." if data["words"] else ".")
+    shape = f"{height}x{width} pixels and {plural(config.num_channels, 'channel')}"
+    what = f"A {config.encoder} encoder for images of {shape}"
+    if "MIMForImageClassification" in (config.architectures or ()):
+        return f"{what}, with a classifier of {plural(config.num_labels, 'class')}."
+    if not is_number(metrics.get("steps")):  # nothing here says that it was trained
+        return f"{what}."
+    return f"{what}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
 
 
 def facts(folder: Path, config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[tuple[str, object]]:
@@ -239,7 +240,7 @@ def size(shapes) -> str:
 
 def images(metrics: dict, data: dict) -> str:
     count = metrics.get("num_train_images")
-    return (f"{count:,} images of " if is_number(count) else "") + data["words"]
+    return (f"{count:,} images of " if is_number(count) else "") + (data["words"] or "data that no recipe names")
 
 
 def budget(recipe: dict, metrics: dict) -> str | None:
@@ -261,7 +262,7 @@ def hardware(metrics: dict) -> str | None:
     said = [str(metrics.get("device_name") or metrics["device"])]
     for key, noun in (("processes", "process"), ("threads", "thread"), ("cpus", "CPU")):
         if is_number(metrics.get(key)) and not (key == "processes" and metrics[key] == 1):
-            said.append(f"{metrics[key]} {noun}{'es' if noun == 'process' else '' if metrics[key] == 1 else 's'}")
+            said.append(plural(metrics[key], noun))
     return ", ".join([*said, *([metrics["precision"]] if "precision" in metrics else [])])
 
 

@@ -159,7 +159,7 @@ def write_card(checkpoint: str | Path, repo: str, out: Path, license: str | None
     card = make_card(folder, repo, license)
     out.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
-        if (folder / name).is_file() and not (out / name).exists():
+        if (folder / name).is_file() and out.resolve() != folder.resolve():
             shutil.copy(folder / name, out)
     card.save(out / "README.md")
     return out / "README.md"

@@ -1,0 +1,127 @@
+"""What can go wrong on the way to the Hub and back is one line that says what to do."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants, errors
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_mim import MIMConfig, cli
+from hf_mim.hub import push, weight_files
+from hf_mim.hub_errors import explain
+from hf_mim.training.checkpoint import load_model
+from hf_mim.training.trainer import MIMTrainingArguments
+
+
+CHECKPOINT = Path(__file__).parent / "fixtures" / "checkpoint_v1"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a checkpoint that a test may spoil."""
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def wrapped(error: Exception) -> Exception:
+    """As transformers hands it on."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise OSError("We couldn't connect to the Hub to load the files.\nCheck your connection.") from cause
+    except OSError as outer:
+        return outer
+
+
+def test_without_network_it_says_what_the_cache_holds(monkeypatch):
+    monkeypatch.setattr("hf_mim.hub_errors.in_cache", lambda: "; in the cache: me/kept")
+    missing = errors.LocalEntryNotFoundError("not there")
+    assert cli.describe(wrapped(missing)).endswith("cannot be reached; in the cache: me/kept")
+    assert "HF_HUB_OFFLINE=1" in cli.describe(wrapped(errors.OfflineModeIsEnabled("off")))
+
+
+def test_the_models_of_a_cache_are_listed(tmp_path, monkeypatch):
+    from huggingface_hub.utils import _cache_manager
+
+    from hf_mim.hub_errors import in_cache
+
+    monkeypatch.setattr(_cache_manager, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert in_cache() == "; the cache holds no model"
+    for name in ("models--me--kept", "datasets--me--photos"):
+        (tmp_path / name / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text("0" * 40)
+    assert in_cache() == "; in the cache: me/kept"
+
+
+def test_a_full_disk_names_the_place_and_the_space_left(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blobs" / "weights.incomplete"))
+    assert explain(wrapped(full)).startswith("the disk is full: ") and str(tmp_path) in explain(full)
+    assert explain(RuntimeError("Xet: No space left on device (os error 28)")).startswith("the disk is full: ")
+
+
+def test_a_checkpoint_without_a_processor(folder):
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError) as caught:
+        AutoImageProcessor.from_pretrained(folder)
+    assert "has no image processor" in explain(caught.value)
+
+
+def test_errors_of_ours_are_left_alone():
+    assert explain(ValueError("a size must be positive")) is None
+    assert cli.describe(ValueError("a size must be positive")) == "a size must be positive"
+    assert cli.describe(KeyError("ours")) is None
+
+
+# ---- what a checkpoint must not be able to do ------------------------------------------------------------------------
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_read(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    torch.save({"bomb": Bomb(tmp_path / "ran")}, folder / "training_args.bin")
+    for load in (load_model, AutoModel.from_pretrained, weight_files, lambda path: push(path, "me/x")):
+        with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
+            load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "notes.txt"])
+def test_an_index_cannot_name_files_outside(name, folder):
+    (folder.parent / "secret.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(folder / "notes.txt")
+    index = {"metadata": {}, "weight_map": {"mim.encoder.x": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no safetensors file of this folder"):
+        weight_files(folder)
+
+
+def test_a_config_cannot_make_timm_read_files(tmp_path):
+    torch.save({"bomb": Bomb(tmp_path / "ran")}, tmp_path / "weights.pth")
+    for option in ({"checkpoint_path": str(tmp_path / "weights.pth")}, {"pretrained": True}):
+        options = {"model_type": "timm", "model_name": "resnet18", **option}
+        with pytest.raises(ValueError, match="load files"):
+            MIMConfig(image_size=32, encoder="convnet", encoder_config=options)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_token_cannot_stand_in_a_recipe(tmp_path):
+    with pytest.raises(ValueError, match="hub_token is refused") as caught:
+        MIMTrainingArguments(output_dir=str(tmp_path), hub_token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
