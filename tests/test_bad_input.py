@@ -114,7 +114,7 @@ def test_masks_of_a_wrong_shape_or_type(name):
     model = MIMForPreTraining(tiny_config())
     refuses(lambda: model(PIXELS, mask), "bool_masked_pos must be bool (2, 16) or (2, M, 16)", "4x4 mask grid", got)
     refuses(lambda: model.mim(PIXELS, mask), "bool_masked_pos must be bool (2, 16) for", "4x4 mask grid", got)
-    refuses(lambda: model.reconstruct(PIXELS, mask), "bool_masked_pos must be bool (2, 16) for", got)
+    refuses(lambda: model.reconstruct(PIXELS, mask), "bool_masked_pos must be bool (2, 16) or (2, M, 16)", got)
 
 
 def test_several_masks_are_for_pretraining_only():

@@ -186,3 +186,11 @@ def test_a_saved_recipe_resolves_to_itself(name, tmp_path):
 def test_a_header_may_continue_on_other_lines(tmp_path):
     (tmp_path / "x.yaml").write_text("# Title\n#\n# Paper: arXiv:1\n#   and more\n#\n# a remark\nmodel:\n# Cost: no\n")
     assert recipes.read_header(tmp_path / "x.yaml") == {"title": "Title", "paper": "arXiv:1 and more"}
+
+
+def test_another_number_of_channels_takes_its_own_mean_and_std():
+    """The quick recipe's are for grey; `model.num_channels=3` alone must work."""
+    recipe = recipes.resolve("quick", ["model.num_channels=3"])
+    assert "image_mean" not in recipe["model"] and MIMConfig(**recipe["model"]).image_mean == [0.485, 0.456, 0.406]
+    kept = recipes.resolve("quick", ["model.num_channels=2", "model.image_mean=[0.1, 0.2]", "model.image_std=[1, 1]"])
+    assert MIMConfig(**kept["model"]).image_mean == [0.1, 0.2]

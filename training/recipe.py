@@ -219,7 +219,7 @@ def resolve(name: str, overrides: list[str] = ()) -> dict:
     """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}.
 
     Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
-    part no longer apply and are dropped. With `model.init_from` the architecture comes from the checkpoint, so that
+    part no longer apply and are dropped; so are mean and std with another number of channels. With `model.init_from` the architecture comes from the checkpoint, so that
     of a recipe without `init_from` is dropped too: only what was asked for beside `init_from` changes it.
 
     Raises:
@@ -234,6 +234,9 @@ def resolve(name: str, overrides: list[str] = ()) -> dict:
     for part in PARTS:
         if part in new and new[part] != model.get(part, MIMConfig.__dataclass_fields__[part].default):
             model.pop(f"{part}_config", None)
+    if "num_channels" in new:  # mean and std are per channel
+        for name in ("image_mean", "image_std"):
+            model.pop(name, None)
     merged = merge(recipe, changes)
     return {section: merged.get(section, {}) for section in SECTIONS}
 

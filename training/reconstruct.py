@@ -29,7 +29,12 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
         raise ValueError(f"{out} must end in one of {', '.join(sorted(sources.EXTENSIONS))}")
     model = load_model(checkpoint).eval()
     size = pair(model.config.image_size)
-    pixels = torch.from_numpy(sources.decode(str(image), model.config.num_channels))[None]
+    try:
+        pixels = torch.from_numpy(sources.decode(str(image), model.config.num_channels))[None]
+    except ValueError as error:
+        if "mode" in str(error):  # it is one, of other channels
+            raise
+        raise ValueError(f"{image} cannot be read as an image") from None
     batch = ImageBatch(resize(pixels, size), [sample_rng(seed, 0, 0)])
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
     out.parent.mkdir(parents=True, exist_ok=True)
