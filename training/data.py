@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import ViTImageProcessor
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.training import sources
+from hf_mim.training.decoded_cache import DecodedCache
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, normalize, resize, sample_rng
 
@@ -35,7 +37,8 @@ class ImageBatch:
 class MIMDataset(torch.utils.data.Dataset):
     """Images of a `datasets.Dataset`, decoded, and cropped and flipped for training.
 
-    A batch is fetched as a whole, through `__getitems__`. Images of one size that fit into memory are decoded once.
+    A batch is fetched as a whole, through `__getitems__`. Images of one size that fit into memory are decoded once;
+    with `data.cache_decoded` the others too, into a file.
 
     Args:
         dataset: rows with an undecoded image column.
@@ -63,6 +66,7 @@ class MIMDataset(torch.utils.data.Dataset):
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
+        self.cache = self._open_cache(data) if data.cache_decoded and self.images is None else None
 
     def without_augmentation(self) -> "MIMDataset":
         """The same images, whole, sharing memory."""
@@ -89,20 +93,39 @@ class MIMDataset(torch.utils.data.Dataset):
         rngs = [sample_rng(self.seed, self.epoch, index) for index in indices]
         uniforms = np.stack([rng.random(UNIFORMS) for rng in rngs])
         if self.images is not None:
-            images = self._crop(self.images[torch.as_tensor(indices)], uniforms)
+            images = self._crop_equal(self.images[torch.as_tensor(indices)], uniforms)
         else:
-            files = self.files[list(indices)][self.image_column]
-            decoded = [torch.from_numpy(sources.decode(file, self.num_channels))[None] for file in files]
-            images = torch.cat([self._crop(image, row[None]) for image, row in zip(decoded, uniforms, strict=True)])
+            images = self._crop_each(self._fetch(indices), uniforms)
         if self.horizontal_flip:
             images = flip_batch(images, uniforms[:, -1] < 0.5)
         return [ImageBatch(images, rngs)]
 
-    def _crop(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
+    def _fetch(self, indices: list[int]) -> list[torch.Tensor]:
+        """Decoded images (channels, height, width), uint8, of any size."""
+        if self.cache is not None:
+            return [self.cache[index] for index in indices]
+        files = self.files[list(indices)][self.image_column]
+        return [torch.from_numpy(sources.decode(file, self.num_channels)) for file in files]
+
+    def _crop_each(self, images: list[torch.Tensor], uniforms: np.ndarray) -> torch.Tensor:
+        if self.crop_scale is None:
+            return torch.stack([resize(image, self.size) for image in images])
+        boxes = crop_boxes(uniforms, np.array([image.shape[-2:] for image in images]), self.size, self.crop_scale)
+        return torch.cat([crop_batch(image[None], box[None], self.size) for image, box in zip(images, boxes)])
+
+    def _crop_equal(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
         if self.crop_scale is None:
             return resize(images, self.size)
         sizes = np.tile(images.shape[-2:], (len(images), 1))
         return crop_batch(images, crop_boxes(uniforms, sizes, self.size, self.crop_scale), self.size)
+
+    def _open_cache(self, data: DataArguments) -> DecodedCache:
+        def read(index: int) -> np.ndarray:
+            return sources.decode(self.files[index][self.image_column], self.num_channels)
+
+        folder = data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim"
+        fingerprint = f"{self.files._fingerprint} {self.image_column}"
+        return DecodedCache(folder, fingerprint, len(self.files), read, self.num_channels, data.cache_size)
 
     def _decode_all(self, limit: int) -> torch.Tensor | None:
         """All images (count, channels, height, width), uint8; None where sizes differ or memory would not do."""

@@ -11,9 +11,16 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pyarrow.parquet
+import torch
 
 import hf_mim
 from hf_mim.modeling.configuration_mim import unknown
+
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29; PIL takes a fifth longer
+    decode_jpeg = None
 
 
 SHIPPED = Path(hf_mim.__file__).parent / "data" / "fashion_mnist"
@@ -43,6 +50,9 @@ class DataArguments:
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
+        cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
+        cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
+        cache_size: pixels to which the shorter side is shrunk for it; null keeps the size, and the crops exact.
     """
 
     dataset: str | None = None
@@ -57,12 +67,15 @@ class DataArguments:
     crop_scale: list[float] | None = None
     horizontal_flip: bool = True
     memory_limit_mb: int = 1024
+    cache_decoded: bool = False
+    cache_dir: str | None = None
+    cache_size: int | None = None
 
     def __post_init__(self):
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
-        for name, least in (("max_train_images", 1), ("max_eval_images", 0)):
+        for name, least in (("max_train_images", 1), ("max_eval_images", 0), ("cache_size", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
@@ -254,16 +267,25 @@ def decode(value, num_channels: int) -> np.ndarray:
     try:
         image = value
         if not isinstance(value, PIL.Image.Image):
-            image = PIL.Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+            file = value if isinstance(value, bytes) else Path(value).read_bytes()
+            image = PIL.Image.open(io.BytesIO(file))
+            if decode_jpeg is not None and num_channels == 3 and image.format == "JPEG" and image.mode == "RGB":
+                return _decode_jpeg(file)
             if image.format not in ("PNG", "BMP", "PPM"):  # those carry no orientation, or not in a way that counts
-                image = PIL.ImageOps.exif_transpose(image)
+                PIL.ImageOps.exif_transpose(image, in_place=True)  # else it copies
         image = image if image.mode not in MODES else image.convert(MODES[image.mode])
         if num_channels == 1 and image.mode == "RGB":
             image = image.convert("L")
         pixels = np.array(image)  # a copy that torch may write to
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode {name}: {error}") from None
+    except (OSError, SyntaxError, RuntimeError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode {name}: {error}".partition("\n")[0]) from None
     return _to_channels(pixels, num_channels, f"{name} (mode {image.mode})")
+
+
+def _decode_jpeg(file: bytes) -> np.ndarray:
+    """The pixels that PIL gives, upright: (3, height, width), channels innermost in memory."""
+    data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+    return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True).numpy()
 
 
 def _to_channels(pixels: np.ndarray, num_channels: int, name: str) -> np.ndarray:
