@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from peers import fill_positions, load, norm_state, patch_weight, prefixed, transformers_block, vitmae_state
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
@@ -18,7 +19,6 @@ from transformers import (
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.modeling.encoder_base import unpatchify
-from hf_mim.modeling.layers import sincos_2d
 
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -30,40 +30,6 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (0.5 if parameter.ndim == 1 else 0))
     return model
-
-
-def patch_weight(convolution: torch.nn.Conv2d) -> torch.Tensor:
-    """A patch convolution (dim, channels, rows, cols) as a linear layer on row, column, channel."""
-    return convolution.weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def transformers_block(layer) -> dict[str, torch.Tensor]:
-    """A block of transformers' ViT or ViTMAE under our names."""
-    attention, mlp, state = layer.attention, layer.mlp, {}
-    for suffix in ("weight", "bias"):
-        qkv = [getattr(part, suffix) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        state[f"attention.qkv.{suffix}"] = torch.cat(qkv)
-        pairs = {"attention.proj": attention.o_proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
-        pairs |= {"norm1": layer.layernorm_before, "norm2": layer.layernorm_after}
-        state |= {f"{name}.{suffix}": getattr(module, suffix) for name, module in pairs.items()}
-    return state
-
-
-def load(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copies tensors into parameters of the same names; every parameter must get one."""
-    parameters = dict(module.named_parameters())
-    assert set(parameters) == set(state)
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value.reshape(parameters[name].shape))
-
-
-def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{name}": value for name, value in state.items()}
-
-
-def norm_state(name: str, norm) -> dict[str, torch.Tensor]:
-    return {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
 
 
 @pytest.fixture(params=[True, False], ids=["normalised", "raw"])
@@ -90,28 +56,9 @@ def vitmae_pair(request):
             target_config={"normalize": request.param},
         )
     )
-    with torch.no_grad():  # the peer's tables, filled in with the positions that MAE prescribes
-        for table, dim in ((peer.vit.embeddings.position_embeddings, 32), (peer.decoder.decoder_pos_embed, 16)):
-            table.copy_(torch.cat([torch.zeros(1, dim), sincos_2d((6, 6), (6, 6), dim)])[None])
+    fill_positions(peer)
     load(ours, vitmae_state(peer))
     return ours, peer
-
-
-def vitmae_state(peer) -> dict[str, torch.Tensor]:
-    embeddings, decoder = peer.vit.embeddings, peer.decoder
-    state = {
-        "mim.encoder.prefix_tokens": embeddings.cls_token[0],
-        "mim.encoder.patch_embedding.weight": patch_weight(embeddings.patch_embeddings.projection),
-        "mim.encoder.patch_embedding.bias": embeddings.patch_embeddings.projection.bias,
-        "decoder.mask_token": decoder.mask_token[0, 0],
-    }
-    for i, layer in enumerate(peer.vit.layers):
-        state |= prefixed(f"mim.encoder.layers.{i}", transformers_block(layer))
-    for i, layer in enumerate(decoder.decoder_layers):
-        state |= prefixed(f"decoder.layers.{i}", transformers_block(layer))
-    state |= norm_state("mim.encoder.final_norm", peer.vit.layernorm) | norm_state("decoder.norm", decoder.decoder_norm)
-    state |= norm_state("decoder.embed.linear", decoder.decoder_embed)
-    return state | norm_state("decoder.head", decoder.decoder_pred)
 
 
 def test_vitmae_parity(vitmae_pair):

@@ -1,0 +1,78 @@
+"""The comparisons at a reduced size: that they run, and that both sides compute the same. Never how fast."""
+
+import json
+
+import input_pipeline
+import measure
+import numpy as np
+import peers
+import pretraining_step
+import pytest
+import torch
+
+
+def test_pretraining_step(tmp_path, capsys):
+    page, numbers = tmp_path / "benchmarks.md", tmp_path / "numbers.json"
+    pretraining_step.main(["--quick", "--dtype", "float32", "--out", str(page), "--json", str(numbers)])
+    result = json.loads(numbers.read_text())["test float32"]
+    peer = result["losses"]["transformers"]
+    assert {"hf_mim", "hf_mim, cross_attention", "transformers"} <= set(result["losses"])
+    for name in set(result["losses"]) - {"hf_mim, cross_attention"}:
+        assert result["losses"][name] == pytest.approx(peer, rel=1e-5), name
+    assert set(result["seconds"]) == set(result["memory"]) == set(result["losses"])
+    for low, middle, high in (*result["seconds"].values(), *result["ratios"].values()):
+        assert 0 < low <= middle <= high
+    assert all(memory > 0 for memory in result["memory"].values())
+    assert capsys.readouterr().out.strip() in page.read_text()
+
+
+def test_arms_agree_in_bf16_and_with_raw_pixels():
+    config = pretraining_step.test_config()
+    config.target_config = {"normalize": False}
+    batch = peers.make_batch(config, 3)
+    arms = {name: peers.ARMS[name](config, batch) for name in pretraining_step.arm_names()}
+    peers.equal_weights(arms)
+    for dtype in pretraining_step.DTYPES:
+        losses = pretraining_step.first_losses(arms, dtype)
+        assert losses["hf_mim"] == pytest.approx(losses["transformers"], rel=pretraining_step.TOLERANCE[dtype])
+
+
+def test_arms_that_disagree_are_not_timed():
+    config = pretraining_step.test_config()
+    batch = peers.make_batch(config, 2)
+    arms = {name: peers.ARMS[name](config, batch) for name in ("hf_mim", "transformers")}
+    peers.equal_weights(arms)
+    with torch.no_grad():
+        arms["hf_mim"].model.decoder.head.bias.add_(1)
+    with pytest.raises(RuntimeError, match="another loss"):
+        pretraining_step.first_losses(arms, "float32")
+
+
+def test_input_pipeline(tmp_path, capsys):
+    page = tmp_path / "benchmarks.md"
+    result = input_pipeline.main(["--quick", "--out", str(page)])
+    zero, one, two = result["differences"]
+    assert zero > 0.98 * (zero + one + two) and two <= input_pipeline.ODD * (zero + one + two)
+    assert 30 < result["kilobytes"] < 70
+    assert set(result["images_per_second"]) == {"PIL transforms", "hf_mim", "hf_mim, decoded cache"}
+    assert "images per second and core" in page.read_text()
+
+
+def test_sections_of_a_page_are_replaced_one_by_one(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n")
+    measure.write_section(page, "a", "first")
+    measure.write_section(page, "b", "second")
+    measure.write_section(page, "a", "third")
+    assert (
+        page.read_text() == "# Title\n\n<!-- a -->\nthird\n<!-- end of a -->\n\n<!-- b -->\nsecond\n<!-- end of b -->\n"
+    )
+
+
+def test_ratios_are_taken_within_rounds():
+    times = {"peer": [2.0, 30.0, 6.0], "ours": [1.0, 10.0, 3.0]}
+    assert measure.paired_ratios(times, "peer", "ours") == (2.0, 2.0, 2.5)
+    order = []
+    measure.alternate({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warmup=0)
+    assert order == ["a", "b", "c", "b", "c", "a"]
+    np.testing.assert_allclose(measure.quartiles([1, 2, 3, 4, 5]), (2, 3, 4))
