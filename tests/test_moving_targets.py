@@ -6,7 +6,8 @@ from torch.utils.data import Dataset
 
 from hf_mim import MIMForPreTraining
 from hf_mim.training.data import MIMCollator
-from hf_mim.training.trainer import MOVING_STATE, MIMTrainer, MIMTrainingArguments, seed_of
+from hf_mim.training.saving import MOVING_STATE
+from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments, seed_of
 
 
 class Noise(Dataset):

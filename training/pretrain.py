@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_mim.training import metrics, pictures
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
+from hf_mim.training.saving import StopCallback, last_checkpoint
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
 
@@ -44,6 +46,7 @@ class Run:
     splits: Splits
     console: Console
     paper: str = ""  # what the recipe's header says of it
+    checkpoint: Path | None = None  # to resume from
 
     @property
     def config(self) -> MIMConfig:
@@ -63,7 +66,8 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
 
     Raises:
         ValueError, OSError: something in the recipe, the data or the folder is wrong; nothing has been written.
-        KeyboardInterrupt: after saving what there was.
+        KeyboardInterrupt: after Ctrl-C, and a checkpoint.
+        SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
     run = set_up(name, list(overrides), console or Console())
     started = time.perf_counter()
@@ -83,8 +87,13 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     training, data = dict(recipe["training"]), DataArguments(**recipe["data"])
     wanted = training.pop("output_dir", None)
     arguments = MIMTrainingArguments(output_dir=wanted or "outputs", **training)
-    recipe["training"].pop("output_dir", None)  # another run of the saved recipe must not write here
-    folder = choose_folder(wanted, f"pretrain-{Path(recipes.find(name)).stem}")
+    for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
+        recipe["training"].pop(key, None)
+    if arguments.resume and wanted is None:
+        if not Path(name).expanduser().is_dir():
+            raise ValueError("which run to resume? hf-mim pretrain FOLDER training.resume=true")
+        wanted = name
+    folder = choose_folder(wanted, f"pretrain-{Path(recipes.find(name)).stem}", arguments.resume)
     arguments.output_dir = str(folder)
     if arguments.process_index > 0:
         console = Console(quiet=True)
@@ -95,14 +104,36 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     check_length(splits.train, arguments)
     describe(console, model, splits, arguments, data)
     paper = recipes.read_header(recipes.find(name)).get("paper", "")
-    return Run(recipe, arguments, folder, model, splits, console, paper)
+    checkpoint = find_checkpoint(console, recipe, folder) if arguments.resume else None
+    return Run(recipe, arguments, folder, model, splits, console, paper, checkpoint)
 
 
-def choose_folder(wanted: str | None, stem: str) -> Path:
+def find_checkpoint(console: Console, recipe: dict, folder: Path) -> Path | None:
+    """Where to resume, and says so; None, to start from the beginning, where there is no complete checkpoint."""
+    checkpoint = last_checkpoint(folder)
+    words = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: from the beginning"
+    console.print(words, highlight=False, soft_wrap=True)
+    if checkpoint is not None and (folder / "recipe.yaml").is_file():
+        before, now = flat(recipes.read(str(folder))), flat(recipe)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            console.print(f"with other settings than before: {', '.join(changed)}", highlight=False, soft_wrap=True)
+    return checkpoint
+
+
+def flat(recipe: dict, start: str = "") -> dict:
+    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
+    found = {}
+    for key, value in recipe.items():
+        found |= flat(value, f"{start}{key}.") if isinstance(value, dict) else {f"{start}{key}": value}
+    return found
+
+
+def choose_folder(wanted: str | None, stem: str, resume: bool = False) -> Path:
     """The output folder, the same in every process; not created yet.
 
     Raises:
-        ValueError: it holds another run, or is no folder.
+        ValueError: it holds another run that is not to be resumed, or is no folder.
     """
     chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
     if accelerate.PartialState().num_processes > 1:
@@ -113,8 +144,11 @@ def choose_folder(wanted: str | None, stem: str) -> Path:
     found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
     # Nobody may write before everybody has looked.
     accelerate.PartialState().wait_for_everyone()
-    if found is not None:
-        raise ValueError(f"{folder} holds another run ({found}); choose another training.output_dir, or remove it")
+    if found is not None and not resume:
+        raise ValueError(
+            f"{folder} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
+            "it by training.resume=true"
+        )
     return folder
 
 
@@ -165,7 +199,7 @@ def describe(console: Console, model, splits: Splits, arguments: MIMTrainingArgu
 
 # ---- training ------------------------------------------------------------------------------------------------------
 def train(run: Run) -> MIMTrainer:
-    """Trains and saves; an interrupt saves too, and is then passed on."""
+    """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
     config = run.config
     trainer = MIMTrainer(
         model=run.model,
@@ -175,27 +209,44 @@ def train(run: Run) -> MIMTrainer:
         processing_class=processor_for(config),
         console=run.console,
     )
+    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
+    trainer.add_callback(stop)
+    if trainer.is_world_process_zero():
+        save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
     try:
-        trainer.train()
-    except KeyboardInterrupt:
-        step, steps = trainer.state.global_step, trainer.state.max_steps
+        with stop:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
         save(run, trainer)
-        run.console.print(f"stopped at step {step} of {steps}; saved in {run.folder}", highlight=False, soft_wrap=True)
+        say_stopped(run, trainer)
         raise
     save(run, trainer)
+    if stop.stopped is not None:
+        say_stopped(run, trainer)
+        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
     return trainer
 
 
+def say_stopped(run: Run, trainer: MIMTrainer) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    command = f"hf-mim pretrain {shlex.quote(str(run.folder))} training.resume=true"
+    run.console.print(f"stopped at step {step} of {steps}; go on with: {command}", highlight=False, soft_wrap=True)
+
+
+def save_recipe(run: Run) -> None:
+    command = f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}"
+    comment = f"The resolved recipe of this run. To run it again:\n{command}"
+    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
+
+
 def save(run: Run, trainer: MIMTrainer) -> None:
-    """Writes weights, config, processor and recipe, the curve of the loss and reconstructions."""
+    """Writes weights, config and processor, the curve of the loss and reconstructions."""
     trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
     if not trainer.is_world_process_zero():
         return
     (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
-    command = f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}"
-    comment = f"The resolved recipe of this run. To run it again:\n{command}"
-    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
-    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
     if any("loss" in entry for entry in trainer.state.log_history):
         pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
     if hasattr(run.splits.train, "__len__"):

@@ -4,23 +4,21 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin
+from hf_mim.training.saving import SafeCheckpointMixin
 
 
 # What wrappers put before a parameter's name.
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
 LINES = 20  # how many progress lines a run prints where there is no terminal
 
 
@@ -45,12 +43,15 @@ class MIMTrainingArguments(TrainingArguments):
         bf16: "auto" turns it on where the machine has the instructions.
         lr_drops: shares of the training, in (0, 1), after which the learning rate falls to a tenth; it replaces
             `lr_scheduler_type` where it is given, and is constant but for that and the warm-up.
+        resume: go on in `output_dir` from its last complete checkpoint, exactly as if there had been no break; from
+            the beginning where there is none.
     """
 
     base_learning_rate: float = field(default=1.5e-4, metadata={"help": "Learning rate for a total batch of 256."})
     learning_rate: float | None = field(default=None, metadata={"help": "Wins over base_learning_rate."})
     bf16: bool | str = field(default="auto", metadata={"help": "true, false, or auto: where the machine has it."})
     lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
@@ -62,6 +63,7 @@ class MIMTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 1
     disable_tqdm: bool | None = True
     remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False  # it would wait for the device at every step, and hide what must be seen
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
 
     def __post_init__(self):
@@ -88,8 +90,9 @@ class MIMTrainingArguments(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-class MIMTrainer(PushMixin, Trainer):
-    """A `Trainer` without weight decay for biases, norms, tokens and positions, whose data set is told the epoch.
+class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
+    """A `Trainer` without weight decay for biases, norms, tokens and positions, whose data set is told the epoch, and
+    whose order of the images, crops and masks follows from (seed, epoch) alone.
 
     Args:
         console: where progress is shown; None shows nothing. All other arguments are those of `Trainer`.
@@ -99,7 +102,11 @@ class MIMTrainer(PushMixin, Trainer):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(EpochCallback(self.train_dataset))
+        self.sampler = None
+        self.add_callback(EpochCallback(self))
+        if hasattr(self.train_dataset, "seek"):
+            self.args.ignore_data_skip = True  # the stream goes to its place itself
+            self.train_dataset.batch_size = self.args.train_batch_size
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
             self.add_callback(TargetCallback(self.target))
@@ -128,11 +135,13 @@ class MIMTrainer(PushMixin, Trainer):
             inputs = {**inputs, "generator": torch.Generator().manual_seed(seed_of(key))}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / MOVING_STATE
-        if self.target is not None and path.is_file():
-            self.target.load_moving_state(load_file(path))
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = EpochSampler(len(dataset), seed)
+        return self.sampler
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_drops and self.lr_scheduler is None:
@@ -159,7 +168,7 @@ def seed_of(key: tuple[int, ...]) -> int:
 
 
 class TargetCallback(TrainerCallback):
-    """Moves a target that follows the student after each optimizer step, and saves it in the checkpoints."""
+    """Moves a target that follows the student after each optimizer step."""
 
     def __init__(self, target):
         self.target = target
@@ -167,23 +176,42 @@ class TargetCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.target.update(state.global_step + 1)
 
-    def on_save(self, args, state, control, **kwargs):
-        moving = self.target.moving_state()
-        if moving and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Every image once, in an order that follows from (seed, epoch) alone: the same in every process, and after a
+    resume. accelerate's own, whose order this is, does not learn the epoch where several processes resume."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.count, generator=generator).tolist()
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a data set the epoch. accelerate does so with one process, but not with several: its loader then finds a
-    sampler to tell and stops there."""
+    """Tells data set and sampler the epoch. accelerate tells the data set with one process, but not with several: its
+    loader then finds a sampler to tell and stops there."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int(state.epoch or 0))
+        # 1e-9: an epoch is a sum of shares; at its end it is a whole number, or less by rounding.
+        epoch = int((state.epoch or 0) + 1e-9)
+        for listener in (self.trainer.train_dataset, self.trainer.sampler):
+            if hasattr(listener, "set_epoch"):
+                listener.set_epoch(epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.ignore_data_skip:  # Trainer counts from the resume then, and a stream's passes are its own affair
+            state.epoch = state.global_step / state.max_steps
 
 
 class TrainingProgress(TrainerCallback):

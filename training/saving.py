@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or not there, and training that ends with one when it is told to stop."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+
+UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
+MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
+STREAM_STATE = "stream.json"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step in a run's folder; None without one. Unfinished ones do not count."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        # Written by others than MIMTrainer it may be half there; the Trainer's state is what comes last.
+        if step and (path / "trainer_state.json").is_file():
+            found[int(step[1])] = path
+    return found[max(found)] if found else None
+
+
+class SafeCheckpointMixin:
+    """For a `Trainer` (before it in the bases): a checkpoint is written beside its place, renamed into it when
+    complete, and only then are older ones removed."""
+
+    _staging = None  # while a checkpoint is being written: where
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Raises:
+        OSError: it could not be written, a full disk say; the older checkpoints are all there.
+        ValueError: the weights are not finite, and would replace a good checkpoint.
+        """
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self._check_finite(folder)
+        self._staging, self._to_push = folder / UNFINISHED, None
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)  # what a killed process left
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_own_state(self._staging / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(self._staging / name, folder / name)
+        except Exception as error:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            if not failed_to_write(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            last = last_checkpoint(folder)
+            kept = f"the last complete one is {last}" if last else "there is no older one"
+            raise OSError(f"cannot save {folder / name}: {reason}; {kept}") from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self._to_push is not None:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            if best is not None:  # it was looked for where the new one was being written
+                best = self.state.best_model_checkpoint = str(folder / Path(best).name)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+
+    def _check_finite(self, folder: Path) -> None:
+        """A device is waited for here, which is why it is done once per checkpoint and not at every step."""
+        bad = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach()).all()), None)
+        if bad is not None:
+            raise not_finite(self, f"the weights ({bad}) are")
+
+    def _save_own_state(self, folder: Path) -> None:
+        moving = {} if self.target is None else self.target.moving_state()
+        if moving:
+            save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
+        if hasattr(self.train_dataset, "position"):
+            (folder / STREAM_STATE).write_text(json.dumps(self.train_dataset.position(self._images_seen())))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is not None:  # an upload in the background would find it renamed
+            self._to_push = checkpoint_folder
+            return
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _images_seen(self) -> int:
+        """Since this call of `train` began, by all processes."""
+        return (self.state.global_step - self._initial_global_step) * self.args.total_batch_size
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        if self.target is not None and (folder / MOVING_STATE).is_file():
+            self.target.load_moving_state(load_file(folder / MOVING_STATE))
+        if (folder / STREAM_STATE).is_file() and hasattr(self.train_dataset, "seek"):
+            self.train_dataset.seek(**json.loads((folder / STREAM_STATE).read_text()))
+
+    # A stream finds its place itself, without decoding what it skips; Trainer would fetch every batch again. But
+    # Trainer then restores the random state before it opens the loader, which draws a number: it must do so after.
+    _rng_checkpoint = None
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if hasattr(self.train_dataset, "seek"):
+            self._rng_checkpoint = checkpoint
+        else:
+            super()._load_rng_state(checkpoint)
+
+    def get_batch_samples(self, *args, **kwargs):
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self._rng_checkpoint is not None:
+            super()._load_rng_state(self._rng_checkpoint)
+            self._rng_checkpoint = None
+        return samples
+
+
+def publish(source: Path, target: Path) -> None:
+    """Gives a complete folder its name; one of that name, of the same step, makes room first."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave empty files under the final name
+    if target.exists():
+        target.rename(source.parent / "replaced")
+    source.rename(target)
+    shutil.rmtree(source.parent, ignore_errors=True)
+
+
+def failed_to_write(error: Exception) -> bool:
+    """Whether it comes from the disk: torch and safetensors have errors of their own for that."""
+    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+
+
+def not_finite(trainer, what: str) -> ValueError:
+    """The error that ends a run, with what is needed to go on."""
+    folder, state = Path(trainer.args.output_dir), trainer.state
+    rates = [entry["learning_rate"] for entry in state.log_history if "learning_rate" in entry]
+    rate = f" at learning rate {rates[-1]:.3g}" if rates else ""
+    last = last_checkpoint(folder)
+    advice = "lower training.base_learning_rate, lengthen training.warmup_steps or set training.bf16=false"
+    start = f"the last good checkpoint is {last}: start from it with model.init_from={last}, and " if last else ""
+    return ValueError(f"{what} not finite at step {state.global_step}{rate}; {start}{advice}")
+
+
+class StopCallback(TrainerCallback):
+    """Ends training after the step that is running, with a checkpoint, on Ctrl-C and SIGTERM; a context.
+
+    Ctrl-C a second time interrupts at once.
+
+    Attributes:
+        stopped: the signal that ended training; None if none did.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SECONDS = 1.0  # a launcher may pass on a signal that the terminal has already sent
+
+    def __init__(self, on_signal=lambda: None):
+        self.received, self.stopped, self.on_signal, self.at, self.before = None, None, on_signal, 0.0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self.before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            self.owner = os.getpid()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if os.getpid() != self.owner:  # a loader's worker: it must serve the step that is running
+            return
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+            self.on_signal()
+        elif number == signal.SIGINT and time.monotonic() > self.at + self.SECONDS:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = self._agreed(args, state)
+        if number:
+            self.stopped = signal.Signals(number)
+            control.should_save = control.should_training_stop = True
+
+    def _agreed(self, args, state) -> int:
+        """The signal that any process has received. They must all stop at the same step; a GPU is only waited for
+        where the loss is logged, which waits for it anyway."""
+        if args.world_size == 1:
+            return self.received or 0
+        if args.device.type != "cpu" and state.global_step % max(1, state.logging_steps):
+            return 0
+        number = torch.tensor(self.received or 0, device=args.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
