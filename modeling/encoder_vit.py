@@ -92,6 +92,11 @@ class ViTEncoder(Encoder):
         defaults = SIZES[choose("size", size, SIZES)]
         given = (patch_size, hidden_size, num_hidden_layers, num_attention_heads)
         patch, dim, depth, heads = (default if value is None else value for value, default in zip(given, defaults))
+        for name, value, least in (("num_hidden_layers", depth, 1), ("num_register_tokens", num_register_tokens, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.config = config
         self.patch_size = pair(patch)
         self.hidden_size = dim

@@ -52,6 +52,8 @@ def check_masking(config, grid: Grid) -> None:
     """
     check_part("mask generator", MASK_GENERATORS, config.masking, config.masking_config)
     num_hidden_tokens(config, grid)
+    if config.masks_per_image < 1:
+        raise ValueError(f"masks_per_image must be at least 1, got {config.masks_per_image}")
     sample_masks(config, grid, [np.random.default_rng(0)])
 
 

@@ -176,3 +176,16 @@ def test_a_native_model_that_cannot_hide():
 def test_convnets_have_no_attentions():
     model = MIMModel(tiny_config(image_size=64, encoder="convnet", encoder_config=RESNET))
     refuses(lambda: model(torch.randn(1, 3, 64, 64), output_attentions=True), "no attentions")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"encoder_config": {"num_hidden_layers": 0}}, "num_hidden_layers must be at least 1"),
+        ({"encoder_config": {"num_register_tokens": -1}}, "num_register_tokens must be at least 0"),
+        ({"encoder_config": {"drop_path_rate": 1.0}}, "drop_path_rate must be in"),
+        ({"masks_per_image": 0}, "masks_per_image must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(fields, message):
+    refuses(lambda: MIMForPreTraining(tiny_config(**fields)), message)
