@@ -45,10 +45,9 @@ def push(
     pr: bool = False,
     license: str | None = None,
 ) -> Published:
-    """Publishes a checkpoint with everything that loading and understanding it takes.
-
-    The token is that of `hf auth login` or of HF_TOKEN. A push that was interrupted is run again: what the Hub has got
-    is not sent twice. A `README.md` in the folder is taken as the card; otherwise one is written.
+    """Publishes a checkpoint with everything that loading and understanding it takes, with the token of `hf auth login`
+    or HF_TOKEN. Run again after an interruption, it sends only what the Hub has not got yet. A `README.md` in the
+    folder is taken as the card; otherwise one is written.
 
     Args:
         checkpoint: a folder with config.json and safetensors, such as the output folder of a run.
@@ -57,7 +56,7 @@ def push(
         revision: a branch, made if there is none.
         tag: a name for the new commit.
         pr: open a pull request instead of writing to the branch.
-        license: what the card says, as the Hub names licences.
+        license: for the card, as the Hub names licences.
 
     Raises:
         ValueError: the folder holds no checkpoint, the card is not valid, or the options contradict each other.
@@ -67,9 +66,9 @@ def push(
         raise ValueError("a pull request takes neither --revision nor --tag: its branch is its own")
     folder = Path(checkpoint).expanduser()
     weights = weight_files(folder)
+    api = HfApi()
     if get_token() is None:
         raise LocalTokenNotFoundError("no token")
-    api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         owned = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
         files = {**weights, **stage(folder, owned, license, Path(scratch))}

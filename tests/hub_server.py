@@ -64,9 +64,8 @@ class Hub:
     Attributes:
         url: what HF_ENDPOINT is to be.
         fail: [(pattern, answer, times)]: a request "METHOD /path" that the pattern matches gets that status, or for
-            "cut" a closed connection, so many times.
+            "cut" a closed connection, so many times; None lets it through, and counts.
         log: "METHOD /path status" of every request, in order.
-        xet: whether Xet is offered, in `folder`.
     """
 
     def __init__(self, folder: Path):
@@ -127,8 +126,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
-        pass
+    log_message = lambda *_: None  # noqa: E731
 
     def answer(self):
         split = urlsplit(self.path)
@@ -190,31 +188,26 @@ class Handler(BaseHTTPRequestHandler):
     # ---- the API ---------------------------------------------------------------------------------------------------
     def create(self):
         wanted, (user, writes) = json.loads(self.body), self.user()
-        owner = wanted.get("organization") or user
-        name = f"{owner}/{wanted['name']}"
+        name = f"{(owner := wanted.get('organization') or user)}/{wanted['name']}"
         if user is None:
             raise Refused(401, "Invalid username or password.")
         if name in self.hub.repos and user == owner:
-            exists = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
-            raise Refused(409, exists["error"], body=exists)
+            raise Refused(409, "exists", body={"error": "exists already", "url": f"{self.hub.url}/{name}"})
         if not writes or owner != user:
             raise Refused(403, f"You don't have the rights to create a model under the namespace {owner}")
-        private = wanted.get("visibility") == "private"
-        self.hub.repos[name] = repo = Repo(private)
+        self.hub.repos[name] = repo = Repo(private=wanted.get("visibility") == "private")
         repo.commit("refs/heads/main", {".gitattributes": blob(b"*.safetensors filter=lfs\n")})
         return 200, {}, {"url": f"{self.hub.url}/{name}", "name": name}
 
     def whoami(self):
-        user, writes = self.user()
+        user, _ = self.user()
         if user is None:
             raise Refused(401, "Invalid username or password.")
-        role = "write" if writes else "read"
-        return 200, {}, {"type": "user", "name": user, "auth": {"accessToken": {"role": role}}, "orgs": []}
+        return 200, {}, {"type": "user", "name": user, "orgs": []}
 
     def validate(self):
         """Refuses a card whose metadata has a pipeline tag or a licence that is none, as the real one does."""
-        content = json.loads(self.body)["content"]
-        header = content.split("---")[1] if content.startswith("---") else ""
+        header = json.loads(self.body)["content"].split("---")[1]
         found = dict(re.findall(r"^(\w+): *(\S+)$", header, flags=re.MULTILINE))
         errors = [{"message": f'"{key}" must be one of [...]'} for key, value in found.items() if value == "nonsense"]
         return (400 if errors else 200), {}, {"errors": errors, "warnings": []}
@@ -223,10 +216,9 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name, write=True)
         files = repo.commits[self.commit_of(repo, revision)]
         answers = []
-        for wanted in json.loads(self.body)["files"]:
-            path = wanted["path"]
-            answers.append({"path": path, "uploadMode": "lfs" if path.endswith(LFS) else "regular"})
-            answers[-1] |= {"shouldIgnore": False, "oid": files[path].oid if path in files else None}
+        for path in (wanted["path"] for wanted in json.loads(self.body)["files"]):
+            mode, oid = "lfs" if path.endswith(LFS) else "regular", files[path].oid if path in files else None
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {}, {"files": answers}
 
     def lfs_batch(self, name):
@@ -245,8 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {}, b""
 
     def lfs_verify(self, oid):
-        known = json.loads(self.body)["size"] == len(self.hub.objects.get(oid, b""))
-        return (200 if known else 404), {}, {}
+        return (200 if json.loads(self.body)["size"] == len(self.hub.objects.get(oid, b"")) else 404), {}, {}
 
     def lfs_get(self, oid):
         return 200, {"ETag": f'"{oid}"'}, self.hub.objects[oid]
@@ -263,8 +254,6 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects and not self.hub.xet_hash(value["oid"]):
                     raise Refused(400, f"{value['path']} was never uploaded")
                 files[value["path"]] = Blob(value["oid"], value["size"])
-            elif entry["key"] == "deletedFile":
-                files.pop(value["path"])
         ref, number = f"refs/heads/{unquote(revision)}", sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
         if "create_pr" in self.query:
             ref = f"refs/pr/{number}"
@@ -278,9 +267,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, name, revision="main"):
         repo = self.repo(name)
         commit = self.commit_of(repo, revision)
-        siblings = [{"rfilename": path} for path in repo.commits[commit]]
-        answer = {"_id": "0", "id": name, "modelId": name, "sha": commit, "private": repo.private, "tags": []}
-        return 200, {}, {**answer, "siblings": siblings, "createdAt": DATE, "lastModified": DATE, "gated": False}
+        answer = {"id": name, "modelId": name, "sha": commit, "private": repo.private, "tags": [], "createdAt": DATE}
+        return 200, {}, {**answer, "siblings": [{"rfilename": path} for path in repo.commits[commit]]}
 
     def tree(self, name, revision, path=None):
         repo = self.repo(name)
@@ -311,8 +299,7 @@ class Handler(BaseHTTPRequestHandler):
         ref = f"refs/tags/{wanted['tag']}" if kind == "tag" else f"refs/heads/{unquote(revision)}"
         if ref in repo.refs:
             raise Refused(409, f"Reference {ref} already exists")
-        start = revision if kind == "tag" else wanted.get("startingPoint", "main")
-        repo.refs[ref] = self.commit_of(repo, start)
+        repo.refs[ref] = self.commit_of(repo, revision if kind == "tag" else "main")
         return 200, {}, {}
 
     def xet_token(self, name, kind, revision):

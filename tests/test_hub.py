@@ -1,7 +1,6 @@
 """Pushing to and loading from the Hub: the real client in fresh processes, against the server of hub_server.py."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_config
+from hub_client import LOAD, ROOT, SAME, Worker, environment
 from hub_server import OWNER, READER, Hub
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -18,131 +18,8 @@ from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MI
 from hf_mim.training.data import processor_for
 
 
-ROOT = Path(__file__).resolve().parents[1]
+BARE = Path(__file__).parent / "fixtures" / "checkpoint_v1"  # neither code nor card
 pytestmark = pytest.mark.slow  # an import of torch and transformers in each of a few processes
-
-# Runs command lines and pieces of code from stdin, so that one import serves many of them.
-WORKER = """
-import contextlib, io, json, os, sys, traceback
-from hf_mim import cli
-for line in sys.stdin:
-    request, out, err, code = json.loads(line), io.StringIO(), io.StringIO(), 0
-    for name, value in request["environment"].items():
-        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main(request["run"]) if isinstance(request["run"], list) else exec(request["run"]) or 0
-        except BaseException:
-            code = traceback.format_exc()
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-# Loads every source named on stdin as every class, and saves what comes out.
-LOAD = """
-import importlib.abc, json, sys
-jobs = json.load(sys.stdin)
-if jobs["blocked"]:
-    class NoPlugin(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "hf_mim":
-                raise ImportError("hf_mim cannot be imported here")
-    sys.meta_path.insert(0, NoPlugin())
-    trust = {"trust_remote_code": True}
-else:
-    import hf_mim
-    trust = {}
-import torch, transformers
-from huggingface_hub import constants
-from peft import PeftModel
-from PIL import Image
-from transformers import pipeline
-image = Image.open(jobs["image"])
-results = {}
-if jobs["blocked"] and not constants.HF_HUB_OFFLINE:
-    try:
-        transformers.AutoModel.from_pretrained(jobs["sources"][0][1])
-        raise SystemExit("remote code ran without leave")
-    except ValueError as error:
-        assert "trust_remote_code" in str(error), error
-    assert not any(name.startswith("transformers_modules.") and "mim" in name for name in sys.modules)
-for name, model, classifier, revision in jobs["sources"]:
-    at = {"revision": revision} if revision else {}
-    assert transformers.AutoConfig.from_pretrained(model, **at, **trust).model_type == "mim"
-    processor = transformers.AutoImageProcessor.from_pretrained(model, **at)
-    pixels = processor(image, return_tensors="pt")["pixel_values"]
-    found = {"pixel_values": pixels}
-    masks = torch.arange(16)[None] % 4 != 0
-    with torch.no_grad():
-        base = transformers.AutoModel.from_pretrained(model, **at, **trust).eval()
-        found["tokens"] = base(pixels).last_hidden_state
-        for auto in ("AutoModelForPreTraining", "AutoModelForMaskedImageModeling"):
-            found[auto] = getattr(transformers, auto).from_pretrained(model, **at, **trust).eval()(pixels, masks).loss
-        # AutoBackbone asks the Hub whether the repository exists: it takes no folder and does not work offline.
-        online = name in ("repository", "revision") and not constants.HF_HUB_OFFLINE
-        if online:
-            backbone = transformers.AutoBackbone.from_pretrained(model, **at, **trust)
-        else:
-            config = transformers.AutoConfig.from_pretrained(model, **at, **trust)
-            kind = type(transformers.AutoBackbone.from_config(config, **trust))
-            backbone = kind.from_pretrained(model, **at)
-        found["backbone"] = backbone.eval()(pixels).feature_maps[-1]
-        extract = pipeline("image-feature-extraction", model=model, **at, **trust)
-        found["extracted"] = torch.tensor(extract(image))
-        if name in ("repository", "folder"):
-            auto = transformers.AutoModelForImageClassification
-            found["logits"] = auto.from_pretrained(classifier, **trust).eval()(pixels).logits
-            scores = pipeline("image-classification", model=classifier, **trust)(image)
-            found["scores"] = torch.tensor([entry["score"] for entry in sorted(scores, key=lambda e: e["label"])])
-            adapter = jobs["adapters"] if name == "folder" else "me/adapter"
-            found["peft"] = PeftModel.from_pretrained(base, adapter).eval()(pixels).last_hidden_state
-    results[name] = found
-torch.save(results, jobs["out"])
-"""
-
-
-def environment(hub: Hub, home: Path, token: str | None = OWNER, **more: str) -> dict[str, str]:
-    """Of a process that knows nothing but this Hub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-    kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
-    return {**kept, **({"HF_TOKEN": token} if token else {}), **more}
-
-
-class Worker:
-    """A process that runs command lines and code: `worker(["push", ...])` -> its exit code, stdout and stderr."""
-
-    def __init__(self, env: dict[str, str], folder: Path):
-        command = [sys.executable, "-c", WORKER]
-        self.log = Path(env["HF_HOME"] + ".log")  # what is written past the redirection: loggers keep their stream
-        with self.log.open("w") as log:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-            self.process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
-        self.said = ""
-
-    def __call__(self, run: list[str] | str, **env: str | None) -> tuple[int, str, str]:
-        self.process.stdin.write(json.dumps({"run": run, "environment": {"HF_TOKEN": OWNER, **env}}) + "\n")
-        self.process.stdin.flush()
-        code, out, err = json.loads(self.process.stdout.readline())
-        self.said += out + err
-        return code, out, err
-
-    def good(self, run: list[str] | str, **env: str | None) -> str:
-        code, out, err = self(run, **env)
-        assert code == 0, (code, err)
-        return out
-
-    def refused(self, *words: str, **env: str | None) -> str:
-        """The one line that a command ends with when it fails."""
-        code, out, err = self(list(words), **env)
-        assert code == 2 and out == "", (code, out, err)
-        assert "Traceback" not in err and err.splitlines()[-1].startswith("error: "), err
-        return err.splitlines()[-1].removeprefix("error: ")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.said += self.log.read_text()
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +130,26 @@ def test_a_push_survives_a_server_that_fails_for_a_moment(hub, worker, place):
     assert hub.files("me/shaky")["model.safetensors"]
 
 
-def test_an_interrupted_push_continues(hub, worker, place):
-    save_run(place / "fourth", 8)
-    hub.fail = [("POST /api/models/me/broken/commit", 500, 1)]
+def test_an_interrupted_push_of_shards_continues(hub, worker, place):
+    model = save_run(place / "fourth", 8)
+    (place / "fourth" / "model.safetensors").unlink()
+    model.save_pretrained(place / "fourth", max_shard_size="20kB")
+    hub.fail = [("PUT /lfs/", None, 1), ("PUT /lfs/", 501, 99)]
     said = worker.refused("push", "fourth", "me/broken")
-    assert "status 500" in said and "run the same command again" in said
+    assert "status 501" in said and "run the same command again" in said
+    hub.fail, first = [], hub.requests("PUT /lfs/.* 200")[-1]
     sent = len(hub.log)
     worker.good(["push", "fourth", "me/broken"])
-    assert not [line for line in hub.log[sent:] if line.startswith("PUT")]  # the large files are there
-    assert hub.files("me/broken")["model.safetensors"]
+    again = [line for line in hub.log[sent:] if line.startswith("PUT")]
+    shards = {name: data for name, data in hub.files("me/broken").items() if name.startswith("model-")}
+    assert len(shards) > 1 and all(shards.values()) and again and first not in again
+    worker.good(SAME.format(one="me/broken", other="fourth"))
+
+
+def test_a_bare_checkpoint_gets_what_it_lacks(hub, worker):
+    worker.good(["push", str(BARE), "me/bare"])
+    assert {"modeling_mim.py", "preprocessor_config.json", "README.md"} <= set(hub.files("me/bare"))
+    worker.good(SAME.format(one="me/bare", other=BARE))
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, worker, pushed, place):
@@ -284,22 +172,34 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, worker, pushed, place):
         assert token not in worker.said + worker.log.read_text()
 
 
+SMALL = ["model.encoder_config.hidden_size=16", "model.encoder_config.num_hidden_layers=1", "training.max_steps=2"]
+SMALL += ["data.max_train_images=32", "data.max_eval_images=20", "training.per_device_train_batch_size=8"]
+SMALL += ["training.push_to_hub=true", "training.save_strategy=steps", "training.save_steps=1"]
+
+
 def test_the_trainer_pushes_what_loads(hub, worker, place):
     """Also at a checkpoint, before the training ends."""
-    sizes = ["model.encoder_config.hidden_size=16", "model.encoder_config.num_hidden_layers=1"]
-    data = ["data.max_train_images=32", "data.max_eval_images=20", "training.max_steps=2", "training.save_steps=1"]
-    pushing = ["training.push_to_hub=true", "training.hub_model_id=me/run", "training.save_strategy=steps"]
-    more = ["training.per_device_train_batch_size=8", "training.output_dir=run"]
-    worker.good(["pretrain", *sizes, *data, *pushing, *more])
+    worker.good(["pretrain", *SMALL, "training.hub_model_id=me/run", "training.output_dir=run"])
     assert not (place / "run" / "training_args.bin").exists()
-    commits = list(hub.repos["me/run"].commits.values())
+    commits = list(hub.repos["me/run"].commits.items())
     assert len(commits) >= 4  # made, checkpoint, end of training, card
-    for files in commits[1:]:
+    for _, files in commits[1:]:
         assert {"config.json", "model.safetensors", "modeling_mim.py", "preprocessor_config.json"} <= set(files)
         assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
-    assert {"README.md", "metrics.json", "recipe.yaml", "reconstructions.png"} <= set(commits[-1])
+    assert {"README.md", "metrics.json", "recipe.yaml", "reconstructions.png"} <= set(commits[-1][1])
+    worker.good(SAME.format(one="me/run", other="run"))
+    load = "from transformers import AutoModel\nAutoModel.from_pretrained('me/run', revision='{}')"
+    worker.good(load.format(commits[1][0]))
     said = worker.refused("pretrain", "training.hub_token=hf_secret")
     assert "hub_token is refused" in said and "hf_secret" not in said
+
+
+def test_the_trainer_pushes_the_state_of_the_optimizer_if_asked(hub, worker):
+    wanted = ["training.hub_strategy=checkpoint", "training.hub_model_id=me/resumable", "training.output_dir=resumable"]
+    # By default a checkpoint is removed when the next one is saved, here before it could be sent.
+    worker.good(["pretrain", *SMALL, *wanted, "training.save_total_limit=2"])
+    files = hub.files("me/resumable")
+    assert {"modeling_mim.py", "model.safetensors", "last-checkpoint/optimizer.pt"} <= set(files)
 
 
 def test_xet(hub, place):
@@ -310,11 +210,7 @@ def test_xet(hub, place):
     worker.good(["push", "fifth", "me/xet"])
     assert hub.files("me/xet")["model.safetensors"] is None and hub.requests("xet-write-token")
     assert "all there already" in worker.good(["push", "fifth", "me/xet"])
-    worker.good(
-        "from transformers import AutoModel\nimport torch\n"
-        "remote, local = (AutoModel.from_pretrained(name) for name in ('me/xet', 'fifth'))\n"
-        "assert all(torch.equal(a, b) for a, b in zip(remote.parameters(), local.parameters(), strict=True))\n"
-    )
+    worker.good(SAME.format(one="me/xet", other="fifth"))
     assert hub.requests("xet-read-token")
     worker.close()
     assert len(worker.said) > 1000 and OWNER not in worker.said
