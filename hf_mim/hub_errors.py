@@ -37,11 +37,11 @@ def explain_one(error: BaseException) -> str | None:
         return f"this needs a token of the Hub: {LOG_IN}"
     if isinstance(error, errors.HfHubHTTPError):
         return explain_answer(error)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"the Hub is switched off (HF_HUB_OFFLINE=1){in_cache()}"
     # The client's base class of what goes wrong on the way; an answer of the server has a response.
     on_the_way = isinstance(error, errors.HTTPError) and not hasattr(error, "response")
-    if on_the_way or isinstance(error, errors.LocalEntryNotFoundError):
+    if on_the_way or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        if constants.HF_HUB_OFFLINE:
+            return f"the Hub is switched off (HF_HUB_OFFLINE=1){in_cache()}"
         return f"the Hub at {constants.ENDPOINT} cannot be reached{in_cache()}"
     if isinstance(error, OSError) and "Can't load image processor" in text:
         name = text.partition("'")[2].partition("'")[0]

@@ -43,8 +43,9 @@ def wrapped(error: Exception) -> Exception:
 def test_without_network_it_says_what_the_cache_holds(monkeypatch):
     monkeypatch.setattr("hf_mim.hub_errors.in_cache", lambda: "; in the cache: me/kept")
     missing = errors.LocalEntryNotFoundError("not there")
-    assert cli.describe(wrapped(missing)).endswith("cannot be reached; in the cache: me/kept")
-    assert "HF_HUB_OFFLINE=1" in cli.describe(wrapped(errors.OfflineModeIsEnabled("off")))
+    for off, words in ((True, "is switched off (HF_HUB_OFFLINE=1)"), (False, "cannot be reached")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", off)
+        assert cli.describe(wrapped(missing)).endswith(f"{words}; in the cache: me/kept")
 
 
 def test_the_models_of_a_cache_are_listed(tmp_path, monkeypatch):
