@@ -13,25 +13,23 @@ from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.training import sources
 from hf_mim.training.decoded_cache import DecodedCache
+from hf_mim.training.decoding import BadImages, Undecodable
 from hf_mim.training.sources import DataArguments
-from hf_mim.training.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, normalize, resize, sample_rng
+from hf_mim.training.streaming import StreamedImages
+from hf_mim.training.transforms import (
+    UNIFORMS,
+    ImageBatch,
+    crop_batch,
+    crop_boxes,
+    flip_batch,
+    normalize,
+    resize,
+    sample_rng,
+)
 
 
 BICUBIC = 3  # PIL's number for it
 FEWEST = 20  # images that a labelled data set must have for some to be held out
-
-
-@dataclass
-class ImageBatch:
-    """A batch before normalisation.
-
-    Args:
-        images: (batch, channels, height, width), uint8.
-        rngs: one generator per image, for its mask; it has already given the numbers for crop and flip.
-    """
-
-    images: torch.Tensor
-    rngs: list[np.random.Generator]
 
 
 class MIMDataset(torch.utils.data.Dataset):
@@ -48,7 +46,7 @@ class MIMDataset(torch.utils.data.Dataset):
         classes: names of the classes, in the order of their numbers, where labels are text; None takes all in sight.
 
     Raises:
-        ValueError: there is no image, the first cannot be decoded, or its channels are not those of the config.
+        ValueError: there is no image, the first has other channels than the config, or too many cannot be decoded.
     """
 
     def __init__(
@@ -65,6 +63,7 @@ class MIMDataset(torch.utils.data.Dataset):
         self.labels, self.classes = _labels(dataset, label_column, classes)
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of)
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
         self.cache = self._open_cache(data) if data.cache_decoded and self.images is None else None
 
@@ -72,6 +71,7 @@ class MIMDataset(torch.utils.data.Dataset):
         """The same images, whole, sharing memory."""
         other = copy.copy(self)
         other.train, other.crop_scale, other.horizontal_flip = False, None, False
+        other._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # training must not learn of this one's
         return other
 
     def set_epoch(self, epoch: int) -> None:
@@ -93,7 +93,7 @@ class MIMDataset(torch.utils.data.Dataset):
         rngs = [sample_rng(self.seed, self.epoch, index) for index in indices]
         uniforms = np.stack([rng.random(UNIFORMS) for rng in rngs])
         if self.images is not None:
-            images = self._crop_equal(self.images[torch.as_tensor(indices)], uniforms)
+            images = self._crop_equal(self.images[torch.as_tensor(self.bad.replace(indices))], uniforms)
         else:
             images = self._crop_each(self._fetch(indices), uniforms)
         if self.horizontal_flip:
@@ -101,11 +101,32 @@ class MIMDataset(torch.utils.data.Dataset):
         return [ImageBatch(images, rngs)]
 
     def _fetch(self, indices: list[int]) -> list[torch.Tensor]:
-        """Decoded images (channels, height, width), uint8, of any size."""
+        """Decoded images (channels, height, width), uint8, of any size; the next good one for one that is bad."""
+        indices = self.bad.replace(indices)
         if self.cache is not None:
             return [self.cache[index] for index in indices]
-        files = self.files[list(indices)][self.image_column]
-        return [torch.from_numpy(sources.decode(file, self.num_channels)) for file in files]
+        files = self.files[indices][self.image_column]
+        return [self._decode(index, file) for index, file in zip(indices, files, strict=True)]
+
+    def _decode(self, index: int, file) -> torch.Tensor:
+        while True:
+            try:
+                return torch.from_numpy(sources.decode(file, self.num_channels))
+            except ValueError:
+                self.bad.add(index)
+                (index,) = self.bad.replace([index])
+                file = self.files[index][self.image_column]
+
+    def _error_of(self, index: int) -> str:
+        try:
+            sources.decode(self.files[index][self.image_column], self.num_channels)
+        except ValueError as error:
+            return str(error)
+        return f"image {index}"
+
+    def true_labels(self, indices: list[int]) -> torch.Tensor:
+        """The labels (count,) of what is fetched for `indices`: of the next good image where one is bad."""
+        return self.labels[torch.as_tensor(self.bad.replace(indices))]
 
     def _crop_each(self, images: list[torch.Tensor], uniforms: np.ndarray) -> torch.Tensor:
         if self.crop_scale is None:
@@ -121,25 +142,45 @@ class MIMDataset(torch.utils.data.Dataset):
 
     def _open_cache(self, data: DataArguments) -> DecodedCache:
         def read(index: int) -> np.ndarray:
-            return sources.decode(self.files[index][self.image_column], self.num_channels)
+            try:
+                return sources.decode(self.files[index][self.image_column], self.num_channels)
+            except ValueError:
+                self.bad.add(index)
+                return np.zeros((self.num_channels, 0, 0), dtype=np.uint8)  # what the cache has of a bad one
 
         folder = data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim"
         fingerprint = f"{self.files._fingerprint} {self.image_column}"
-        return DecodedCache(folder, fingerprint, len(self.files), read, self.num_channels, data.cache_size)
+        cache = DecodedCache(folder, fingerprint, len(self.files), read, self.num_channels, data.cache_size)
+        self.bad.flags |= torch.from_numpy(cache.table[:, 1:].prod(axis=1) == 0)
+        self.bad.check()
+        return cache
 
     def _decode_all(self, limit: int) -> torch.Tensor | None:
         """All images (count, channels, height, width), uint8; None where sizes differ or memory would not do."""
-        first = torch.from_numpy(sources.decode(self.files[0][self.image_column], self.num_channels))
+        first = self._first()
         if first.numel() * len(self.files) > limit:
             return None
         images, at = torch.empty((len(self.files), *first.shape), dtype=torch.uint8), 0
         for rows in self.files.iter(batch_size=1000):
             for file in rows[self.image_column]:
-                image = sources.decode(file, self.num_channels)
-                if image.shape != first.shape:
-                    return None
-                images[at], at = torch.from_numpy(image), at + 1
+                try:
+                    image = sources.decode(file, self.num_channels)
+                    if image.shape != first.shape:
+                        return None
+                    images[at] = torch.from_numpy(image)
+                except ValueError:
+                    self.bad.add(at)
+                at += 1
         return images
+
+    def _first(self) -> torch.Tensor:
+        """The first image that can be decoded. One with other channels is a mistake in the config, and no bad file."""
+        for index in range(len(self.files)):
+            try:
+                return torch.from_numpy(sources.decode(self.files[index][self.image_column], self.num_channels))
+            except Undecodable:
+                self.bad.add(index)
+        raise AssertionError("BadImages raises where all are bad")
 
 
 def _labels(dataset, column: str | None, classes: list[str] | None) -> tuple[torch.Tensor | None, list[str]]:
@@ -152,30 +193,6 @@ def _labels(dataset, column: str | None, classes: list[str] | None) -> tuple[tor
     names = classes or sorted({str(value) for value in values if value is not None})
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([number.get(str(value), -1) for value in values]), names
-
-
-class StreamedImages(torch.utils.data.IterableDataset):
-    """As `MIMDataset`, for training on a data set that is read as it comes; its index is the position in the stream."""
-
-    def __init__(self, stream, config: MIMConfig, data: DataArguments, seed: int = 0):
-        self.image_column, _ = sources.find_columns(stream.features or {}, data)
-        self.stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
-        self.config, self.data, self.seed, self.epoch = config, data, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.stream.set_epoch(epoch)
-
-    def __iter__(self):
-        size, data = pair(self.config.image_size), self.data
-        for index, row in enumerate(self.stream):
-            image = torch.from_numpy(sources.decode(row[self.image_column], self.config.num_channels))[None]
-            rng = sample_rng(self.seed, self.epoch, index)
-            uniforms = rng.random(UNIFORMS)[None]
-            sizes = np.array([image.shape[-2:]])
-            box = None if data.crop_scale is None else crop_boxes(uniforms, sizes, size, data.crop_scale)[0]
-            image = resize(image, size, box)
-            yield ImageBatch(flip_batch(image, uniforms[:, -1] < 0.5) if data.horizontal_flip else image, [rng])
 
 
 class MIMCollator:

@@ -32,6 +32,13 @@ def subset(dataset, most: int):
     return torch.utils.data.Subset(dataset, chosen.tolist()), dataset.labels[chosen]
 
 
+def labels_of(pair) -> Tensor:
+    """The labels of what was fetched, once it was: an image that cannot be decoded is replaced by another."""
+    dataset, labels = pair
+    whole = getattr(dataset, "dataset", None)
+    return whole.true_labels(dataset.indices) if hasattr(whole, "true_labels") else labels
+
+
 def pixel_loader(dataset, config: MIMConfig, batch_size: int = 64, workers: int = 0, advance=lambda images: None):
     """Batches of `pixel_values` (batch, channels, height, width), in order; `advance` is told how many were fetched."""
     loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=MIMCollator(config), num_workers=workers)
@@ -200,7 +207,7 @@ def evaluate_encoder(model, train, test, bf16: bool = False, **loader) -> dict[s
     scores = {}
     for pooling in ("mean", "cls"):
         if seen[0][pooling] is not None:
-            found = accuracies(seen[0][pooling], train[1], seen[1][pooling], test[1])
+            found = accuracies(seen[0][pooling], labels_of(train), seen[1][pooling], labels_of(test))
             scores.update({f"{name}_{pooling}": score for name, score in found.items()})
     return scores
 
@@ -208,7 +215,7 @@ def evaluate_encoder(model, train, test, bf16: bool = False, **loader) -> dict[s
 def evaluate_raw_pixels(config: MIMConfig, train, test, **loader) -> dict[str, float]:
     """{"knn", "linear"} of the pixels themselves, percent. Arguments as of `evaluate_encoder`."""
     pixels = [raw_pixels(pixel_loader(dataset, config, **loader)) for dataset, _ in (train, test)]
-    return accuracies(pixels[0], train[1], pixels[1], test[1])
+    return accuracies(pixels[0], labels_of(train), pixels[1], labels_of(test))
 
 
 def token_diversity(tokens: Tensor) -> dict[str, float]:

@@ -277,6 +277,7 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "images_per_second": round(speed, 1),
         "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
+        "bad_images": bad_images(run.splits),
         "seed": run.arguments.seed,
         "device": run.arguments.device.type,
         "precision": "bf16" if run.arguments.bf16 else "float32",
@@ -286,10 +287,24 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
         "versions": versions(),
     }
     (run.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if (bad := results["bad_images"])["count"]:
+        words = f"skipped {bad['count']} images that cannot be used" + (
+            f"; the first: {bad['first']}" * bool(bad["first"])
+        )
+        run.console.print(words, highlight=False, soft_wrap=True)
     if "trained" in results:
         run.console.print(results_table(results))
     else:
         run.console.print(f"not evaluated: {run.splits.note}", highlight=False)
+
+
+def bad_images(splits: Splits) -> dict:
+    """{"count", "first"}: how many images could not be used, as far as they were looked at, and what is wrong with the
+    first; None where that is not known."""
+    found = [split.bad.found() for split in (splits.train, splits.test) if hasattr(split, "bad")]
+    found = [entry for entry in found if entry is not None]
+    count = sum(entry[0] for entry in found) + getattr(splits.train, "bad_count", 0)
+    return {"count": count, "first": found[0][1] if found else None}
 
 
 def evaluate(run: Run) -> dict:

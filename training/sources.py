@@ -1,34 +1,27 @@
-"""Where images come from: the shipped data set, the Hub, folders and parquet files; and how one is decoded."""
+"""Where images come from: the shipped data set, the Hub, folders, parquet files and WebDataset shards."""
 
-import io
 import os
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import pyarrow.parquet
-import torch
 
 import hf_mim
 from hf_mim.modeling.configuration_mim import unknown
-
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL takes a fifth longer
-    decode_jpeg = None
+from hf_mim.training.decoding import decode  # noqa: F401
 
 
 SHIPPED = Path(hf_mim.__file__).parent / "data" / "fashion_mnist"
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ARRAYS = {".npy"}  # beside them, with any number of channels
 # Names of a split, most wanted first. A folder or a file that begins with one of them is that split.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
+LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category")
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tif", "tiff", "pixel_values")
 HELD_OUT = 0.1  # share of a labelled data set without a test split that is held out, and at most
 HELD_OUT_MOST = 5000
@@ -39,16 +32,20 @@ class DataArguments:
     """The section `data` of a recipe.
 
     Args:
-        dataset: a Hub id, or a folder or parquet file; None is the Fashion-MNIST subset that ships with the package.
+        dataset: a Hub id, or a folder or file of images, parquet or WebDataset shards; None is the Fashion-MNIST subset
+            that ships with the package.
         subset: the configuration of a Hub data set that has several.
         split: what to train on; None is `train`, else the only split there is.
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
         image_column, label_column: None finds them.
-        streaming: read a Hub data set while training instead of downloading it first; needs `training.max_steps`.
+        streaming: read the data set as it comes, in its own order, instead of downloading or indexing it first; needs
+            `training.max_steps`. Each of the loader's workers reads all of it and decodes its share.
         max_train_images: train only on the first so many.
         max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
+        max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
+            least one image), or a number.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
         cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
@@ -66,6 +63,7 @@ class DataArguments:
     max_eval_images: int | None = None
     crop_scale: list[float] | None = None
     horizontal_flip: bool = True
+    max_bad_images: float = 0.01
     memory_limit_mb: int = 1024
     cache_decoded: bool = False
     cache_dir: str | None = None
@@ -75,7 +73,7 @@ class DataArguments:
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
-        for name, least in (("max_train_images", 1), ("max_eval_images", 0), ("cache_size", 1)):
+        for name, least in (("max_train_images", 1), ("max_eval_images", 0), ("max_bad_images", 0), ("cache_size", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
@@ -87,20 +85,20 @@ def open_dataset(data: DataArguments) -> dict[str, datasets.Dataset]:
     Raises:
         ValueError, OSError: it is missing, empty, or of no form that is known.
     """
-    local = data.dataset is None or Path(data.dataset).expanduser().exists()
-    if data.streaming and local:
-        raise ValueError("data.streaming reads data sets of the Hub; name one in data.dataset")
     if data.dataset is None:
-        return open_parquet(sorted(SHIPPED.glob("*.parquet")))
+        return open_files(sorted(SHIPPED.glob("*.parquet")), data.streaming)
     path = Path(data.dataset).expanduser()
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{data.dataset} is a file, but not a parquet file; give a folder for images")
-        return open_parquet([path])
+        if path.suffix not in (".parquet", ".tar"):
+            raise ValueError(f"{data.dataset} is a file, but not a parquet file or .tar; give a folder for images")
+        return open_files([path], data.streaming)
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        return open_parquet(files) if files else open_folder(path)
-    if data.dataset.startswith((".", "~", "/")) or data.dataset.count("/") > 1 or path.suffix == ".parquet":
+        files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.tar"))
+        if files:
+            return open_files(files, data.streaming)
+        splits = open_folder(path)
+        return {name: split.to_iterable_dataset() for name, split in splits.items()} if data.streaming else splits
+    if data.dataset.startswith((".", "~", "/")) or data.dataset.count("/") > 1 or path.suffix in (".parquet", ".tar"):
         raise ValueError(f"there is no file or folder {data.dataset}")
     return open_hub(data)
 
@@ -116,23 +114,39 @@ def open_hub(data: DataArguments) -> dict[str, datasets.Dataset]:
         ) from None
 
 
-def open_parquet(files: list[Path]) -> dict[str, datasets.Dataset]:
-    """Parquet files; a file or its folder whose name begins with a split's name belongs to that split."""
-    splits = {}
+def open_files(files: list[Path], streaming: bool = False) -> dict[str, datasets.Dataset]:
+    """Parquet files, or WebDataset shards; a file or its folder whose name begins with a split's name belongs to that
+    split. Shards that are not streamed are copied into the cache of `datasets`.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    kind, splits = ("parquet" if files[0].suffix == ".parquet" else "webdataset"), {}
     for file in files:
-        try:
-            pyarrow.parquet.read_schema(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"cannot read {file} as parquet: {str(error).splitlines()[0]}") from None
+        check_file(file, kind)
         named = [name for name in (_split_of(file.stem), _split_of(file.parent.name)) if name]
         splits.setdefault(named[0] if named else "train", []).append(str(file))
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # nothing is downloaded
     try:
-        return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
+        if kind == "parquet" and not streaming:
+            return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
+        return dict(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
+    except (datasets.exceptions.DatasetGenerationError, tarfile.TarError) as error:
+        raise ValueError(f"cannot read {files[0].parent} as {kind}: {str(error.__cause__ or error)}") from None
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def check_file(file: Path, kind: str) -> None:
+    try:
+        if kind == "parquet":
+            pyarrow.parquet.read_schema(file)
+        else:
+            tarfile.open(file).close()
+    except (OSError, tarfile.TarError, pyarrow.ArrowException) as error:
+        raise ValueError(f"cannot read {file} as {kind}: {error}".partition("\n")[0]) from None
 
 
 def _split_of(name: str) -> str | None:
@@ -166,7 +180,7 @@ def open_folder(root: Path) -> dict[str, datasets.Dataset]:
 def _walk(root: Path):
     for folder, _, files in os.walk(root, followlinks=True):
         for file in files:
-            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith("."):
+            if Path(file).suffix.lower() in EXTENSIONS | ARRAYS and not file.startswith("."):
                 yield os.path.join(folder, file)
 
 
@@ -239,61 +253,3 @@ def hold_out(dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Data
     order = np.random.default_rng(0).permutation(len(dataset))
     count = max(1, min(int(len(dataset) * HELD_OUT), HELD_OUT_MOST))
     return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
-
-
-# ---- pixels --------------------------------------------------------------------------------------------------------
-# What an image file of another mode is turned into first; nothing that tells images apart is lost but transparency.
-MODES = {"1": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-
-
-def decode(value, num_channels: int) -> np.ndarray:
-    """An image as the model wants it.
-
-    Args:
-        value: what a data set holds: bytes, a path, {"bytes", "path"}, or a PIL image.
-        num_channels: of the result.
-
-    Returns:
-        (num_channels, height, width), uint8. Grey is repeated to any number of channels, and colours become grey
-        where one channel is wanted.
-
-    Raises:
-        ValueError: it cannot be decoded, or its channels are not to be turned into `num_channels`.
-    """
-    name = "an image"
-    if isinstance(value, dict):
-        name = value.get("path") or name
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    try:
-        image = value
-        if not isinstance(value, PIL.Image.Image):
-            file = value if isinstance(value, bytes) else Path(value).read_bytes()
-            image = PIL.Image.open(io.BytesIO(file))
-            if decode_jpeg is not None and num_channels == 3 and image.format == "JPEG" and image.mode == "RGB":
-                return _decode_jpeg(file)
-            if image.format not in ("PNG", "BMP", "PPM"):  # those carry no orientation, or not in a way that counts
-                PIL.ImageOps.exif_transpose(image, in_place=True)  # else it copies
-        image = image if image.mode not in MODES else image.convert(MODES[image.mode])
-        if num_channels == 1 and image.mode == "RGB":
-            image = image.convert("L")
-        pixels = np.array(image)  # a copy that torch may write to
-    except (OSError, SyntaxError, RuntimeError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode {name}: {error}".partition("\n")[0]) from None
-    return _to_channels(pixels, num_channels, f"{name} (mode {image.mode})")
-
-
-def _decode_jpeg(file: bytes) -> np.ndarray:
-    """The pixels that PIL gives, upright: (3, height, width), channels innermost in memory."""
-    data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
-    return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True).numpy()
-
-
-def _to_channels(pixels: np.ndarray, num_channels: int, name: str) -> np.ndarray:
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"{name} holds {pixels.dtype} values; only 8 bits per channel are supported")
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    if len(pixels) == num_channels:
-        return pixels
-    if len(pixels) == 1:
-        return np.repeat(pixels, num_channels, axis=0)
-    raise ValueError(f"{name} has {len(pixels)} channels, but the model is configured for num_channels={num_channels}")

@@ -1,6 +1,7 @@
 """Random crops, flips and normalisation; every random number follows from (seed, epoch, sample index)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,19 @@ SMALL = 64
 # How many values to normalise at a time: what lies between them and the result then stays in the processor's cache.
 # Fresh memory for a whole batch costs more than the arithmetic.
 IN_CACHE = 2**17
+
+
+@dataclass
+class ImageBatch:
+    """A batch before normalisation.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        rngs: one generator per image, for its mask; it has already given the numbers for crop and flip.
+    """
+
+    images: torch.Tensor
+    rngs: list[np.random.Generator]
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
