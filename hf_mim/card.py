@@ -207,6 +207,11 @@ def summary(config: MIMConfig, metrics: dict, data: dict) -> str:
     return f"{what}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
 
 
+def teacher_of(target_config: dict) -> str | None:
+    """The teacher of a target, or of the target that it wraps."""
+    return target_config.get("teacher") or (target_config.get("features") or {}).get("teacher")
+
+
 def facts(folder: Path, config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[tuple[str, object]]:
     """Rows of a table; a value that is not known is empty."""
     header = recipes.read_header(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
@@ -219,7 +224,7 @@ def facts(folder: Path, config: MIMConfig, recipe: dict, metrics: dict, data: di
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
         ("data", data["words"] and images(metrics, data)),
         ("started from", recipe.get("model", {}).get("init_from")),
-        ("teacher", config.target_config.get("teacher")),
+        ("teacher", teacher_of(config.target_config)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),
         ("hardware", hardware(metrics)),

@@ -159,3 +159,10 @@ def test_the_cards_of_released_models(path):
     assert not re.search(r"(?<![\w.:/])/(?:home|root|tmp|work|Users)/", text)
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert picture in PICTURES and (path.parent / picture).is_file()
+
+
+def test_the_teacher_of_a_wrapped_target_is_named():
+    from hf_mim.card import teacher_of
+
+    assert teacher_of({"teacher": "me/dino"}) == "me/dino" == teacher_of({"features": {"teacher": "me/dino"}})
+    assert teacher_of({}) is None
