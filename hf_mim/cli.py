@@ -46,9 +46,12 @@ def recipes():
 
     from hf_mim.training.recipe import list_recipes
 
-    table = Table("recipe", "what", "paper", "command", show_lines=True)
+    table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=...")
+    for title in ("recipe", "paper"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what")
     for entry in list_recipes():
-        table.add_row(*(entry.get(key, "") for key in ("name", "title", "paper", "command")))
+        table.add_row(entry["name"], entry.get("paper", "").partition(" ")[0], entry["title"])
     Console().print(table, highlight=False)
 
 
@@ -124,6 +127,35 @@ def card(
     from hf_mim.hub import write_card
 
     typer.echo(write_card(checkpoint, repo, out, license))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A file of weights, or a folder or Hub id of transformers or timm.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where they are not 64 channels wide.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Pixels, 224 or 192x320, where weights do not say.")] = None,
+    timm_name: Annotated[str | None, typer.Option(help="Of timm's ConvNets other than ResNet and ConvNeXt.")] = None,
+):
+    """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
+    from hf_mim.conversion import convert as run
+    from hf_mim.conversion.reading import size_of
+
+    for line in run(source, out, heads=heads, image_size=size_of(image_size), timm_name=timm_name):
+        typer.echo(line)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="transformers, timm or onnx.")],
+):
+    """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim."""
+    from hf_mim.conversion import export as run
+
+    for line in run(checkpoint, out, to):
+        typer.echo(line)
 
 
 def main(arguments: list[str] | None = None) -> int:
