@@ -177,7 +177,7 @@ def test_a_folder_with_another_run_is_refused_untouched(tmp_path, trace):
         ("model.image_size=18", "not divisible"),
         ("model.masking_config.ratio=1.5", "ratio"),
         ("model.masking_config.ratio=0.99", "visible"),
-        ("model.num_channels=3", "image_mean has 1 values"),
+        ("model.image_mean=[0.5, 0.5]", "image_mean has 2 values"),
         ("training.optim=adamm", "did you mean"),
         ("data.crop_scale=[2, 3]", "crop_scale"),
         ("training.per_device_train_batch_size=100", "drop_last"),

@@ -26,10 +26,15 @@ PROTOCOL = {
 
 def subset(dataset, most: int):
     """The data set, or `most` images of it drawn with a fixed seed; and their labels (count,)."""
-    chosen = torch.arange(len(dataset))
-    if len(dataset) > most:
-        chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(dataset))[:most]))
-    return torch.utils.data.Subset(dataset, chosen.tolist()), dataset.labels[chosen]
+    chosen = subset_indices(len(dataset), most)
+    return torch.utils.data.Subset(dataset, chosen), dataset.labels[chosen]
+
+
+def subset_indices(count: int, most: int) -> list[int]:
+    """All of `count` positions, or `most` of them drawn with a fixed seed, in order."""
+    if count <= most:
+        return list(range(count))
+    return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist()
 
 
 def labels_of(pair) -> Tensor:

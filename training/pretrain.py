@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -29,6 +30,7 @@ from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.saving import StopCallback, last_checkpoint
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.watch import Watch
 
 
 # Any of these in a folder says that it holds a run already.
@@ -212,6 +214,10 @@ def train(run: Run) -> MIMTrainer:
     stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
     trainer.add_callback(stop)
     if trainer.is_world_process_zero():
+        whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # sharded weights take every process
+        if run.arguments.watch_every and whole:
+            say = partial(run.console.print, style="yellow", highlight=False, soft_wrap=True)
+            trainer.add_callback(Watch(trainer, run.splits, run.folder, run.arguments.watch_every, say))
         save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
     try:
         with stop:

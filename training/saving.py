@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and training that ends with one when it is told to stop."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,14 @@ class SafeCheckpointMixin:
     complete, and only then are older ones removed."""
 
     _staging = None  # while a checkpoint is being written: where
+
+    def log(self, logs, *args, **kwargs) -> None:
+        """Raises:
+        ValueError: the loss is not finite; every process sees the same, since it is their mean.
+        """
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise not_finite(self, "the loss is")
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))

@@ -45,6 +45,7 @@ class MIMTrainingArguments(TrainingArguments):
             `lr_scheduler_type` where it is given, and is constant but for that and the warm-up.
         resume: go on in `output_dir` from its last complete checkpoint, exactly as if there had been no break; from
             the beginning where there is none.
+        watch_every: steps, or a share of the training below 1, between looks at it (see `Watch`); 0 never looks.
     """
 
     base_learning_rate: float = field(default=1.5e-4, metadata={"help": "Learning rate for a total batch of 256."})
@@ -52,6 +53,7 @@ class MIMTrainingArguments(TrainingArguments):
     bf16: bool | str = field(default="auto", metadata={"help": "true, false, or auto: where the machine has it."})
     lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    watch_every: float = field(default=0.25, metadata={"help": "Steps or a share of the training; 0 is never."})
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
@@ -74,6 +76,8 @@ class MIMTrainingArguments(TrainingArguments):
             raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
         if any(not 0 < share < 1 for share in self.lr_drops or ()):
             raise ValueError(f"training.lr_drops must be shares between 0 and 1, not {self.lr_drops}")
+        if not 0 <= self.watch_every < float("inf"):
+            raise ValueError(f"training.watch_every must be a number of steps, a share or 0, not {self.watch_every}")
         if self.bf16 == "auto":
             self.bf16 = has_bf16() and not self.fp16
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
