@@ -1,0 +1,115 @@
+"""A checkpoint's encoder as a model of timm: its weights, and the arguments to build it with."""
+
+import json
+from pathlib import Path
+
+import timm
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.modeling_mim import MIMModel
+
+from .convnets import timm_name
+from .export import check_same, named, patch_convolution, position_table, refuse, vit_obstacles
+
+
+def to_timm(model: MIMModel, out: Path) -> list[str]:
+    """Writes `model.safetensors` and the `config.json` that timm's own `local-dir:` reads.
+
+    Raises:
+        ValueError: timm has no counterpart; the message says of what.
+    """
+    if model.config.encoder == "vit":
+        architecture, options, state = timm_vit(model)
+    elif model.config.encoder == "convnet":
+        architecture, options, state = timm_convnet(model)
+    else:
+        raise ValueError("a model of transformers has no counterpart in timm: export it --to transformers")
+    network = timm.create_model(architecture, **options).eval()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"timm's {architecture} has parts that this encoder does not fill: {reason}") from None
+    line = check_same(model, network.forward_features, f"timm's {architecture}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, out / "model.safetensors")
+    height, width = pair(model.config.image_size)
+    saved = {"mean": model.config.image_mean, "std": model.config.image_std, "num_classes": 0}
+    saved["input_size"] = [model.config.num_channels, height, width]
+    described = {"architecture": architecture, "num_classes": 0, "model_args": options, "pretrained_cfg": saved}
+    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return [f'timm.create_model("local-dir:{out}", pretrained=True)', line]
+
+
+def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+    encoder, first = model.encoder, model.encoder.layers[0]
+    has_cls = encoder.has_cls_token
+    obstacles = [
+        name for name in vit_obstacles(model) if name in ("relative position bias", "rotary positions", "SwiGLU")
+    ]
+    refuse(obstacles, "timm's VisionTransformer")
+    scaled_by = getattr(first.scale1, "value", None)
+    options = {
+        "img_size": list(pair(model.config.image_size)),
+        "patch_size": list(encoder.patch_size),
+        "in_chans": model.config.num_channels,
+        "embed_dim": encoder.hidden_size,
+        "depth": len(encoder.layers),
+        "num_heads": first.attention.num_heads,
+        "mlp_ratio": first.mlp.fc2.in_features / encoder.hidden_size,
+        "class_token": has_cls,
+        "reg_tokens": encoder.num_prefix_tokens - has_cls,
+        "no_embed_class": True,
+        "qk_norm": first.attention.q_norm is not None,
+        "init_values": scaled_by,
+        "global_pool": "token" if has_cls else "avg",
+        "fc_norm": False,
+        "final_norm": not isinstance(encoder.final_norm, nn.Identity),
+        "num_classes": 0,
+    }
+    state = {
+        "pos_embed": position_table(model)[None],
+        "patch_embed.proj.weight": patch_convolution(model),
+        "patch_embed.proj.bias": encoder.patch_embedding.bias.detach(),
+        **named("norm", encoder.final_norm),
+    }
+    if has_cls:
+        state["cls_token"] = encoder.prefix_tokens.detach()[None, :1]
+    if options["reg_tokens"]:
+        state["reg_token"] = encoder.prefix_tokens.detach()[None, int(has_cls) :]
+    ours = {"attention.": "attn.", "scale1.scale": "ls1.gamma", "scale2.scale": "ls2.gamma"}
+    for i, layer in enumerate(encoder.layers):
+        for name, value in layer.state_dict().items():
+            for own, theirs in ours.items():
+                name = name.replace(own, theirs)
+            state[f"blocks.{i}.{name}"] = value
+    return "vit_base_patch16_224", options, state
+
+
+def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+    options = model.config.encoder_config
+    kind = options.get("model_type", "resnet")
+    channels = {"in_chans": model.config.num_channels, "num_classes": 0}
+    if kind == "timm":
+        state = {}
+        for name, value in model.encoder.network.state_dict().items():
+            flat, _, rest = name.split(".", 2)[2].partition(".")
+            head, _, number = flat.rpartition("_")  # timm writes stages.0 as stages_0 where it cuts a network
+            state[f"{head}.{number}.{rest}" if number.isdecimal() and head else f"{flat}.{rest}"] = value
+        own = {k: v for k, v in options.items() if k not in ("model_type", "model_name") and "mask" not in k}
+        own.pop("pixel_fill", None)
+        return options.get("model_name", "resnet18"), {**own, **channels}, state
+    network = model.encoder.network.config
+    state = {timm_name(kind, name): value for name, value in model.encoder.network.state_dict().items()}
+    if kind == "resnet":
+        widths, basic = network.hidden_sizes, network.layer_type == "basic"
+        sizes = {"layers": network.depths, "channels": [width if basic else width // 4 for width in widths]}
+        return "resnet18" if basic else "resnet50", {**sizes, **channels}, state
+    state = {name: value.flatten() if ".grn." in name else value for name, value in state.items()}
+    state |= named("head.norm", model.pooled_norm)
+    sizes = {"depths": network.depths, "dims": network.hidden_sizes, "patch_size": network.patch_size}
+    scale = getattr(network, "layer_scale_init_value", 0) or None
+    sizes |= {"ls_init_value": scale if kind == "convnext" else None}
+    return f"{kind}_tiny", {**sizes, **channels}, state

@@ -1,0 +1,255 @@
+"""Checkpoints of others as ours: equal outputs wherever their code can be installed, every key accounted for."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from helpers import perturb
+from peers import fill_positions
+from safetensors.torch import save_file
+
+from hf_mim import MIMForPreTraining, MIMModel
+from hf_mim.cli import main
+from hf_mim.conversion import convert
+
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+VIT |= {"image_size": 24, "patch_size": 4}
+BEIT = {**VIT, "use_relative_position_bias": True, "layer_scale_init_value": 0.1}
+CONV = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1]}
+TRANSFORMERS = {
+    "ViT": VIT,
+    "ViTMAE": {**VIT, "mask_ratio": 0.0},
+    "Beit": BEIT,
+    "Beit-shared": {**BEIT, "use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    "Beit-mean": {**BEIT, "use_mean_pooling": False, "use_mask_token": True},
+    "Data2VecVision": {**BEIT, "use_mean_pooling": False},
+    "Dinov2": {**VIT, "mlp_ratio": 2},
+    "Dinov2-swiglu": {**VIT, "use_swiglu_ffn": True},
+    "Dinov2WithRegisters": {**VIT, "num_register_tokens": 3},
+    "ConvNext": CONV,
+    "ConvNextV2": CONV,
+    "ResNet": {**CONV, "embedding_size": 8},
+    "ResNet-basic": {**CONV, "embedding_size": 8, "layer_type": "basic"},
+    "Swin": {
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "patch_size": 4,
+        "image_size": 32,
+    },
+}
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values in every parameter and statistic."""
+    torch.manual_seed(0)
+    perturb(model)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def converted(source, out, **options) -> tuple[MIMModel, dict]:
+    convert(str(source), out, **options)
+    return MIMModel.from_pretrained(out).eval(), json.loads((Path(out) / "conversion.json").read_text())
+
+
+def save(state: dict, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_transformers_models(name, tmp_path):
+    kind = name.split("-")[0]
+    peer = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**TRANSFORMERS[name]))
+    if kind == "ViTMAE":
+        torch.nn.init.normal_(peer.embeddings.position_embeddings)
+    fill(peer).save_pretrained(tmp_path / "theirs")
+    ours, summary = converted(tmp_path / "theirs", tmp_path / "ours")
+    conv, size = kind.startswith(("Conv", "Res")), 64 if kind.startswith(("Conv", "Res")) else 24
+    size = 32 if kind == "Swin" else size
+    pixel_values = torch.randn(2, 3, size, size)
+    extra = {"noise": torch.arange(36.0).expand(2, -1)} if kind == "ViTMAE" else {}
+    wanted, out = peer(pixel_values, **extra), ours(pixel_values)
+    last = wanted.last_hidden_state
+    torch.testing.assert_close(out.last_hidden_state, last.flatten(2).transpose(1, 2) if conv else last, **TOLERANCE)
+    if conv:
+        torch.testing.assert_close(out.pooler_output, wanted.pooler_output.flatten(1), **TOLERANCE)
+    assert ours.config.encoder == ("convnet" if conv else "native" if kind == "Swin" else "vit")
+    left = set(summary["left"])
+    assert set(summary["used"]) | left == set(peer.state_dict()) and all("pooler" in n or "mask" in n for n in left)
+
+
+@torch.no_grad()
+def test_transformers_mae_with_decoder(tmp_path):
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
+    config = transformers.ViTMAEConfig(**VIT, **decoder, decoder_intermediate_size=24, norm_pix_loss=True)
+    peer = fill(transformers.ViTMAEForPreTraining(config))
+    fill_positions(peer)
+    peer.save_pretrained(tmp_path / "theirs")
+    convert(str(tmp_path / "theirs"), tmp_path / "ours")
+    ours = MIMForPreTraining.from_pretrained(tmp_path / "ours")
+    assert ours.config.encoder_config["position_embedding"] == "sincos"
+    pixel_values = torch.randn(2, 3, 24, 24)
+    theirs = peer(pixel_values)
+    out = ours(pixel_values, bool_masked_pos=theirs.mask.bool())
+    torch.testing.assert_close(out.loss, theirs.loss, **TOLERANCE)
+
+
+TIMM_VITS = {
+    "plain": {},
+    "oblong": {"img_size": (24, 40)},
+    "registers": {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.1},
+    "registers_embedded": {"reg_tokens": 2},
+    "no_class_token": {"class_token": False, "global_pool": "avg"},
+    "mean": {"global_pool": "avg", "fc_norm": True},
+    "qk_norm": {"qk_norm": True},
+    "no_bias": {"qkv_bias": False},
+    "swiglu": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU},
+}
+
+
+@pytest.mark.parametrize("name", TIMM_VITS)
+@torch.no_grad()
+def test_timm_vits(name, tmp_path):
+    options = {"img_size": 24, "patch_size": 4, "num_classes": 5, **TIMM_VITS[name]}
+    peer = fill(timm.models.VisionTransformer(embed_dim=32, depth=2, num_heads=4, **options))
+    save(peer.state_dict(), tmp_path / "vit.pth")
+    size = options["img_size"] if name == "oblong" else (24, 24)
+    ours, summary = converted(tmp_path / "vit.pth", tmp_path / "ours", heads=4, image_size=list(size))
+    pixel_values = torch.randn(2, 3, *size)
+    torch.testing.assert_close(ours(pixel_values).last_hidden_state, peer.forward_features(pixel_values), **TOLERANCE)
+    assert set(summary["used"]) | set(summary["left"]) == set(peer.state_dict())
+    assert all(key.startswith(("head.", "fc_norm.")) for key in summary["left"])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_timm_beit(shared, tmp_path):
+    """The names of the official files of BEiT, BEiT-v2, DTM and SimMIM, whose implementation timm took over."""
+    positions = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared, "use_abs_pos_emb": False}
+    peer = timm.models.beit.Beit(24, 4, embed_dim=32, depth=2, num_heads=4, init_values=0.1, num_classes=0, **positions)
+    fill(peer)
+    save({"model": peer.state_dict()}, tmp_path / "beit.pth")
+    ours, _ = converted(tmp_path / "beit.pth", tmp_path / "ours")
+    pixel_values = torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(ours(pixel_values).last_hidden_state, peer.forward_features(pixel_values), **TOLERANCE)
+    prefixed = {f"encoder.{name}": value for name, value in peer.state_dict().items()}
+    prefixed |= {"encoder.mask_token": torch.randn(1, 1, 32), "decoder.0.bias": torch.randn(48)}
+    prefixed["decoder.0.weight"] = torch.randn(48, 32, 1, 1)
+    save({"model": prefixed}, tmp_path / "simmim.pth")
+    ours, summary = converted(tmp_path / "simmim.pth", tmp_path / "simmim")
+    assert summary["kind"] == "SimMIM" and set(summary["left"]) <= {"encoder.fc_norm.weight", "encoder.fc_norm.bias"}
+    torch.testing.assert_close(ours(pixel_values).last_hidden_state, peer.forward_features(pixel_values), **TOLERANCE)
+    full = MIMForPreTraining.from_pretrained(tmp_path / "simmim").eval()
+    out = full(pixel_values, bool_masked_pos=torch.zeros(2, 36, dtype=torch.bool), return_loss=False)
+    tokens = ours(pixel_values).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+    shuffled = torch.nn.functional.conv2d(tokens, prefixed["decoder.0.weight"], prefixed["decoder.0.bias"])
+    wanted = torch.nn.functional.pixel_shuffle(shuffled, 4)
+    cells = out.logits.view(2, 6, 6, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 24, 24)
+    torch.testing.assert_close(cells, wanted, **TOLERANCE)
+
+
+CONVNETS = {
+    "resnet18": None,
+    "resnet50": None,
+    "convnext_atto": None,
+    "convnextv2_atto": None,
+    "seresnet18": "seresnet18",
+    "regnetx_002": "regnetx_002",
+}
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+@torch.no_grad()
+def test_timm_convnets(name, tmp_path):
+    peer = fill(timm.create_model(name, num_classes=3))
+    save_file(peer.state_dict(), tmp_path / "net.safetensors")
+    ours, summary = converted(tmp_path / "net.safetensors", tmp_path / "ours", timm_name=CONVNETS[name])
+    pixel_values = torch.randn(1, 3, 64, 64)
+    wanted = peer.forward_features(pixel_values)
+    out = ours(pixel_values)
+    last = wanted.flatten(2).transpose(1, 2)
+    # Activations of unnormalised random networks are large: the tolerance is relative to the largest.
+    scale = last.abs().max()
+    torch.testing.assert_close(out.last_hidden_state / scale, last / scale, **TOLERANCE)
+    assert set(summary["used"]) | set(summary["left"]) == set(peer.state_dict())
+
+
+def test_timm_folder(tmp_path):
+    """What timm saves itself: the config says heads, size and normalisation."""
+    peer = fill(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=2))
+    save_file(peer.state_dict(), tmp_path / "model.safetensors")
+    saved = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "depth": 2}}
+    saved["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    ours, _ = converted(tmp_path, tmp_path / "ours")
+    assert ours.config.encoder_config["num_attention_heads"] == 3 and ours.config.image_mean == [0.5] * 3
+    pixel_values = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        wanted = peer.forward_features(pixel_values)
+        torch.testing.assert_close(ours(pixel_values).last_hidden_state, wanted, **TOLERANCE)
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("trapped",))
+
+
+def test_pickle_with_another_type_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save({"model": {"weight": torch.zeros(1)}, "args": Trap()}, tmp_path / "trap.pth")
+    assert main(["convert", "trap.pth", "out"]) == 2
+    message = capsys.readouterr().err
+    assert "posix.mkdir" in message and "refused" in message and message.count("\n") == 1
+    assert not Path("trapped").exists() and not Path("out").exists()
+
+
+def test_namespace_is_read(tmp_path):
+    peer = fill(timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0))
+    arguments = argparse.Namespace(norm_pix_loss=True)
+    path = save({"model": peer.state_dict(), "args": arguments, "epoch": 3}, tmp_path / "mae.pth")
+    lines = convert(str(path), tmp_path / "out", heads=4)
+    assert any("not read: args, epoch" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"model": {"weight": torch.zeros(2)}}, "of no kind known here"),
+        ({"epoch": 3}, "holds no weights"),
+        ({"blocks.0.norm1.weight": torch.zeros(4)}, "lacks patch_embed.proj.weight"),
+        ({"vit.embeddings.patch_embeddings.projection.weight": torch.zeros(1)}, "config.json is needed"),
+    ],
+)
+def test_unknown_files_give_one_line(content, message, tmp_path, capsys):
+    save(content, tmp_path / "some.pth")
+    assert main(["convert", str(tmp_path / "some.pth"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_no_checkpoint_at_all(tmp_path, capsys):
+    (tmp_path / "some.pth").write_text("nothing")
+    (tmp_path / "some.txt").write_text("nothing")
+    for name in ("some.pth", "some.txt", "absent.pth", "absent"):
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_of_an_unknown_variant_are_refused(tmp_path):
+    peer = timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0, pre_norm=True)
+    path = save(peer.state_dict(), tmp_path / "clip.pth")
+    with pytest.raises(ValueError, match="variant that is not known here: norm_pre"):
+        convert(str(path), tmp_path / "out", heads=4)
