@@ -14,6 +14,7 @@ from transformers import AutoModel
 from hf_mim import MIMModel
 from hf_mim.cli import main
 from hf_mim.conversion import convert, export
+from hf_mim.conversion.onnx import to_onnx
 
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -174,3 +175,38 @@ def test_loads_where_hf_mim_is_absent(tmp_path):
     paths = [str(tmp_path / name) for name in ("theirs", "in.pt", "out.pt")]
     subprocess.run([sys.executable, "-c", WITHOUT, *paths], check=True, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), ours(pixel_values).last_hidden_state, **TOLERANCE)
+
+
+ONNX = {
+    "sincos": ({}, True),
+    "learned": (VITS["learned"], False),
+    "relative": ({"encoder_config": {"position_embedding": "relative"}}, False),
+    "rotary": ({"encoder_config": {"position_embedding": "rotary"}}, True),
+    "convnext": (CONVNETS["convnext"], True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx(name, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    changes, any_size = ONNX[name]
+    ours = checkpoint(tmp_path / "ours", changes)
+    assert any("any size" in line for line in export(str(tmp_path / "ours"), tmp_path / "out", "onnx")) == any_size
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    first = images_for(ours)
+    for pixel_values in [first[:1], first, *([torch.cat([first, first], dim=3)] if any_size else [])]:
+        tokens, vector = session.run(None, {"pixel_values": pixel_values.numpy()})
+        with torch.no_grad():
+            out = ours(pixel_values)
+        torch.testing.assert_close(torch.from_numpy(tokens), out.last_hidden_state, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(vector), out.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_says_what_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"ONNX needs onnx, onnxscript, onnxruntime: pip install"):
+        to_onnx(None, tmp_path)

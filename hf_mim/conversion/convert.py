@@ -253,14 +253,18 @@ def finish(weights: Weights) -> None:
     weights.leave(r".*", "not known")
 
 
+def own_names(found: Converted) -> dict[str, Tensor]:
+    """The weights as the model that is saved names them."""
+    if not found.pretraining:
+        return found.state
+    kept = {name: value for name, value in found.state.items() if not name.startswith("pooled_norm.")}
+    return {name if name.startswith("decoder.") else f"mim.{name}": value for name, value in kept.items()}
+
+
 def build(found: Converted) -> MIMModel | MIMForPreTraining:
     """The model with the weights in it; it must take all of them, and lack none but those of a new pooler."""
     model = (MIMForPreTraining if found.pretraining else MIMModel)(MIMConfig(**found.fields))
-    state = found.state
-    if found.pretraining:
-        outside = ("decoder.", "target.")
-        kept = {name: value for name, value in state.items() if not name.startswith("pooled_norm.")}
-        state = {name if name.startswith(outside) else f"mim.{name}": value for name, value in kept.items()}
+    state = own_names(found)
     missing, unexpected = model.load_state_dict(state, strict=False)
     lacking = [name for name in missing if not name.startswith(("pooler.", "mim.pooler."))]
     if lacking or unexpected:

@@ -28,8 +28,7 @@ def export(checkpoint: str, out: str | Path, to: str) -> list[str]:
 
     Raises:
         ValueError: there is no checkpoint or no such format, or the format has no counterpart of what the encoder
-            does; the message says of what.
-        ImportError: the format needs a package that is not installed.
+            does, or a package is not installed; the message says which.
     """
     from hf_mim.training.checkpoint import load_config
     from hf_mim.training.data import processor_for
