@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
 MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
 STREAM_STATE = "stream.json"
+GRACE = 30  # seconds that a loader's worker goes on after SIGTERM
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -162,6 +163,14 @@ def not_finite(trainer, what: str) -> ValueError:
     advice = "lower training.base_learning_rate, lengthen training.warmup_steps or set training.bf16=false"
     start = f"the last good checkpoint is {last}: start from it with model.init_from={last}, and " if last else ""
     return ValueError(f"{what} not finite at step {state.global_step}{rate}; {start}{advice}")
+
+
+def outlive_sigterm(first, number: int) -> None:
+    """For a loader's worker, after its own `worker_init_fn`. Schedulers send SIGTERM to every process of a job: without
+    workers the step that is running could not be ended. They still end by it, half a minute later."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if first is not None:
+        first(number)
 
 
 class StopCallback(TrainerCallback):

@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin
-from hf_mim.training.saving import SafeCheckpointMixin
+from hf_mim.training.saving import SafeCheckpointMixin, outlive_sigterm
 
 
 # What wrappers put before a parameter's name.
@@ -138,6 +139,12 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
             key = (self.args.seed, self.args.process_index, *self.micro_step)
             inputs = {**inputs, "generator": torch.Generator().manual_seed(seed_of(key))}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(outlive_sigterm, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
