@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from helpers import perturb
 from peers import fill_positions
 from safetensors.torch import save_file
 
-from hf_mim import MIMForPreTraining, MIMModel
+from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.conversion import convert
+from hf_mim.conversion.convert import Hints, convert_state, own_names
+from hf_mim.modeling.layers import sincos_2d
 
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -259,3 +262,38 @@ def test_weights_of_an_unknown_variant_are_refused(tmp_path):
     path = save(peer.state_dict(), tmp_path / "clip.pth")
     with pytest.raises(ValueError, match="variant that is not known here: norm_pre"):
         convert(str(path), tmp_path / "out", heads=4)
+
+
+OFFICIAL = sorted((Path(__file__).parent / "fixtures" / "official_keys").glob("*.json"))
+
+
+def official_weights(keys: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes; large ones without memory, so that models of the real sizes cost nothing."""
+    tensors = {}
+    for name, shape in keys.items():
+        fixed = name.endswith(("token", "pos_embed")) or len(shape) < 2
+        dtype = torch.long if name.endswith(("index", "tracked")) else torch.float32
+        tensors[name] = torch.zeros(shape, dtype=dtype, device="cpu" if fixed else "meta")
+    return tensors
+
+
+@pytest.mark.parametrize("path", OFFICIAL, ids=[path.stem for path in OFFICIAL])
+def test_official_names_and_shapes(path):
+    """Every key has its place or is named, every weight of our model is filled, and all shapes fit."""
+    fixture = json.loads(path.read_text())
+    tensors = official_weights(fixture["keys"])
+    if fixture["encoder"].get("position_embedding") == "sincos":
+        for name in {"pos_embed", "decoder_pos_embed"} & set(tensors):
+            tensors[name][0, 1:] = sincos_2d((14, 14), (14, 14), tensors[name].shape[2])
+    found = convert_state(tensors, Hints())
+    assert found.kind == fixture["kind"] and found.pretraining == fixture["pretraining"]
+    assert {*found.weights.used, *found.weights.left} == set(fixture["keys"])
+    unused = [name for name in fixture["keys"] if any(fnmatch(name, pattern) for pattern in fixture["unused"])]
+    indices = [name for name in fixture["keys"] if name.endswith("relative_position_index")]
+    assert set(found.weights.left) == {*unused, *indices}
+    with torch.device("meta"):
+        model = (MIMForPreTraining if found.pretraining else MIMModel)(MIMConfig(**found.fields))
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    assert {name: value.shape for name, value in own_names(found).items()} == wanted
+    options = {"encoder": found.fields["encoder"], **found.fields["encoder_config"]}
+    assert {name: options[name] for name in fixture["encoder"]} == fixture["encoder"]

@@ -227,8 +227,20 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         if not is_resnet:
             notes.append("OpenMixup's ConvNeXt has norms with epsilon 1e-5, ours 1e-6: outputs differ slightly")
         found = with_pixel_head(found, "neck.decoder_pred.0", "A2MIM")
+        if found.pretraining:
+            leave_pooled_norm(found)
         found.kind = f"A2MIM, {name}"
     return found
+
+
+def leave_pooled_norm(found: Converted) -> None:
+    """A model for pretraining has no pooling, hence not the norm after it."""
+    for suffix in ("weight", "bias"):
+        if found.state.pop(f"pooled_norm.{suffix}", None) is not None:
+            name = found.weights.sources.get(f"head.norm.{suffix}")
+            if name in found.weights.used:
+                found.weights.used.remove(name)
+                found.weights.left[name] = "it acts after pooling, which a model for pretraining does not do"
 
 
 def finish(weights: Weights) -> None:
@@ -257,8 +269,7 @@ def own_names(found: Converted) -> dict[str, Tensor]:
     """The weights as the model that is saved names them."""
     if not found.pretraining:
         return found.state
-    kept = {name: value for name, value in found.state.items() if not name.startswith("pooled_norm.")}
-    return {name if name.startswith("decoder.") else f"mim.{name}": value for name, value in kept.items()}
+    return {name if name.startswith("decoder.") else f"mim.{name}": value for name, value in found.state.items()}
 
 
 def build(found: Converted) -> MIMModel | MIMForPreTraining:

@@ -210,7 +210,7 @@ def qkv_bias(weights: Weights, name: str, like: Tensor) -> Tensor:
         return whole
     parts = [weights.maybe(f"{name}.{part}.bias") for part in "qkv"]
     parts = [weights.maybe(f"{name}.{part}_bias") if bias is None else bias for part, bias in zip("qkv", parts)]
-    return torch.cat([like.new_zeros(len(like)) if bias is None else bias for bias in parts])
+    return torch.cat([torch.zeros(len(like)) if bias is None else bias for bias in parts])
 
 
 def mlp(weights: Weights, name: str, options: dict) -> dict[str, Tensor]:
