@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.conversion import convert
-from hf_mim.conversion.convert import Hints, convert_state, own_names
+from hf_mim.conversion.convert import own_names
+from hf_mim.conversion.official import Hints, convert_state
 from hf_mim.modeling.layers import sincos_2d
 
 
@@ -167,6 +168,31 @@ def test_timm_beit(shared, tmp_path):
     wanted = torch.nn.functional.pixel_shuffle(shuffled, 4)
     cells = out.logits.view(2, 6, 6, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 24, 24)
     torch.testing.assert_close(cells, wanted, **TOLERANCE)
+
+
+def openmixup_name(name: str) -> str:
+    for theirs, ours in {
+        "blocks.": "layers.",
+        ".norm": ".ln",
+        "mlp.fc1": "ffn.layers.0.0",
+        "mlp.fc2": "ffn.layers.1",
+        "patch_embed.proj": "patch_embed.projection",
+    }.items():
+        name = name.replace(theirs, ours)
+    return "backbone." + (f"ln1{name[4:]}" if name.startswith("norm.") else name)
+
+
+@torch.no_grad()
+def test_a2mim_vit(tmp_path):
+    """OpenMixup's ViT computes what timm's BEiT does, under other names."""
+    positions = {"use_rel_pos_bias": True, "use_abs_pos_emb": True, "global_pool": "token"}
+    peer = timm.models.beit.Beit(24, 4, embed_dim=32, depth=2, num_heads=4, init_values=0.1, num_classes=0, **positions)
+    state = {openmixup_name(name): value for name, value in fill(peer).state_dict().items()}
+    save({"meta": {"epoch": 1}, "state_dict": state}, tmp_path / "a2mim.pth")
+    ours, summary = converted(tmp_path / "a2mim.pth", tmp_path / "ours")
+    assert not summary["left"] and ours.config.encoder_config["position_embedding"] == ["learned", "relative"]
+    pixel_values = torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(ours(pixel_values).last_hidden_state, peer.forward_features(pixel_values), **TOLERANCE)
 
 
 CONVNETS = {

@@ -43,15 +43,12 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
     return [f'timm.create_model("local-dir:{out}", pretrained=True)', line]
 
 
-def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+def vit_arguments(model: MIMModel) -> dict:
+    """The arguments of timm's VisionTransformer."""
     encoder, first = model.encoder, model.encoder.layers[0]
     has_cls = encoder.has_cls_token
-    obstacles = [
-        name for name in vit_obstacles(model) if name in ("relative position bias", "rotary positions", "SwiGLU")
-    ]
-    refuse(obstacles, "timm's VisionTransformer")
     scaled_by = getattr(first.scale1, "value", None)
-    options = {
+    return {
         "img_size": list(pair(model.config.image_size)),
         "patch_size": list(encoder.patch_size),
         "in_chans": model.config.num_channels,
@@ -69,6 +66,17 @@ def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
         "final_norm": not isinstance(encoder.final_norm, nn.Identity),
         "num_classes": 0,
     }
+
+
+def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+    """-> an architecture's name, the arguments that make it this encoder, and the weights."""
+    encoder = model.encoder
+    has_cls = encoder.has_cls_token
+    obstacles = [
+        name for name in vit_obstacles(model) if name in ("relative position bias", "rotary positions", "SwiGLU")
+    ]
+    refuse(obstacles, "timm's VisionTransformer")
+    options = vit_arguments(model)
     state = {
         "pos_embed": position_table(model)[None],
         "patch_embed.proj.weight": patch_convolution(model),

@@ -11,7 +11,7 @@ from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMModel
 
 from . import vit_family as vit
-from .convert import Converted, Hints, convert_state, finish, with_mae_decoder
+from .official import Converted, Hints, convert_state, finish, with_mae_decoder
 from .reading import Weights, read_file
 
 
@@ -60,6 +60,9 @@ def convert_timm(folder: Path, fields: dict, hints: Hints) -> Converted:
     if blocks is not None and hasattr(network, "patch_embed"):
         if getattr(network, "rope", None) is not None:
             raise ValueError(f"timm's {name} has rotary positions of its own, which our encoder does not")
+        activation = type(blocks[0].mlp.act).__name__
+        if activation not in ("GELU", "SiLU"):
+            raise ValueError(f"timm's {name} uses {activation}, and our encoder GELU")
         heads, eps = blocks[0].attn.num_heads, blocks[0].norm1.eps
         size = list(network.patch_embed.img_size)
         found = convert_state(tensors, Hints(heads, size, eps=eps, statistics=statistics))

@@ -1,0 +1,224 @@
+"""What the weights of a file are, told by their names and shapes, and where they go in a model of ours."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+
+from . import vit_family as vit
+from .convnets import FROM_OFFICIAL, PARTS, convnext, mask_parts, resnet, timm_convnet
+from .reading import Weights
+
+
+KINDS = (
+    "MAE, SimMIM (ViT), BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM and SparK as their authors save them",
+    "state dicts of timm's ViTs, ResNets and ConvNeXts (others with --timm-name)",
+    "folders and Hub ids of vision models of transformers",
+)
+ENCODER_PARTS = (*PARTS, "blocks.", "patch_embed.", "norm.", "norm_pre.", "pos_embed", "rel_pos_bias.", "rope.")
+
+
+@dataclass
+class Converted:
+    """What was made of a source: the config's fields, the weights as `MIMForPreTraining` names them without `mim.`,
+    whether they are all that it needs, and what to tell about it."""
+
+    kind: str
+    fields: dict
+    state: dict[str, Tensor]
+    weights: Weights
+    notes: list[str] = field(default_factory=list)
+    pretraining: bool = False
+
+
+@dataclass
+class Hints:
+    """What a file does not say and the user, or a config beside it, does."""
+
+    heads: int | None = None
+    image_size: int | list[int] | None = None
+    timm_name: str | None = None
+    eps: float = 1e-6
+    decoder_heads: int | None = None
+    arguments: dict = field(default_factory=dict)
+    statistics: dict = field(default_factory=dict)
+
+
+def convert_state(tensors: dict[str, Tensor], hints: Hints) -> Converted:
+    """What the weights of a file are, by their names and shapes.
+
+    Raises:
+        ValueError: they are of no known kind, or parts of the encoder are unknown.
+    """
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    reader = recognise(tensors, hints)
+    if reader is None:
+        raise ValueError(
+            f"the keys of the file are of no kind known here (the first: {', '.join(list(tensors)[:3])}). "
+            f"Known: {'; '.join(KINDS)}"
+        )
+    found = reader(tensors, hints)
+    found.fields |= hints.statistics
+    finish(found.weights)
+    return found
+
+
+def recognise(tensors: dict[str, Tensor], hints: Hints):
+    """-> the function that reads weights of these names; None where there is none."""
+    names = [name.removeprefix("backbone.").removeprefix("sparse_encoder.sp_cnn.") for name in tensors]
+    inner = {name.removeprefix("encoder.") for name in names}
+    if hints.timm_name:
+        return read_convnet
+    if "layers.0.ln1.weight" in inner or "blocks.0.norm1.weight" in inner:
+        return read_vit
+    if {"layer1.0.conv1.weight", "conv1.weight"} <= inner or "downsample_layers.0.0.weight" in inner:
+        return read_convnet
+    if {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"} <= inner:
+        return read_convnet
+    if any("embeddings.patch_embeddings" in name or "embedder.embedder" in name for name in names):
+        raise ValueError(
+            "the keys are those of a model of transformers, whose config.json is needed too: give its folder or Hub id"
+        )
+    return None
+
+
+def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
+    """MAE, SimMIM, BEiT, BEiT-v2, DTM, DINO, A2MIM, Beyond [cls] or timm."""
+    openmixup = any(name.endswith("layers.0.ln1.weight") for name in tensors)
+    # Both have their encoder under a name of its own; what lies beside it must keep its name.
+    table = vit.FROM_OPENMIXUP if openmixup else vit.PLAIN
+    weights = Weights(tensors, vit.renamer(table))
+    fields, state, notes = vit.vit_encoder(weights, hints.heads, hints.image_size, hints.eps)
+    options = fields["encoder_config"]
+    found = Converted("", fields, {f"encoder.{name}": value for name, value in state.items()}, weights, notes)
+    if "decoder_pred.weight" in weights and "decoder_embed.weight" in weights:
+        return with_mae_decoder(found, hints)
+    head = next((n for n in ("decoder.0", "neck.decoder.0", "neck.decoder_pred.0") if f"{n}.weight" in weights), None)
+    if head is not None:
+        return with_pixel_head(found, head, "A2MIM" if head == "neck.decoder_pred.0" else "SimMIM")
+    if any("attention_predictor" in name for name in weights.tensors):
+        found.kind = "Beyond [cls]"
+    elif "lm_head.weight" in weights:
+        rows = len(weights.tensors["lm_head.weight"])
+        second = any(name.startswith("cls_pt_layers") for name in weights.tensors)
+        found.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
+        options["mask_style"] = "token"
+    elif openmixup:
+        found.kind = "A2MIM or another ViT of OpenMixup"
+    elif any(name.startswith("encoder.") for name in tensors):
+        found.kind = "SimMIM"
+        options["mask_style"] = "token"
+    elif options["position_embedding"] == "sincos":
+        found.kind = "MAE, the encoder"
+    else:
+        found.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
+    return found
+
+
+def with_mae_decoder(found: Converted, hints: Hints) -> Converted:
+    found.kind = "MAE with its decoder"
+    try:
+        fields, state = vit.mae_decoder(found.weights, found.fields, hints.decoder_heads, hints.eps)
+    except ValueError as error:
+        found.notes.append(f"{error}: only the encoder is converted")
+        return found
+    normalize = hints.arguments.get("norm_pix_loss")
+    if normalize is None:
+        found.notes.append("the file does not say whether the targets were normalised per patch: assumed")
+    target = {"target": "pixel", "target_config": {"normalize": normalize is not False}}
+    found.fields |= {**fields, **target, "masking": "random", "masking_config": {"ratio": 0.75}}
+    found.state |= state
+    found.pretraining = True
+    return found
+
+
+def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
+    """SimMIM's and A2MIM's head, where it is one 1x1 convolution and the token that it goes with is there."""
+    weights, fields, options = found.weights, found.fields, found.fields["encoder_config"]
+    found.kind = kind
+    a2mim = kind == "A2MIM"
+    if fields["encoder"] == "vit":
+        token = weights.maybe("mask_token")
+        if token is not None:
+            found.state["encoder.mask_token"] = token.flatten()
+        options |= {"mask_style": "add", "pixel_fill": "mean"} if a2mim else {"mask_style": "token"}
+        complete = token is not None
+    else:
+        complete = mask_parts(weights, fields, found.state)
+    fields |= {"masking": "random", "masking_config": {"ratio": 0.6, "unit": 2}, "decoder": "linear"}
+    loss = {"loss": "l1" if fields["encoder"] == "vit" else "focal_l1"}
+    fields |= {"target": "frequency", "target_config": loss} if a2mim else {"target": "pixel"}
+    if not a2mim:
+        fields["target_config"] = {"normalize": False, "loss": "l1"}
+    if not complete or weights.tensors[f"{head}.weight"].shape[2:] != (1, 1):
+        found.notes.append("the head is not the one that goes with our linear decoder: only the encoder is converted")
+        found.state.pop("encoder.mask_token", None)
+        found.state.pop("encoder.mask_scale", None)
+        return found
+    with torch.device("meta"):
+        decoder = MIMForPreTraining(MIMConfig(**fields)).decoder
+    rows, cols = decoder.base_grid
+    height, width = pair(fields["image_size"])
+    found.state |= vit.pixel_head(
+        weights, head, fields["num_channels"], decoder.factor, (height // rows, width // cols)
+    )
+    found.pretraining = True
+    return found
+
+
+def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
+    """A ResNet or ConvNeXt of timm, torchvision, SparK or A2MIM, or the ConvNet of timm that is named."""
+    weights = Weights(tensors, vit.renamer(FROM_OFFICIAL))
+    if hints.timm_name:
+        parts = timm_convnet(weights, hints.timm_name, hints.image_size)
+        return Converted(f"timm's {hints.timm_name}", *parts[:2], weights, parts[2])
+    is_resnet = "layer1.0.conv1.weight" in weights
+    fields, state, notes = (resnet if is_resnet else convnext)(weights, hints.image_size)
+    name = "ResNet" if is_resnet else "ConvNeXt"
+    found = Converted(name, fields, state, weights, notes)
+    if any(key.startswith("sparse_encoder.") for key in tensors):
+        found.kind = f"SparK, {name}"
+    elif "neck.decoder_pred.0.weight" in weights:
+        # Among OpenMixup's norms those before a change of width have the epsilon 1e-5, ours 1e-6.
+        if not is_resnet:
+            notes.append("OpenMixup's ConvNeXt has norms with epsilon 1e-5, ours 1e-6: outputs differ slightly")
+        found = with_pixel_head(found, "neck.decoder_pred.0", "A2MIM")
+        if found.pretraining:
+            leave_pooled_norm(found)
+        found.kind = f"A2MIM, {name}"
+    return found
+
+
+def leave_pooled_norm(found: Converted) -> None:
+    """A model for pretraining has no pooling, hence not the norm after it."""
+    for suffix in ("weight", "bias"):
+        if found.state.pop(f"pooled_norm.{suffix}", None) is not None:
+            name = found.weights.sources.get(f"head.norm.{suffix}")
+            if name in found.weights.used:
+                found.weights.used.remove(name)
+                found.weights.left[name] = "it acts after pooling, which a model for pretraining does not do"
+
+
+def finish(weights: Weights) -> None:
+    """Names what is left of the weights, with the reason.
+
+    Raises:
+        ValueError: some of it belongs to the encoder: without it, outputs would be other ones.
+    """
+    unknown = [weights.sources[name] for name in weights.tensors if name.startswith(ENCODER_PARTS)]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} weights of the encoder belong to a variant that is not known here: "
+            f"{', '.join(unknown[:4])}"
+        )
+    weights.leave(r".*attention_predictor|.*self_attn", "the pooling head of Beyond [cls]: train a pooler anew")
+    weights.leave(r"mask_token|mask_gamma", "only pretraining needs it, and this kind's is not rebuilt")
+    weights.leave(r"(fc_norm|pooler)\.", "it acts after pooling, as a part of the classifier")
+    weights.leave(r"(head|fc|head_dist|classifier|.*head\..*)\b", "the head of the old task")
+    weights.leave(r"lm_head|cls_pt_", "the pretraining head")
+    weights.leave(r"(dense_decoder|densify|mask_tokens|imn_|norm_black)", "SparK's decoder")
+    weights.leave(r"(neck|decoder)", "the decoder")
+    weights.leave(r".*", "not known")
