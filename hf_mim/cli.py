@@ -188,17 +188,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def let_threads_sleep() -> None:
-    """Starts this process again with OMP_WAIT_POLICY=PASSIVE, unless the variable is set or there is a GPU.
+    """Starts this process again with GOMP_SPINCOUNT=1000, unless waiting is set already or there is a GPU.
 
-    Threads that spin while they wait for each other make a training step twenty times slower as soon as another program
-    needs one of the cores: 460 to 1900 ms instead of 43 to 45 with the recipe `quick` on two cores, one of them busy.
+    Threads that spin for long while they wait for each other make a training step tens of times slower as soon as
+    another program needs one of the cores; threads that sleep at once make it slower on free cores. Milliseconds a step
+    with the recipe `quick` on two cores, free and with one of them busy: 21 and over 460 by default, 25 and 59 with
+    this count, 42 and 38 with OMP_WAIT_POLICY=PASSIVE.
     The OpenMP runtime reads the variable when torch is imported, which is before any code of this package runs.
     """
     import torch
 
-    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ and not torch.accelerator.is_available():
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if os.name == "posix" and not chosen and not torch.accelerator.is_available():
         sys.stdout.flush()
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "GOMP_SPINCOUNT": "1000"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

@@ -219,8 +219,9 @@ def resolve(name: str, overrides: list[str] = ()) -> dict:
     """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}.
 
     Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
-    part no longer apply and are dropped; so are mean and std with another number of channels. With `model.init_from` the architecture comes from the checkpoint, so that
-    of a recipe without `init_from` is dropped too: only what was asked for beside `init_from` changes it.
+    part no longer apply and are dropped; so are mean and std with another number of channels. With `model.init_from`
+    the architecture comes from the checkpoint, so that of a recipe without `init_from` is dropped too: only what was
+    asked for beside `init_from` changes it.
 
     Raises:
         ValueError: an unknown recipe, section or key (the nearest valid one is named), or a value of another type.
