@@ -85,17 +85,19 @@ class MIMPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_encoder(cls, name_or_path: str, **fields):
+    def from_encoder(cls, name_or_path: str, add_pooling_layer: bool = True, **fields):
         """Wraps a pretrained vision model of transformers, with its weights.
 
         `name_or_path` is a Hub id or a local folder; `fields` are those of `MIMConfig` (a pooler, say). A config of
-        its own is not kept: what is saved loads as any other checkpoint of this project.
+        its own is not kept: what is saved loads as any other checkpoint of this project. Only `MIMModel` can be made
+        without its pooling layer.
 
         Raises:
             ValueError: the model type has no bare vision model.
         """
         native_fields, state = load_native(name_or_path)
-        model = cls(MIMConfig(**{**native_fields, **fields}))
+        without = {} if add_pooling_layer else {"add_pooling_layer": False}
+        model = cls(MIMConfig(**{**native_fields, **fields}), **without)
         encoder = model.encoder if isinstance(model, MIMModel) else model.mim.encoder
         encoder.load_native_state(state)
         return model.eval()

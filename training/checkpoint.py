@@ -1,9 +1,10 @@
 """Loading what was trained before, with errors that say what was found instead."""
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 
 
 def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
@@ -50,3 +51,39 @@ def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTrainin
     except RuntimeError as error:  # how transformers reports weights of other shapes
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line.lower()), str(error))
         raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None
+
+
+def load_encoder(source: str) -> MIMModel:
+    """The frozen encoder of a checkpoint of this project or of a vision model of transformers, in eval mode and without
+    a pooler. It sees whole images, also where the model's own class would hide patches (ViTMAE).
+
+    Args:
+        source: a folder, or an id on the Hub.
+
+    Raises:
+        ValueError: there is no model, or it is no image encoder.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model at {source}: {str(error).strip().splitlines()[0]}") from error
+    kind = fields.get("model_type")
+    if kind is None:
+        raise ValueError(f"no model at {source}: there is no config.json that names a model type")
+    if kind == "timm_wrapper":
+        raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
+    if kind == MIMConfig.model_type:
+        model = MIMModel.from_pretrained(source, add_pooling_layer=False, use_safetensors=True)
+    else:
+        try:
+            model = MIMModel.from_encoder(source, add_pooling_layer=False)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def untrained_twin(model: MIMModel, seed: int = 0) -> MIMModel:
+    """An encoder of the same config with weights drawn from `seed`; the random state outside is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MIMModel(model.config, add_pooling_layer=False).eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Loading encoders of this project and of transformers for reading out (training/checkpoint.py)."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+from hf_mim import MIMConfig, MIMForPreTraining
+from hf_mim.training.checkpoint import load_encoder, untrained_twin
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def tiny_mae() -> ViTMAEForPreTraining:
+    decoder = {f"decoder_{name}": value for name, value in SMALL.items()}
+    torch.manual_seed(7)
+    return ViTMAEForPreTraining(ViTMAEConfig(**SMALL, **decoder, image_size=32, patch_size=8))
+
+
+def test_the_encoder_of_a_pretraining_checkpoint_is_loaded_frozen(tmp_path):
+    config = MIMConfig(image_size=32, encoder_config={**SMALL, "patch_size": 8}, masking_config={"ratio": 0.5})
+    saved = MIMForPreTraining(config).eval()
+    saved.save_pretrained(tmp_path)
+    model, pixels = load_encoder(str(tmp_path)), torch.randn(2, 3, 32, 32)
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
+    assert torch.equal(model(pixels).last_hidden_state, saved.mim(pixels).last_hidden_state)
+
+
+def test_vit_mae_is_loaded_without_its_masking(tmp_path):
+    mae, pixels = tiny_mae(), torch.randn(2, 3, 32, 32)
+    mae.save_pretrained(tmp_path)
+    tokens = load_encoder(str(tmp_path))(pixels).last_hidden_state
+    mae.config.mask_ratio = 0.0
+    reference = ViTMAEModel(mae.config).eval()
+    reference.load_state_dict(mae.vit.state_dict())
+    noise = torch.arange(16).expand(2, -1)  # keeps the patches in their order
+    torch.testing.assert_close(tokens, reference(pixels, noise=noise).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_image_encoder_is_refused(tmp_path):
+    BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'bert' model, which takes no images"):
+        load_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="no model at"):
+        load_encoder(str(tmp_path / "nothing"))
+
+
+def test_the_untrained_twin_differs_and_leaves_the_random_state(tmp_path):
+    tiny_mae().save_pretrained(tmp_path)
+    model = load_encoder(str(tmp_path))
+    before = torch.get_rng_state()
+    twin, again, other = untrained_twin(model), untrained_twin(model), untrained_twin(model, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    weights = [
+        next(p for n, p in m.named_parameters() if "attention" in n and p.ndim == 2)
+        for m in (model, twin, again, other)
+    ]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[1], weights[3])
