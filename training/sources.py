@@ -38,8 +38,10 @@ class DataArguments:
         split: what to train on; None is `train`, else the only split there is.
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
         image_column, label_column: None finds them.
-        streaming: read the data set as it comes, in its own order, instead of downloading or indexing it first; needs
+        streaming: read the data set as it comes instead of downloading or indexing it first; needs
             `training.max_steps`. Each of the loader's workers reads all of it and decodes its share.
+        shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
+            a random order. 1 shuffles the shards only, 0 keeps the stream's own order.
         max_train_images: train only on the first so many.
         max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
@@ -59,6 +61,7 @@ class DataArguments:
     image_column: str | None = None
     label_column: str | None = None
     streaming: bool = False
+    shuffle_buffer: int = 1000
     max_train_images: int | None = None
     max_eval_images: int | None = None
     crop_scale: list[float] | None = None
@@ -73,7 +76,8 @@ class DataArguments:
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
-        for name, least in (("max_train_images", 1), ("max_eval_images", 0), ("max_bad_images", 0), ("cache_size", 1)):
+        least_values = {"max_train_images": 1, "max_eval_images": 0, "max_bad_images": 0, "cache_size": 1}
+        for name, least in {**least_values, "shuffle_buffer": 0}.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 

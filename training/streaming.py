@@ -1,5 +1,7 @@
 """Training on a data set that is read as it comes."""
 
+import zlib
+
 import datasets
 import numpy as np
 import torch
@@ -13,11 +15,13 @@ from hf_mim.training.transforms import UNIFORMS, ImageBatch, crop_batch, crop_bo
 
 READ = 16  # rows fetched from the stream at once
 SETTLED = 1000  # images of which a share of bad ones says something
+BAD_SLOTS = 2**20  # a bad file takes one by its checksum: workers need no lock, and two in one slot are rare
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
-    """As `MIMDataset`, over and over without end. Crops, flips and masks follow from (seed, pass, position in the
-    pass), whatever the number of workers, so that `seek` goes on exactly where another process stopped.
+    """As `MIMDataset`, over and over without end. The order of a pass follows from (seed, pass), crops, flips and masks
+    from (seed, pass, position in the pass), whatever the number of workers, so that `seek` goes on exactly where
+    another process stopped.
 
     An image that cannot be decoded is replaced by the next one that can.
 
@@ -35,12 +39,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
         stream = stream.select_columns([self.image_column])
         self.stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
         self.config, self.data, self.seed, self.batch_size, self.start = config, data, seed, 1, 0
-        # Shared with the loader's workers: the length of a pass once it is known, and how many images were bad.
-        self._length, self._bad = (torch.zeros((), dtype=torch.int64).share_memory_() for _ in range(2))
+        # Shared with the loader's workers: the length of a pass once it is known, and which files were bad.
+        self._length = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._bad = torch.zeros(BAD_SLOTS, dtype=torch.bool).share_memory_()
 
     @property
     def bad_count(self) -> int:
-        return int(self._bad)
+        return int(self._bad.sum())
 
     def position(self, taken: int) -> dict[str, int]:
         """What `seek` needs after `taken` more images have been trained on."""
@@ -55,6 +60,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         waiting, seen, bad = [], set(), set()  # waiting: places of bad images, which the next good one will serve
+        hopeful = False
         for count, epoch, index, file in self._rows():
             mine = count // self.batch_size % workers == number
             if not mine and not waiting:
@@ -62,12 +68,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
             try:
                 seen.add(index)
                 image = torch.from_numpy(sources.decode(file, self.config.num_channels))[None]
+                hopeful = True
             except ValueError as error:
                 if mine:
                     waiting.append((epoch, index))
-                    hopeless = index in bad and bad == seen  # a whole pass, and not one good image
-                    self._bad += index not in bad
-                    bad.add(index)
+                    slot = zlib.crc32((file["path"] or "").encode() + (file["bytes"] or b"")) % BAD_SLOTS
+                    hopeless = not hopeful and slot in bad  # a whole pass, and not one good image
+                    self._bad[slot] = True
+                    bad.add(slot)
                     if hopeless or len(bad) > allowed(max(len(seen), SETTLED), self.data.max_bad_images):
                         of = f"the first {len(seen)} images"
                         raise too_many(len(bad), of, self.data.max_bad_images, str(error)) from None
@@ -82,9 +90,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         epoch, skip = divmod(self.start, length) if length else (0, self.start)
         count = 0
         while True:
-            self.stream.set_epoch(epoch)
             index = -1
-            for index, file in enumerate(self._files()):
+            for index, file in enumerate(self._files(epoch)):
                 if index >= skip:
                     yield count, epoch, index, file
                     count += 1
@@ -93,10 +100,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
             self._length.fill_(index + 1)
             epoch, skip = epoch + 1, max(0, skip - index - 1)
 
-    def _files(self):
+    def _files(self, epoch: int):
+        # Not by `set_epoch`: its number is shared by the loader's workers, which need not be in the same pass.
+        seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+        size = self.data.shuffle_buffer
+        stream = self.stream.shuffle(seed=int(seed), buffer_size=size) if size else self.stream
         # In batches: iterating one by one, a stream would divide its files among the loader's workers, each of which
         # would then not know where in the stream it is.
-        for rows in self.stream.iter(batch_size=READ):
+        for rows in stream.iter(batch_size=READ):
             yield from rows[self.image_column]
 
     def _cut(self, image: torch.Tensor, epoch: int, index: int) -> ImageBatch:
