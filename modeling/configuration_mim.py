@@ -117,6 +117,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         target, target_config: an entry of `TARGETS`.
         pooler, pooler_config: an entry of `POOLERS`; `apply_final_norm` says whether it sees the tokens after the
             encoder's last norm.
+        feature_pyramid: of `MIMBackbone`; makes maps of four strides from four `out_features` of one stride.
         format_version: of the checkpoint that holds this config; nobody sets it.
 
     Raises:
@@ -142,6 +143,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     pooler: str = "mean"
     pooler_config: dict | None = None
     initializer_range: float | int = 0.02
+    feature_pyramid: bool = False
     format_version: int = FORMAT_VERSION
     stage_names: list[str] | None = None
     _out_features: list[str] | None = None

@@ -26,6 +26,7 @@ from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .poolers import POOLERS
+from .pyramid import make_pyramid
 from .target_base import displayable
 from .targets import TARGETS
 
@@ -149,11 +150,12 @@ class MIMModel(MIMPreTrainedModel):
                 fit the grid.
         """
         self.check_inputs(pixel_values, bool_masked_pos)
+        asked = bool(self.config.output_attentions if output_attentions is None else output_attentions)
         encoded = self.encoder(
             pixel_values.to(self.dtype),
             bool_masked_pos,
             bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
-            bool(self.config.output_attentions if output_attentions is None else output_attentions),
+            asked or ("last" if self.pooler is not None and self.pooler.needs_attentions else False),
         )
         tokens = self.encoder.final_norm(encoded.tokens)
         vector = weights = None
@@ -167,7 +169,7 @@ class MIMModel(MIMPreTrainedModel):
             pooler_output=vector,
             pooler_weights=weights,
             hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            attentions=encoded.attentions if asked else None,
             feature_maps=encoded.feature_maps,
             visible_index=encoded.visible_index,
             hidden_index=encoded.hidden_index,
@@ -318,7 +320,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
 
 
 class MIMForImageClassification(MIMPreTrainedModel):
-    """Encoder, pooler and a linear classifier; frozen or fine-tuned."""
+    """Encoder, pooler and a linear classifier. `freeze_encoder()` leaves pooler and classifier to be trained."""
 
     _auto_class = "AutoModelForImageClassification"
     _keys_to_ignore_on_load_unexpected = PRETRAINING_PARTS
@@ -329,6 +331,10 @@ class MIMForImageClassification(MIMPreTrainedModel):
         self.mim = MIMModel(config)
         self.classifier = nn.Linear(self.mim.pooler.out_dim, config.num_labels)
         self.post_init()
+
+    def freeze_encoder(self):
+        """Keeps the encoder and its last norm as they are, in eval mode, until the model is loaded again."""
+        self.mim.encoder.freeze()
 
     @can_return_tuple
     def forward(
@@ -349,7 +355,8 @@ class MIMForImageClassification(MIMPreTrainedModel):
 
 
 class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
-    """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`."""
+    """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`.
+    With `config.feature_pyramid` the four of a ViT have four strides; see `FeaturePyramid`."""
 
     _auto_class = "AutoBackbone"
     _keys_to_ignore_on_load_unexpected = [*PRETRAINING_PARTS, r"^classifier\.", r"^mim\.pooler", r"^mim\.pooled_norm"]
@@ -358,6 +365,7 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
         super().__init__(config)
         self.mim = MIMModel(config, add_pooling_layer=False)
         self.num_features = self.mim.encoder.num_features
+        self.pyramid = make_pyramid(self.mim.encoder, self.out_features) if config.feature_pyramid else None
         self.post_init()
 
     @can_return_tuple
@@ -374,8 +382,9 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
             tokens=outputs.last_hidden_state, feature_maps=outputs.feature_maps, hidden_states=outputs.hidden_states
         )
         maps = dict(zip(self.stage_names, self.mim.encoder.stage_maps(encoded, *pixel_values.shape[2:])))
+        chosen = tuple(maps[name] for name in self.out_features)
         return BackboneOutput(
-            feature_maps=tuple(maps[name] for name in self.out_features),
+            feature_maps=chosen if self.pyramid is None else self.pyramid(chosen),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

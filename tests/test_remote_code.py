@@ -96,7 +96,7 @@ def test_remote_code_alone_gives_the_same_numbers(name, tmp_path):
 def test_the_saved_code_is_the_whole_of_modeling(tmp_path):
     MIMModel(MIMConfig(image_size=32, **CONFIGS["vit"])).save_pretrained(tmp_path)
     saved = {path.name for path in tmp_path.glob("*.py")}
-    assert saved == {path.name for path in FILES}
+    assert saved == {path.name for path in FILES} - {"modeling_upernet.py"}  # travels with a segmenter only
     for module_class in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
         assert f"{module_class.split('.')[0]}.py" in saved
 

@@ -21,7 +21,8 @@ HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
 
 def _model_keys() -> dict:
     own = {name: kind for name, kind in MIMConfig.__annotations__.items() if not name.startswith("_")}
-    for name in ("stage_names", "format_version"):  # follow from the encoder and from this version of hf_mim
+    # These follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
+    for name in ("stage_names", "format_version", "feature_pyramid"):
         own.pop(name)
     return {**own, "init_from": str | None}
 

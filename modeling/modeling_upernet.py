@@ -1,0 +1,55 @@
+"""UperNet of transformers over `MIMBackbone`, in a form that loads through remote code as well."""
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead, UperNetPreTrainedModel
+
+from .configuration_mim import MIMConfig
+from .modeling_mim import MIMBackbone
+
+
+# `model_type` stays "upernet": where hf_mim is imported, transformers' own classes load the same files.
+AUTO_MAP = {
+    "AutoConfig": "modeling_upernet.MIMUperNetConfig",
+    "AutoModelForSemanticSegmentation": "modeling_upernet.MIMUperNet",
+}
+
+
+@strict
+class MIMUperNetConfig(UperNetConfig):
+    """`UperNetConfig` whose `backbone_config` is a `MIMConfig`, without a look into the registry: remote code has not
+    registered it."""
+
+    _auto_class = "AutoConfig"
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = MIMConfig.from_dict(self.backbone_config)
+        super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with the whole `AUTO_MAP`."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+
+class MIMUperNet(UperNetForSemanticSegmentation):
+    """Semantic segmentation (UperNet, 1807.10221): `forward(pixel_values, labels)` as of transformers' class.
+
+    pixel_values (batch, channels, height, width), normalised; labels (batch, height, width) of class ids, 255 where
+    there is none -> logits (batch, num_labels, height, width).
+    """
+
+    config_class = MIMUperNetConfig
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _no_split_modules = ["ViTLayer"]
+
+    def __init__(self, config: MIMUperNetConfig):
+        UperNetPreTrainedModel.__init__(self, config)  # the parent's asks the registry for the backbone
+        self.backbone = MIMBackbone(config.backbone_config)
+        self.decode_head = UperNetHead(config, in_channels=self.backbone.channels)
+        channels = self.backbone.channels
+        self.auxiliary_head: nn.Module | None = UperNetFCNHead(config, channels) if config.use_auxiliary_head else None
+        self.post_init()
