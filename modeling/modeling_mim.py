@@ -150,12 +150,12 @@ class MIMModel(MIMPreTrainedModel):
                 fit the grid.
         """
         self.check_inputs(pixel_values, bool_masked_pos)
-        asked = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        asked = self.config.output_attentions if output_attentions is None else output_attentions
         encoded = self.encoder(
             pixel_values.to(self.dtype),
             bool_masked_pos,
             bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
-            asked or ("last" if self.pooler is not None and self.pooler.needs_attentions else False),
+            asked or ("last" if getattr(self.pooler, "needs_attentions", False) else False),
         )
         tokens = self.encoder.final_norm(encoded.tokens)
         vector = weights = None
@@ -355,8 +355,8 @@ class MIMForImageClassification(MIMPreTrainedModel):
 
 
 class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
-    """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`.
-    With `config.feature_pyramid` the four of a ViT have four strides; see `FeaturePyramid`."""
+    """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`,
+    of four strides with `feature_pyramid`."""
 
     _auto_class = "AutoBackbone"
     _keys_to_ignore_on_load_unexpected = [*PRETRAINING_PARTS, r"^classifier\.", r"^mim\.pooler", r"^mim\.pooled_norm"]
@@ -365,7 +365,7 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
         super().__init__(config)
         self.mim = MIMModel(config, add_pooling_layer=False)
         self.num_features = self.mim.encoder.num_features
-        self.pyramid = make_pyramid(self.mim.encoder, self.out_features) if config.feature_pyramid else None
+        self.pyramid = make_pyramid(self.mim.encoder, config)
         self.post_init()
 
     @can_return_tuple
@@ -382,9 +382,8 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
             tokens=outputs.last_hidden_state, feature_maps=outputs.feature_maps, hidden_states=outputs.hidden_states
         )
         maps = dict(zip(self.stage_names, self.mim.encoder.stage_maps(encoded, *pixel_values.shape[2:])))
-        chosen = tuple(maps[name] for name in self.out_features)
         return BackboneOutput(
-            feature_maps=chosen if self.pyramid is None else self.pyramid(chosen),
+            feature_maps=self.pyramid(tuple(maps[name] for name in self.out_features)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -35,14 +35,17 @@ class FeaturePyramid(nn.Module):
         return self.up4(maps[0]), self.up2(maps[1]), maps[2], self.down2(maps[3])
 
 
-def make_pyramid(encoder, out_features: list[str]) -> FeaturePyramid:
-    """The pyramid over the chosen stages of an encoder.
+def make_pyramid(encoder, config) -> nn.Module:
+    """From the maps of `config.out_features` to those that a backbone gives: the pyramid, or the maps as they are.
 
     Raises:
-        ValueError: not four stages, or stages of several strides.
+        ValueError: `config.feature_pyramid` with other than four stages, or with stages of several strides.
     """
+    if not config.feature_pyramid:
+        return nn.Identity()
     if hasattr(encoder, "strides") or len(set(encoder.num_features)) > 1:
         raise ValueError("feature_pyramid is for encoders of one stride; the stages of this one have several")
-    if len(out_features) != 4:
-        raise ValueError(f"feature_pyramid needs four out_features, got {len(out_features)}: {', '.join(out_features)}")
+    if len(config.out_features) != 4:
+        stages = ", ".join(config.out_features)
+        raise ValueError(f"feature_pyramid needs four out_features, got {len(config.out_features)}: {stages}")
     return FeaturePyramid(encoder.hidden_size)
