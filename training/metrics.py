@@ -88,33 +88,45 @@ def raw_pixels(loader) -> Tensor:
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = NEIGHBOURS, temperature=TEMPERATURE
 ) -> float:
-    """Accuracy of a weighted vote of the k nearest neighbours by cosine (DINO, 2104.14294).
+    """Accuracy in percent of `knn_predict` for test images of the classes test_labels (images,)."""
+    return percent(knn_predict(train, train_labels, test, k, temperature), test_labels)
+
+
+def knn_predict(
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int = NEIGHBOURS, temperature: float | None = TEMPERATURE
+) -> Tensor:
+    """The class by a weighted vote of the k nearest neighbours by cosine (DINO, 2104.14294).
 
     Args:
         train, test: features (images, dim).
-        train_labels, test_labels: class numbers (images,).
+        train_labels: class numbers (images,).
         temperature: a neighbour's vote weighs exp(cosine / temperature); None lets all count the same.
 
     Returns:
-        percent.
+        class numbers (test images,).
     """
     train, test, k = F.normalize(train, dim=1), F.normalize(test, dim=1), min(k, len(train))
-    classes, right = int(max(train_labels.max(), test_labels.max())) + 1, 0
-    for features, labels in zip(test.split(500), test_labels.split(500), strict=True):
+    classes, found = int(train_labels.max()) + 1, []
+    for features in test.split(500):
         similarity, nearest = (features @ train.T).topk(k)
         weights = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
         votes = torch.zeros(len(features), classes).scatter_add_(1, train_labels[nearest], weights)
-        right += (votes.argmax(1) == labels).sum().item()
-    return 100 * right / len(test)
+        found.append(votes.argmax(1))
+    return torch.cat(found)
 
 
 def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy of multinomial logistic regression on standardised features, fitted to convergence.
+    """Accuracy in percent of `linear_predict` for test images of the classes test_labels (images,)."""
+    return percent(linear_predict(train, train_labels, test), test_labels)
+
+
+def linear_predict(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+    """The class by multinomial logistic regression on standardised features, fitted to convergence.
 
     The penalty is the one of `PENALTIES` that does best on a fifth of the training images, which the others fit: how
     much features want differs so much (raw pixels a strong one, pooled tokens a weak one) that any fixed one is unfair.
 
-    Args: as of `knn_accuracy`. Returns: percent.
+    Args: as of `knn_predict`. Returns: class numbers (test images,).
     """
     mean, std = train.mean(0), train.std(0)
     # A feature that is constant but for rounding says nothing, and must not be blown up.
@@ -123,14 +135,14 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
     # Along the principal axes the problem is the same, the penalty being round, but the fit needs far fewer steps.
     axes = torch.linalg.eigh(train.T @ train).eigenvectors
     train, test = train @ axes, test @ axes
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    classes = int(train_labels.max()) + 1
     penalty, start = choose_penalty(train, train_labels, classes)
     weight, bias = fit_logistic(train, train_labels, classes, penalty, start)
-    return _accuracy(weight, bias, test, test_labels)
+    return (test @ weight.T + bias).argmax(1)
 
 
-def _accuracy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> float:
-    return 100 * ((features @ weight.T + bias).argmax(1) == labels).float().mean().item()
+def percent(predicted: Tensor, labels: Tensor) -> float:
+    return 100 * (predicted == labels).double().mean().item()
 
 
 def choose_penalty(features: Tensor, labels: Tensor, classes: int) -> tuple[float, tuple[Tensor, Tensor] | None]:
@@ -141,7 +153,7 @@ def choose_penalty(features: Tensor, labels: Tensor, classes: int) -> tuple[floa
     start, best = None, (-1.0, 1.0, None)
     for penalty in PENALTIES:
         start = fit_logistic(features[~held_out], labels[~held_out], classes, penalty, start)
-        score = _accuracy(*start, features[held_out], labels[held_out])
+        score = percent((features[held_out] @ start[0].T + start[1]).argmax(1), labels[held_out])
         best = max(best, (score, penalty, start), key=lambda found: found[0])
     return best[1:]
 
