@@ -23,6 +23,14 @@ Words = Annotated[
         show_default=False,
     ),
 ]
+FinetuneWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE SECTION.KEY=VALUE",
+        help="A recipe's name (see `hf-mim recipes`) or a file, `finetune_small` by default, and what to change in it.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -39,19 +47,35 @@ def pretrain(words: Words = None):
 
 
 @app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="A checkpoint or a vision model of transformers; a folder or a Hub id.")],
+    words: FinetuneWords = None,
+):
+    """Fine-tune on labelled images: `hf-mim finetune MODEL data.dataset=me/photos finetune.lora=true`."""
+    from hf_mim.hub import push_run
+    from hf_mim.training.finetune import finetune as run
+
+    words = list(words or [])
+    named = bool(words) and "=" not in words[0]
+    done = push_run(run(model, words[0] if named else None, words[1:] if named else words))
+    if done is not None:
+        typer.echo(done.url)
+
+
+@app.command()
 def recipes():
-    """List the recipes that `pretrain` knows."""
+    """List the recipes that `pretrain` and `finetune` know."""
     from rich.console import Console
     from rich.table import Table
 
     from hf_mim.training.recipe import list_recipes
 
-    table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=...")
-    for title in ("recipe", "paper"):
+    table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=..., or: hf-mim finetune MODEL RECIPE ...")
+    for title in ("recipe", "command", "paper"):
         table.add_column(title, no_wrap=True)
     table.add_column("what")
     for entry in list_recipes():
-        table.add_row(entry["name"], entry.get("paper", "").partition(" ")[0], entry["title"])
+        table.add_row(entry["name"], entry["runs"], entry.get("paper", "").partition(" ")[0], entry["title"])
     Console().print(table, highlight=False)
 
 
@@ -165,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] == ["pretrain"]:
+        if arguments[:1] in (["pretrain"], ["finetune"]):
             let_threads_sleep()
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     command = typer.main.get_command(app)

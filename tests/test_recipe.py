@@ -13,6 +13,7 @@ from hf_mim.training.trainer import MIMTrainingArguments
 
 
 NAMES = sorted(recipes.recipe_files())
+PRETRAINING = [name for name in NAMES if recipes.command_of(recipes.read(name)) == "pretrain"]
 
 
 def build(section: dict) -> MIMForPreTraining:
@@ -20,7 +21,7 @@ def build(section: dict) -> MIMForPreTraining:
         return MIMForPreTraining(MIMConfig(**section))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_every_recipe_is_valid_and_says_what_it_is(name, tmp_path):
     recipe = recipes.resolve(name)
     section = recipe["model"]

@@ -85,7 +85,7 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
 # ---- before --------------------------------------------------------------------------------------------------------
 def set_up(name: str, overrides: list[str], console: Console) -> Run:
     """Reads and checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
-    recipe = recipes.resolve(name, overrides)
+    recipe = recipes.resolve(name, overrides, "pretrain")
     training, data = dict(recipe["training"]), DataArguments(**recipe["data"])
     wanted = training.pop("output_dir", None)
     arguments = MIMTrainingArguments(output_dir=wanted or "outputs", **training)

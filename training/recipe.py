@@ -39,8 +39,16 @@ def _training_keys() -> dict:
     return {field.name: field.type for field in dataclasses.fields(MIMTrainingArguments) if field.init}
 
 
+def _finetune_keys() -> dict:
+    from hf_mim.training.finetune_arguments import FinetuneArguments
+
+    return {field.name: field.type for field in dataclasses.fields(FinetuneArguments)}
+
+
 # section -> a function that returns {key: type}; a function, because training's keys need most of transformers
-SECTIONS = {"model": _model_keys, "data": _data_keys, "training": _training_keys}
+SECTIONS = {"model": _model_keys, "data": _data_keys, "training": _training_keys, "finetune": _finetune_keys}
+# Sections that not every recipe has: the command of that name is what runs a recipe that has it.
+COMMANDS = ("finetune",)
 
 
 # ---- YAML whose scalars mean what they look like -------------------------------------------------------------------
@@ -216,18 +224,46 @@ def merge(base: dict, changes: dict) -> dict:
     return merged
 
 
-def resolve(name: str, overrides: list[str] = ()) -> dict:
-    """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}.
+def command_of(recipe: dict) -> str:
+    """The command that runs a recipe."""
+    return next((command for command in COMMANDS if command in recipe), "pretrain")
+
+
+def check_command(name: str, recipe: dict, command: str) -> None:
+    """Raises:
+    ValueError: the recipe is one of another command.
+    """
+    own = command_of(recipe)
+    if own != command:
+        model = "" if own == "pretrain" else " MODEL"
+        others = [other for other in recipe_files() if command_of(read(other)) == command]
+        raise ValueError(
+            f"{name} is no recipe of {command}: hf-mim {own}{model} {name} runs it. Those of {command}: "
+            f"{', '.join(others)}"
+        )
+
+
+def resolve(name: str, overrides: list[str] = (), command: str | None = None) -> dict:
+    """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}, and the section of
+    the command that runs it if that is not `pretrain`.
 
     Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
     part no longer apply and are dropped; so are mean and std with another number of channels. With `model.init_from`
     the architecture comes from the checkpoint, so that of a recipe without `init_from` is dropped too: only what was
     asked for beside `init_from` changes it.
 
+    Args:
+        command: the one that is about to run it; None does not ask.
+
     Raises:
-        ValueError: an unknown recipe, section or key (the nearest valid one is named), or a value of another type.
+        ValueError: an unknown recipe, section or key (the nearest valid one is named), a value of another type, or a
+            recipe or a section of another command.
     """
     recipe, changes = read(name), parse_overrides(list(overrides))
+    if command is not None:
+        check_command(name, recipe, command)
+        for other in set(COMMANDS) & set(changes) - {command}:
+            raise ValueError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has")
     check(recipe, find(name).name)
     check(changes, "the overrides")
     model, new = recipe.setdefault("model", {}), changes.get("model", {})
@@ -240,7 +276,7 @@ def resolve(name: str, overrides: list[str] = ()) -> dict:
         for name in ("image_mean", "image_std"):
             model.pop(name, None)
     merged = merge(recipe, changes)
-    return {section: merged.get(section, {}) for section in SECTIONS}
+    return {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
 
 
 def save(recipe: dict, path: Path, comment: str) -> None:
@@ -268,5 +304,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def list_recipes() -> list[dict[str, str]]:
-    """What every shipped recipe says of itself: its name and `read_header`."""
-    return [{"name": name, **read_header(path)} for name, path in recipe_files().items()]
+    """What every shipped recipe says of itself: its name, the command that runs it, and `read_header`."""
+    return [
+        {"name": name, "runs": command_of(read(name)), **read_header(path)} for name, path in recipe_files().items()
+    ]

@@ -1,0 +1,206 @@
+"""The command `finetune`: from an encoder and labelled images to a model that does a task."""
+
+import json
+import os
+import shlex
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from hf_mim.training import pictures
+from hf_mim.training import recipe as recipes
+from hf_mim.training.finetune_arguments import FinetuneArguments
+from hf_mim.training.finetune_trainer import FinetuneTrainer
+from hf_mim.training.pretrain import choose_folder, find_checkpoint, versions
+from hf_mim.training.saving import StopCallback
+from hf_mim.training.sources import DataArguments
+from hf_mim.training.trainer import MIMTrainingArguments
+
+
+DEFAULT = "finetune_small"
+
+
+@dataclass
+class FinetuneRun:
+    """A run that is set up and has written nothing yet.
+
+    Args:
+        source: what is fine-tuned: a folder, or an id on the Hub.
+        recipe: the resolved recipe, as it is saved.
+        checkpoint: to resume from.
+    """
+
+    source: str
+    recipe: dict
+    options: FinetuneArguments
+    data: DataArguments
+    arguments: MIMTrainingArguments
+    folder: Path
+    console: Console
+    paper: str = ""
+    checkpoint: Path | None = None
+
+
+def finetune(source: str, name: str | None = None, overrides: list[str] = (), console: Console | None = None) -> Path:
+    """Fine-tunes a model, evaluates it, and writes everything into one folder.
+
+    Args:
+        source: a checkpoint of this project or a vision model of transformers, a folder or an id on the Hub; or the
+            folder of a run to resume, with `training.resume=true`.
+        name: of a recipe, or a file or run folder with one; None is `finetune_small`, or the recipe of the run to
+            resume.
+        overrides: `section.key=value`; `task=segmentation` is short for `finetune.task=segmentation`.
+        console: where to print; None is the terminal.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError, OSError: something in the recipe, the model, the data or the folder is wrong; nothing was written.
+        KeyboardInterrupt: after Ctrl-C, and a checkpoint.
+        SystemExit: with code 143, after SIGTERM and a checkpoint.
+    """
+    source, recipe, paper = read_recipe(source, name, list(overrides))
+    console = console or Console()
+    if FinetuneArguments(**recipe["finetune"]).task == "segmentation":
+        from hf_mim.training.segmentation import finetune_segmentation
+
+        return finetune_segmentation(source, recipe, console)
+    from hf_mim.training.classification import finetune_classification
+
+    return finetune_classification(set_up(source, recipe, console, paper))
+
+
+# ---- before --------------------------------------------------------------------------------------------------------
+def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[str, dict, str]:
+    """-> what to fine-tune, the resolved recipe, which names it as `model.init_from`, and the recipe's paper.
+
+    Raises:
+        ValueError: as of `recipe.resolve`, or there is no run to resume.
+    """
+    overrides = [f"finetune.{word}" if word.startswith("task=") else word for word in overrides]
+    resume = recipes.parse_overrides(overrides).get("training", {}).get("resume", False)
+    folder = Path(source).expanduser()
+    continues = resume and name is None
+    if continues:
+        if not (folder / "recipe.yaml").is_file():
+            raise ValueError(
+                f"which run to resume? {source} holds no recipe.yaml: hf-mim finetune FOLDER training.resume=true"
+            )
+        name = source
+    name = name or DEFAULT
+    recipe = recipes.resolve(name, overrides, "finetune")
+    if continues:
+        source = recipe["model"].get("init_from") or source
+        recipe["training"].setdefault("output_dir", str(folder))
+    recipe["model"] = {"init_from": source, **{k: v for k, v in recipe["model"].items() if k != "init_from"}}
+    return source, recipe, recipes.read_header(recipes.find(name)).get("paper", "")
+
+
+def set_up(source: str, recipe: dict, console: Console, paper: str = "") -> FinetuneRun:
+    """Checks what needs neither model nor data, chooses the output folder and seeds.
+
+    Raises:
+        ValueError: a value is wrong, or the folder holds another run.
+    """
+    options, data = FinetuneArguments(**recipe["finetune"]), DataArguments(**recipe["data"])
+    if data.streaming:
+        raise ValueError("fine-tuning needs data with a length: leave out data.streaming")
+    arguments = training_arguments(recipe["training"])
+    wanted = recipe["training"].get("output_dir")
+    if arguments.resume and wanted is None:
+        raise ValueError("which run to resume? hf-mim finetune FOLDER training.resume=true")
+    for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
+        recipe["training"].pop(key, None)
+    folder = choose_folder(wanted, f"finetune-{Path(source).name}", arguments.resume)
+    arguments.output_dir = str(folder)
+    if arguments.process_index > 0:
+        console = Console(quiet=True)
+    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
+    checkpoint = find_checkpoint(console, recipe, folder) if arguments.resume else None
+    set_seed(arguments.seed)
+    return FinetuneRun(source, recipe, options, data, arguments, folder, console, paper, checkpoint)
+
+
+def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingArguments:
+    """The section `training`, with an evaluation before every checkpoint and the best checkpoint kept by default.
+
+    Args:
+        metric: what says which is the best, in the words of `compute_metrics`; None leaves that to the task, which
+            then sets `metric_for_best_model` before it makes its trainer.
+    """
+    section = {"output_dir": "outputs", "save_strategy": "epoch", "save_total_limit": 2, **section}
+    saves = SaveStrategy(section["save_strategy"])
+    section.setdefault("eval_strategy", saves.value if saves in (SaveStrategy.EPOCH, SaveStrategy.STEPS) else "epoch")
+    if section["eval_strategy"] == "steps":
+        section.setdefault("eval_steps", section.get("save_steps", 500))
+    section.setdefault("load_best_model_at_end", saves != SaveStrategy.NO and section["eval_strategy"] != "no")
+    section.setdefault("greater_is_better", True)
+    section.setdefault("metric_for_best_model", metric)
+    if section["save_total_limit"] == 1:
+        section["save_total_limit"] = 2  # the best and the last, which a stopped run goes on from, may be two
+    return MIMTrainingArguments(**section)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+def train(run: FinetuneRun, trainer: FinetuneTrainer, save: Callable[[], None]) -> None:
+    """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on."""
+    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
+    trainer.add_callback(stop)
+    if trainer.is_world_process_zero():
+        save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
+        save()
+        say_stopped(run, trainer)
+        raise
+    save()
+    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+        pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
+    if stop.stopped is not None:
+        say_stopped(run, trainer)
+        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+
+
+def say_stopped(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    command = f"hf-mim finetune {shlex.quote(str(run.folder))} training.resume=true"
+    run.console.print(f"stopped at step {step} of {steps}; go on with: {command}", highlight=False, soft_wrap=True)
+
+
+def save_recipe(run: FinetuneRun) -> None:
+    command = f"hf-mim finetune {shlex.quote(run.source)} {shlex.quote(str(run.folder / 'recipe.yaml'))}"
+    comment = f"The resolved recipe of this run. To run it again:\n{command}"
+    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
+
+
+# ---- after ---------------------------------------------------------------------------------------------------------
+def write_results(run: FinetuneRun, trainer: FinetuneTrainer, seconds: float, results: dict) -> None:
+    """Writes metrics.json: the task's results, and what every run knows of itself."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = results | {
+        "task": run.options.task,
+        "final_loss": losses[-1] if losses else None,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(trainer.progress.images_per_second, 1) if trainer.progress is not None else 0.0,
+        "num_train_images": len(trainer.train_dataset),
+        "seed": run.arguments.seed,
+        "device": run.arguments.device.type,
+        "precision": "bf16" if run.arguments.bf16 else "float32",
+        "processes": run.arguments.world_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
+    (run.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
