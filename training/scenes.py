@@ -27,6 +27,7 @@ class Scenes:
         split: train or test.
         count: how many scenes; None is `COUNTS`.
         size: (height, width) of the canvas, pixels, each at least 28.
+        num_channels: the grey picture is repeated to so many.
 
     Attributes:
         classes: names, by class id.
@@ -35,10 +36,10 @@ class Scenes:
         ValueError: an unknown split, or a canvas too small for a piece.
     """
 
-    def __init__(self, split: str = "train", count: int | None = None, size=SIZE, seed: int = 0):
+    def __init__(self, split: str = "train", count: int | None = None, size=SIZE, seed: int = 0, num_channels: int = 1):
         if split not in COUNTS:
             raise unknown("split of the composed scenes", split, COUNTS)
-        self.split, self.size, self.seed = split, pair(size), seed
+        self.split, self.size, self.seed, self.num_channels = split, pair(size), seed, num_channels
         if min(self.size) < 28:
             raise ValueError(f"a scene must be at least 28 pixels high and wide, not {self.size[0]}x{self.size[1]}")
         self.count = COUNTS[split] if count is None else count
@@ -46,18 +47,18 @@ class Scenes:
         rows = rows.select(range(min(POOL, len(rows))))  # class-balanced in any run of rows
         image_column, label_column = find_columns(rows.features, DataArguments())
         self.classes = ["canvas", *rows.features[label_column].names]
-        self.labels = np.array(rows[label_column][:], dtype=np.uint8)
+        self.labels = np.array(rows[label_column][:], dtype=np.int64)
         self.pieces = np.concatenate([decode(image, 1) for image in rows[image_column][:]])
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> image (1, height, width), uint8, and mask (height, width), uint8 class ids."""
+        """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, list(COUNTS).index(self.split), index))
-        image, mask = texture(rng, self.size), np.zeros(self.size, dtype=np.uint8)
+        image, mask = texture(rng, self.size), np.zeros(self.size, dtype=np.int64)
         owner = np.zeros(self.size, dtype=np.int64)  # which piece a pixel belongs to, counted from 1
         areas = []
         for _ in range(rng.integers(PIECES[0], PIECES[1], endpoint=True)):
@@ -76,7 +77,11 @@ class Scenes:
             image[place][shape] = piece[shape]
             mask[place][shape] = self.labels[chosen] + 1
             owner = after
-        return np.rint(image).astype(np.uint8)[None], mask
+        return np.repeat(np.rint(image).astype(np.uint8)[None], self.num_channels, axis=0), mask
+
+    def mask(self, index: int) -> np.ndarray:
+        """The class ids (height, width) of a scene alone."""
+        return self[index][1]
 
 
 def texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:

@@ -37,7 +37,7 @@ class DataArguments:
         subset: the configuration of a Hub data set that has several.
         split: what to train on; None is `train`, else the only split there is.
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
-        image_column, label_column: None finds them.
+        image_column, label_column, mask_column: None finds them; masks are for segmentation.
         streaming: read the data set as it comes instead of downloading or indexing it first; needs
             `training.max_steps`. Each of the loader's workers reads all of it and decodes its share.
         shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
@@ -60,6 +60,7 @@ class DataArguments:
     eval_split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    mask_column: str | None = None
     streaming: bool = False
     shuffle_buffer: int = 1000
     max_train_images: int | None = None
@@ -128,7 +129,7 @@ def open_files(files: list[Path], streaming: bool = False) -> dict[str, datasets
     kind, splits = ("parquet" if files[0].suffix == ".parquet" else "webdataset"), {}
     for file in files:
         check_file(file, kind)
-        named = [name for name in (_split_of(file.stem), _split_of(file.parent.name)) if name]
+        named = [name for name in (split_of(file.stem), split_of(file.parent.name)) if name]
         splits.setdefault(named[0] if named else "train", []).append(str(file))
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # nothing is downloaded
@@ -153,7 +154,7 @@ def check_file(file: Path, kind: str) -> None:
         raise ValueError(f"cannot read {file} as {kind}: {error}".partition("\n")[0]) from None
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     first = re.match("[a-z]*", name.lower()).group()  # train2017 and test-00000-of-00001 as well
     if first in TRAIN_NAMES:
         return "train"
@@ -167,11 +168,11 @@ def open_folder(root: Path) -> dict[str, datasets.Dataset]:
     Raises:
         ValueError: there is no image in it.
     """
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and next(_walk(path), None))
-    splits = {_split_of(path.name): path for path in folders}
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and next(walk(path), None))
+    splits = {split_of(path.name): path for path in folders}
     if None in splits or "train" not in splits:  # with other folders beside it, `train` may well be a class
         splits = {"train": root}
-    found = {name: sorted(_walk(path)) for name, path in splits.items()}
+    found = {name: sorted(walk(path)) for name, path in splits.items()}
     if not found["train"]:
         raise ValueError(f"there are no images in {splits['train']} (looked for {', '.join(sorted(EXTENSIONS))})")
     # Names of the classes come from the training split, so that labels mean the same in every split.
@@ -181,7 +182,7 @@ def open_folder(root: Path) -> dict[str, datasets.Dataset]:
     return {name: _folder_split(found[name], names[name], classes if labelled else None) for name in found}
 
 
-def _walk(root: Path):
+def walk(root: Path):
     for folder, _, files in os.walk(root, followlinks=True):
         for file in files:
             if Path(file).suffix.lower() in EXTENSIONS | ARRAYS and not file.startswith("."):
