@@ -1,0 +1,115 @@
+"""The images that encoders are measured on: the same for all of them, each at its own size and normalisation."""
+
+import copy
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.training import metrics, sources
+from hf_mim.training.data import MIMDataset
+from hf_mim.training.sources import DataArguments
+
+
+@dataclass
+class Choice:
+    """Which rows of a data set are measured, and which others class prototypes come from.
+
+    measured: rows; in random order, so that the first few are a fair sample of the classes.
+    others: rows for prototypes, as many of every class as possible; None without labels.
+    classes: the classes' names where labels are text; None lets a data set's own names count.
+    note: where the images come from, for people.
+    """
+
+    measured: datasets.Dataset
+    others: datasets.Dataset | None
+    classes: list[str] | None
+    note: str
+
+
+def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
+    """Chooses `count` images to measure, those of the test split where there is one, and `prototypes` others.
+
+    Raises:
+        ValueError, OSError: the data set is missing, has fewer than two images, or is to be streamed.
+    """
+    if data.streaming:
+        raise ValueError("data.streaming must be false here: every encoder is to see the same images")
+    splits = sources.open_dataset(data)
+    train_name, test_name = sources.choose_splits(splits, data)
+    train = splits[train_name]
+    _, label = sources.find_columns(train.features, data)
+    note = f"split {test_name or train_name}"
+    if test_name is not None:
+        test, rest = splits[test_name], train
+    elif label is None:
+        test, rest = train, None
+    else:
+        order = np.random.default_rng(0).permutation(len(train))
+        test, rest = train.select(order[: -(-len(train) // 2)]), train.select(order[-(-len(train) // 2) :])
+        note = f"half of split {train_name}"
+    measured = test.select(np.random.default_rng(0).permutation(len(test))[: min(count, data.max_eval_images or count)])
+    if len(measured) < 2:
+        raise ValueError(f"an analysis needs at least 2 images, and {data.dataset} has {len(measured)} in its {note}")
+    if label is None or rest is None or label not in test.features or not len(rest):
+        return Choice(measured, None, None, note)
+    values = train[label][:]
+    named = isinstance(train.features[label], datasets.ClassLabel)
+    classes = None if named else sorted({str(value) for value in values if value is not None})
+    return Choice(measured, rest.select(in_turn(rest[label][:], prototypes)), classes, note)
+
+
+def in_turn(labels: list, count: int) -> list[int]:
+    """`count` positions at random but always the same: one of every class, then another of every class, and so on."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    rounds, seen = [], {}
+    for position in order:
+        value = labels[position]
+        if value is not None and value != -1:
+            seen[value] = seen.get(value, 0) + 1
+            rounds.append((seen[value], int(position)))
+    return [position for _, position in sorted(rounds, key=lambda entry: entry[0])[:count]]
+
+
+class EncoderImages:
+    """A choice of images as one encoder sees them.
+
+    Args:
+        image_size: instead of the encoder's own.
+
+    Raises:
+        ValueError: they cannot be decoded, or have other channels.
+    """
+
+    def __init__(self, choice: Choice, config: MIMConfig, data: DataArguments, image_size=None):
+        self.config = config
+        if image_size is not None:
+            self.config = copy.copy(config)
+            self.config.image_size = image_size
+        self.size = pair(self.config.image_size)
+        self.measured = MIMDataset(choice.measured, self.config, data, False, 0, choice.classes)
+        self.others = None
+        if choice.others is not None and not (self.measured.labels < 0).any():
+            self.others = MIMDataset(choice.others, self.config, data, False, 0, choice.classes)
+        self.classes = self.measured.classes if self.others is not None else []
+
+    @property
+    def passes(self) -> int:
+        """How many images one encoder is run on."""
+        return len(self.measured) + (0 if self.others is None else len(self.others))
+
+    def batches(self, batch_size: int):
+        """Of the measured images, in order: pixel values (batch, channels, height, width), labels (batch,) or None."""
+        return self._batches(self.measured, batch_size)
+
+    def prototype_batches(self, batch_size: int):
+        return self._batches(self.others, batch_size)
+
+    def _batches(self, dataset: MIMDataset, batch_size: int):
+        start = 0
+        for pixel_values in metrics.pixel_loader(dataset, self.config, batch_size):
+            indices = list(range(start, start + len(pixel_values)))
+            labels = dataset.true_labels(indices) if self.others is not None else None
+            yield pixel_values, labels
+            start = indices[-1] + 1

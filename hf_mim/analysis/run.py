@@ -1,0 +1,364 @@
+"""The command `analyze`: several encoders, and each one untrained, measured on the same images in one pass each."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from hf_mim.analysis import MEASUREMENTS
+from hf_mim.analysis.exact_attention import watched_attention
+from hf_mim.analysis.images import Choice, EncoderImages, choose_images
+from hf_mim.analysis.measurement import Layer, Measurement, Seen, Setting
+from hf_mim.modeling.configuration_mim import pair, unknown
+from hf_mim.modeling.encoder_base import Grid
+from hf_mim.modeling.encoder_native import grid_of
+from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.target_base import displayable
+from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import load_encoder, untrained_twin
+from hf_mim.training.pretrain import versions
+from hf_mim.training.sources import DataArguments
+
+
+FORMAT = 1  # of report.json
+# What of a config says which encoder is built and what it sees.
+ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
+
+
+@dataclass
+class AnalyzeArguments:
+    """The section `analyze` of the overrides.
+
+    Args:
+        images: how many to measure on, at most.
+        prototype_images: how many labelled others class prototypes come from, at most.
+        examples: of how many images maps are shown.
+        measurements: which ones; null is all of them.
+        image_size: to look at all encoders at this size; null is each one's own.
+        batch_size: how many images at a time. The results do not depend on it.
+        seed: of the untrained encoders, and of what is drawn at random.
+        output_dir: the folder to write into; null makes one below `outputs`.
+    """
+
+    images: int = 500
+    prototype_images: int = 200
+    examples: int = 6
+    measurements: list[str] | None = None
+    image_size: int | list[int] | None = None
+    batch_size: int = 32
+    seed: int = 0
+    output_dir: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("images", 2), ("prototype_images", 1), ("examples", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"analyze.{name} must be at least {least}, not {getattr(self, name)}")
+        for name in self.measurements or []:
+            if name not in MEASUREMENTS:
+                raise unknown("measurement", name, MEASUREMENTS)
+        if self.image_size is not None:
+            pair(self.image_size)
+
+
+@dataclass
+class Subject:
+    """An encoder that is measured.
+
+    source: what was given; None where it is untrained.
+    twin: the label of the untrained encoder of the same config; None where it is one.
+    images: as this encoder sees them.
+    """
+
+    label: str
+    model: MIMModel
+    source: str | None
+    twin: str | None
+    images: EncoderImages
+    measured: dict[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> Grid:
+        return self.model.encoder.token_grid(*self.images.size)
+
+
+def analyze(sources: list[str], overrides: list[str] = (), console: Console | None = None) -> Path:
+    """Measures encoders, always with the untrained encoder of the same config beside them, and writes a report.
+
+    Args:
+        sources: checkpoints of this project, or vision models of transformers; folders, or ids on the Hub.
+        overrides: `data.key=value` and `analyze.key=value`; see `DataArguments` and `AnalyzeArguments`.
+        console: where to print; None is the terminal.
+
+    Returns:
+        the folder, with `report.json` and what `report.write_report` makes of it.
+
+    Raises:
+        ValueError, OSError: something in the sources, the overrides or the data is wrong; nothing has been written.
+    """
+    console, started = console or Console(), time.perf_counter()
+    data, arguments = read_overrides(list(overrides))
+    folder = choose_folder(check_sources(sources), arguments.output_dir)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(f"output folder: {folder}")
+    choice = choose_images(data, arguments.images, arguments.prototype_images)
+    subjects = load_subjects(sources, choice, data, arguments)
+    say(f"{len(choice.measured)} images, {choice.note} of {data.dataset or 'the Fashion-MNIST subset (shipped)'}")
+    measure_all(subjects, arguments, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = subjects[0].images
+    results = {
+        "format": FORMAT,
+        "command": shlex.join(["hf-mim", "analyze", *sources, *overrides]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "versions": versions(),
+        "seed": arguments.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "data": {
+            "dataset": data.dataset or "Fashion-MNIST subset (shipped)",
+            "from": choice.note,
+            "images": len(first.measured),
+            "prototype_images": len(first.others) if first.others is not None else 0,
+            "classes": first.classes,
+        },
+        "examples": save_examples(first, folder, arguments.examples),
+        "encoders": {subject.label: describe(subject) for subject in subjects},
+        "between": between(subjects),
+    }
+    write_json(results, folder / "report.json")
+    if importlib.util.find_spec("hf_mim.analysis.report"):
+        from hf_mim.analysis.report import write_report
+
+        write_report(folder, results)
+    say(f"output folder: {folder}")
+    return folder
+
+
+# ---- before --------------------------------------------------------------------------------------------------------
+def read_overrides(overrides: list[str]) -> tuple[DataArguments, AnalyzeArguments]:
+    """Raises:
+    ValueError: an unknown section or key, or a value of another type.
+    """
+    classes = {"data": DataArguments, "analyze": AnalyzeArguments}
+    changes = recipes.parse_overrides(overrides)
+    for section, values in changes.items():
+        if section not in classes:
+            raise unknown("section in the overrides", section, classes)
+        kinds = {entry.name: entry.type for entry in dataclasses.fields(classes[section])}
+        for key, value in values.items():
+            if key not in kinds:
+                raise unknown(f"key in section {section!r} of the overrides", key, kinds)
+            recipes.check_value(f"{section}.{key}", value, kinds[key])
+    return DataArguments(**changes.get("data", {})), AnalyzeArguments(**changes.get("analyze", {}))
+
+
+def check_sources(sources: list[str]) -> list[str]:
+    """Raises:
+    ValueError: there is none, or one is given twice.
+    """
+    if not sources:
+        raise ValueError("which encoder? hf-mim analyze CHECKPOINT [CHECKPOINT ...]")
+    places = [os.path.realpath(source) if os.path.exists(source) else source for source in sources]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise ValueError(f"{sources[i]} is given twice")
+    return sources
+
+
+def choose_folder(sources: list[str], wanted: str | None) -> Path:
+    """Raises:
+    ValueError: there is a file, or another report.
+    """
+    name = Path(sources[0]).resolve().name if os.path.exists(sources[0]) else sources[0].rpartition("/")[2]
+    name += f"-and-{len(sources) - 1}-more" if len(sources) > 1 else ""
+    folder = Path(wanted or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output folder {folder} is a file")
+    if (folder / "report.json").exists():
+        raise ValueError(f"{folder} holds another report; choose another analyze.output_dir, or remove it")
+    return folder
+
+
+def labels_for(sources: list[str]) -> list[str]:
+    """Short names, all different: the last part of each path, or as much more as it takes."""
+    parts = [os.path.normpath(source).split(os.sep) for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(sources)
+
+
+def load_subjects(sources: list[str], choice: Choice, data: DataArguments, arguments) -> list[Subject]:
+    """Every encoder, and after those of the same config their untrained twin."""
+    models = [load_encoder(source).float() for source in sources]
+    subjects, twins, images = [], {}, {}
+    for label, source, model in zip(labels_for(sources), sources, models):
+        config = model.config
+        key = json.dumps([getattr(config, name) for name in ENCODER_FIELDS], sort_keys=True, default=str)
+        sees = json.dumps([getattr(config, name) for name in ENCODER_FIELDS[2:]])
+        if sees not in images:
+            images[sees] = EncoderImages(choice, config, data, arguments.image_size)
+        if key not in twins:
+            twin = untrained_twin(model, arguments.seed).float()
+            twins[key] = Subject(f"untrained {label}", twin, None, None, images[sees])
+        subjects.append(Subject(label, model, source, twins[key].label, images[sees]))
+        model.encoder.token_grid(*subjects[-1].images.size)  # raises where the images do not fit
+    return subjects + list(twins.values())
+
+
+def common_grid(grids: list[Grid]) -> Grid | None:
+    """The largest number of rows and columns that all grids have; those of fewer than four tokens do not count."""
+    grids = [grid for grid in grids if grid[0] * grid[1] >= 4]
+    return (min(rows for rows, _ in grids), min(cols for _, cols in grids)) if grids else None
+
+
+# ---- the pass ------------------------------------------------------------------------------------------------------
+def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: Console) -> None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    shared = common_grid([subject.grid for subject in subjects])
+    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} images")
+    with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
+        task = bar.add_task("", total=sum(subject.images.passes for subject in subjects))
+        for subject in subjects:
+            bar.update(task, description=subject.label)
+            subject.model.to(device)
+            subject.measured = measure(
+                subject.model, subject.images, arguments, shared, lambda images: bar.advance(task, images)
+            )
+            subject.model.to("cpu")
+
+
+def measure(
+    model: MIMModel,
+    images: EncoderImages,
+    arguments: AnalyzeArguments,
+    shared: Grid | None,
+    advance=lambda images: None,
+) -> dict[str, Measurement]:
+    """Every measurement of one encoder: one pass over the images, after a plain one over those for prototypes."""
+    setting = Setting(
+        images=len(images.measured),
+        grid=model.encoder.token_grid(*images.size),
+        common_grid=shared,
+        classes=images.classes,
+        prototypes=class_prototypes(model, images, arguments.batch_size, advance),
+        examples=arguments.examples,
+        seed=arguments.seed,
+    )
+    names = arguments.measurements or MEASUREMENTS
+    measured = {name: MEASUREMENTS[name](model, setting) for name in names}
+    active = [measurement for measurement in measured.values() if measurement.absent is None]
+    watching, first = [measurement for measurement in active if measurement.watches_attention], 0
+    with torch.inference_mode(), watched_attention(model, watching):
+        for pixel_values, labels in images.batches(arguments.batch_size):
+            observe(model, pixel_values.to(model.device), labels, first, active)
+            first += len(pixel_values)
+            advance(len(pixel_values))
+    return measured
+
+
+def observe(model: MIMModel, pixel_values: Tensor, labels: Tensor | None, first: int, measurements: list) -> None:
+    """Runs the encoder on one batch and shows it to the measurements; `first` is the number of its first image."""
+    size, prefix = pixel_values.shape[2:], model.encoder.num_prefix_tokens
+    out = model(pixel_values, output_hidden_states=True)
+    for i, state in enumerate(out.hidden_states):
+        layer = patch_layer(state, prefix, size)
+        for measurement in measurements:
+            measurement.layer(i, layer)
+    tokens = out.last_hidden_state
+    final = Layer(tokens[:, prefix:], model.encoder.token_grid(*size))
+    seen = Seen(first, pixel_values, labels, tokens, final)
+    for measurement in measurements:
+        measurement.update(seen)
+
+
+def patch_layer(state: Tensor, prefix: int, size: tuple[int, int]) -> Layer:
+    """A hidden state, tokens (batch, prefix + patches, dim) or a map (batch, dim, rows, cols), as patch tokens."""
+    if state.ndim == 4:
+        return Layer(state.flatten(2).transpose(1, 2), tuple(state.shape[2:]))
+    patches = state[:, prefix:]
+    return Layer(patches, grid_of(patches.shape[1], *size))
+
+
+@torch.inference_mode()
+def class_prototypes(model: MIMModel, images: EncoderImages, batch_size: int, advance) -> Tensor | None:
+    """(classes, dim), float32: the mean of the mean patch token over the images set aside; None without labels."""
+    if images.others is None:
+        return None
+    prefix = model.encoder.num_prefix_tokens
+    sums = torch.zeros(len(images.classes), model.encoder.hidden_size, dtype=torch.float64, device=model.device)
+    counts = torch.zeros(len(images.classes), dtype=torch.float64, device=model.device)
+    for pixel_values, labels in images.prototype_batches(batch_size):
+        pooled = model(pixel_values.to(model.device)).last_hidden_state[:, prefix:].mean(dim=1)
+        labels = labels.to(model.device)
+        sums.index_add_(0, labels, pooled.double())
+        counts += torch.bincount(labels, minlength=len(counts))
+        advance(len(pixel_values))
+    return (sums / counts.clamp(min=1)[:, None]).float()
+
+
+# ---- after ---------------------------------------------------------------------------------------------------------
+def describe(subject: Subject) -> dict:
+    """An encoder's entry in the report."""
+    config, encoder = subject.model.config, subject.model.encoder
+    kind = config.encoder_config.get("model_type")
+    return {
+        "source": subject.source,
+        "untrained": subject.source is None,
+        "twin": subject.twin,
+        "encoder": f"{config.encoder} {kind}" if kind else config.encoder,
+        "parameters": subject.model.num_parameters(),
+        "hidden_size": encoder.hidden_size,
+        "layers": len(encoder.stage_names) - 1,
+        "image_size": list(subject.images.size),
+        "grid": list(subject.grid),
+        "has_cls_token": encoder.has_cls_token,
+        "prefix_tokens": encoder.num_prefix_tokens,
+        "results": {
+            name: {"title": measured.title, "absent": measured.absent} if measured.absent else measured.result()
+            for name, measured in subject.measured.items()
+        },
+    }
+
+
+def between(subjects: list[Subject]) -> dict:
+    """What measurements say of several encoders together: {measurement: its result}."""
+    found = {}
+    for name in subjects[0].measured:
+        measured = {subject.label: subject.measured[name] for subject in subjects}
+        present = {label: measurement for label, measurement in measured.items() if measurement.absent is None}
+        result = MEASUREMENTS[name].compare(present)
+        if result is not None:
+            found[name] = result
+    return found
+
+
+def save_examples(images: EncoderImages, folder: Path, count: int) -> list[str]:
+    """Writes the first images as `example-<i>.png`, as the first encoder sees them; returns the files' names."""
+    count, names = min(count, len(images.measured)), []
+    if count == 0:
+        return names
+    pixel_values, _ = next(images.batches(count))
+    shown = displayable(pixel_values, images.config.image_mean, images.config.image_std)
+    for i, image in enumerate(shown):
+        names.append(f"example-{i}.png")
+        to_pil_image(image).save(folder / names[-1])
+    return names
+
+
+def write_json(results: dict, path: Path) -> None:
+    """Atomically: a report that is there is whole."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
