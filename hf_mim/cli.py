@@ -92,6 +92,22 @@ def reconstruct(
     typer.echo(out)
 
 
+@app.command()
+def analyze(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT... SECTION.KEY=VALUE",
+            help="Checkpoints of this project or vision models of transformers, and what to change.",
+        ),
+    ],
+):
+    """Measure what encoders learned, beside the same encoders untrained: `hf-mim analyze FOLDER data.dataset=...`."""
+    from hf_mim.analysis.run import analyze as run
+
+    run([word for word in words if "=" not in word], [word for word in words if "=" in word])
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
 
 

@@ -141,19 +141,23 @@ def check_value(key: str, value, kind) -> None:
         raise ValueError(f"{key} must be {_describe(kind)}, not {value!r}")
 
 
-def check(recipe: dict, where: str) -> None:
+def check(recipe: dict, where: str, sections: dict | None = None) -> None:
     """Checks the names of sections and keys and the types of values. The options of the model's parts are checked by
     `MIMConfig` and `MIMForPreTraining`, which know them.
+
+    Args:
+        sections: {section: a function that returns {key: type}}; None is those of a recipe.
 
     Raises:
         ValueError: the first thing wrong, with the nearest valid name.
     """
+    sections = SECTIONS if sections is None else sections
     for section, values in recipe.items():
-        if section not in SECTIONS:
-            raise unknown(f"section in {where}", section, SECTIONS)
+        if section not in sections:
+            raise unknown(f"section in {where}", section, sections)
         if not isinstance(values, dict):
             raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
-        keys = SECTIONS[section]()
+        keys = sections[section]()
         for key, value in values.items():
             if key not in keys:
                 raise unknown(f"key in section {section!r} of {where}", key, keys)

@@ -149,17 +149,15 @@ def read_overrides(overrides: list[str]) -> tuple[DataArguments, AnalyzeArgument
     """Raises:
     ValueError: an unknown section or key, or a value of another type.
     """
-    classes = {"data": DataArguments, "analyze": AnalyzeArguments}
+    sections = {"data": partial(keys_of, DataArguments), "analyze": partial(keys_of, AnalyzeArguments)}
     changes = recipes.parse_overrides(overrides)
-    for section, values in changes.items():
-        if section not in classes:
-            raise unknown("section in the overrides", section, classes)
-        kinds = {entry.name: entry.type for entry in dataclasses.fields(classes[section])}
-        for key, value in values.items():
-            if key not in kinds:
-                raise unknown(f"key in section {section!r} of the overrides", key, kinds)
-            recipes.check_value(f"{section}.{key}", value, kinds[key])
+    recipes.check(changes, "the overrides", sections)
     return DataArguments(**changes.get("data", {})), AnalyzeArguments(**changes.get("analyze", {}))
+
+
+def keys_of(arguments) -> dict:
+    """{key: type} of a section."""
+    return {entry.name: entry.type for entry in dataclasses.fields(arguments)}
 
 
 def check_sources(sources: list[str]) -> list[str]:
