@@ -186,6 +186,19 @@ def convert(
 
 
 @app.command()
+def doctor(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint or a vision model of transformers, folder or Hub id.")
+    ],
+    overrides: Overrides = None,
+):
+    """Look for known faults in a checkpoint, and say what to do. Exit code 1 where one is found."""
+    from hf_mim.doctor import doctor as run
+
+    raise typer.Exit(run(checkpoint, list(overrides or [])))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
