@@ -117,7 +117,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         target, target_config: an entry of `TARGETS`.
         pooler, pooler_config: an entry of `POOLERS`; `apply_final_norm` says whether it sees the tokens after the
             encoder's last norm.
-        feature_pyramid: of `MIMBackbone`; makes maps of four strides from four `out_features` of one stride.
+        feature_pyramid: of `MIMBackbone`, for encoders of one stride: factors by which the `out_features` are scaled;
+            [4, 2, 1, 0.5] makes strides 4, 8, 16 and 32 of patches of 16.
         format_version: of the checkpoint that holds this config; nobody sets it.
 
     Raises:
@@ -143,7 +144,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     pooler: str = "mean"
     pooler_config: dict | None = None
     initializer_range: float | int = 0.02
-    feature_pyramid: bool = False
+    feature_pyramid: list[float | int] | tuple[float | int, ...] | None = None
     format_version: int = FORMAT_VERSION
     stage_names: list[str] | None = None
     _out_features: list[str] | None = None

@@ -356,7 +356,7 @@ class MIMForImageClassification(MIMPreTrainedModel):
 
 class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
     """Feature maps for detection and segmentation: one (batch, channels, rows, cols) per name in `out_features`,
-    of four strides with `feature_pyramid`."""
+    scaled by `feature_pyramid`."""
 
     _auto_class = "AutoBackbone"
     _keys_to_ignore_on_load_unexpected = [*PRETRAINING_PARTS, r"^classifier\.", r"^mim\.pooler", r"^mim\.pooled_norm"]

@@ -1,7 +1,8 @@
 """UperNet of transformers over `MIMBackbone`, in a form that loads through remote code as well."""
 
+import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead, UperNetPreTrainedModel
 
@@ -45,6 +46,8 @@ class MIMUperNet(UperNetForSemanticSegmentation):
     config_class = MIMUperNetConfig
     _auto_class = "AutoModelForSemanticSegmentation"
     _no_split_modules = ["ViTLayer"]
+    # The loss is a mean over the batch's labelled pixels: Trainer must not divide it by a count of labels.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MIMUperNetConfig):
         UperNetPreTrainedModel.__init__(self, config)  # the parent's asks the registry for the backbone
@@ -53,3 +56,11 @@ class MIMUperNet(UperNetForSemanticSegmentation):
         channels = self.backbone.channels
         self.auxiliary_head: nn.Module | None = UperNetFCNHead(config, channels) if config.use_auxiliary_head else None
         self.post_init()
+
+    def forward(self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs):
+        output = super().forward(pixel_values, labels=labels, **kwargs)
+        if labels is not None and not isinstance(output, tuple):
+            # The mean over no pixel is NaN; a batch without a label is to teach nothing.
+            nothing = (labels == self.config.loss_ignore_index).all()
+            output.loss = torch.where(nothing, 0 * output.logits.sum(), output.loss)
+        return output

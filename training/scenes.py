@@ -9,7 +9,7 @@ from hf_mim.training.sources import DataArguments, decode, find_columns, open_da
 
 
 SIZE = (56, 56)  # pixels; a piece of clothing is 28 x 28 before it is scaled
-COUNTS = {"train": 1000, "test": 200}
+COUNTS = {"train": 1000, "validation": 200, "test": 200}
 PIECES = (2, 5)  # least and most in a scene
 SCALES = (0.6, 1.2)
 POOL = 3000  # images of clothes that the scenes of a split draw from
@@ -20,11 +20,10 @@ LEAST_VISIBLE = 0.5  # share of a piece that later ones may not cover
 class Scenes:
     """Grey scenes with masks: 0 is the canvas, 1 to 10 are the classes of Fashion-MNIST.
 
-    A scene follows from (seed, split, index) alone; scenes of `test` show clothes of the test images. Nothing is
-    written.
+    A scene follows from (seed, split, index) alone. Nothing is written.
 
     Args:
-        split: train or test.
+        split: train, validation or test; only scenes of `test` show clothes of the test images.
         count: how many scenes; None is `COUNTS`.
         size: (height, width) of the canvas, pixels, each at least 28.
         num_channels: the grey picture is repeated to so many.
@@ -43,8 +42,9 @@ class Scenes:
         if min(self.size) < 28:
             raise ValueError(f"a scene must be at least 28 pixels high and wide, not {self.size[0]}x{self.size[1]}")
         self.count = COUNTS[split] if count is None else count
-        rows = open_dataset(DataArguments())[split]
-        rows = rows.select(range(min(POOL, len(rows))))  # class-balanced in any run of rows
+        rows = open_dataset(DataArguments())["test" if split == "test" else "train"]
+        first = POOL if split == "validation" else 0  # classes are balanced in any run of rows
+        rows = rows.select(range(first, min(first + POOL, len(rows))))
         image_column, label_column = find_columns(rows.features, DataArguments())
         self.classes = ["canvas", *rows.features[label_column].names]
         self.labels = np.array(rows[label_column][:], dtype=np.int64)
