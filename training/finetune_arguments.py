@@ -36,6 +36,10 @@ class FinetuneArguments:
             head in full, and leave the rest as it is.
         lora_rank, lora_alpha, lora_dropout: of PEFT's `LoraConfig`.
         lora_layers: last names of the layers that get one, say [qkv]; None takes all.
+        classes: for segmentation: how many, or their names by id; None takes the ids that the masks hold.
+        head_size: for segmentation: channels of UperNet.
+        pyramid: for segmentation: factors by which the maps of four blocks are scaled; None makes strides of 4, 8, 16
+            and 32 pixels. Larger ones are finer and cost more.
     """
 
     task: str = "classification"
@@ -58,6 +62,9 @@ class FinetuneArguments:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     lora_layers: list[str] | None = field(default=None)
+    classes: int | list[str] | None = None
+    head_size: int = 512
+    pyramid: list[float] | None = None
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -79,7 +86,7 @@ class FinetuneArguments:
             raise ValueError(f"finetune.layer_decay must be in (0, 1], not {self.layer_decay}")
         if not 0 <= self.randaugment < MAGNITUDES:
             raise ValueError(f"finetune.randaugment must be from 0 to {MAGNITUDES - 1}, not {self.randaugment}")
-        for name in ("randaugment_ops", "lora_rank", "lora_alpha"):
+        for name in ("randaugment_ops", "lora_rank", "lora_alpha", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"finetune.{name} must be at least 1, not {getattr(self, name)}")
         if self.lora and self.freeze:

@@ -14,7 +14,7 @@ from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.modeling.modeling_mim import MIMPreTrainedModel
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.layer_decay import layer_of_parameters, parameter_groups
-from hf_mim.training.trainer import MIMTrainer
+from hf_mim.training.trainer import WRAPPERS, MIMTrainer
 
 
 AVERAGED = "ema.safetensors"  # beside the Trainer's own files in a checkpoint
@@ -57,7 +57,8 @@ class FinetuneTrainer(MIMTrainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
             weights = {name: self.args.weight_decay * (name in decayed) for name, _ in model.named_parameters()}
-            layers, head = self.layers or (dict.fromkeys(layer_names(model), 0), 0)
+            names = [WRAPPERS.sub("", name) for name, _ in model.named_parameters()]
+            layers, head = self.layers or (dict.fromkeys(names, 0), 0)
             rate = self.args.learning_rate
             groups = parameter_groups(model, layers, head, self.options.layer_decay, rate, weights)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -107,12 +108,6 @@ class FinetuneTrainer(MIMTrainer):
             self.average.module.load_state_dict(load_file(best))
 
 
-def layer_names(model) -> list[str]:
-    from hf_mim.training.trainer import WRAPPERS
-
-    return [WRAPPERS.sub("", name) for name, _ in model.named_parameters()]
-
-
 def tensors(model) -> list[torch.Tensor]:
     """All that the average has: parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
@@ -147,5 +142,5 @@ class FinetuneCallback(TrainerCallback):
         name = args.metric_for_best_model
         if name and f"eval_{name}" in metrics:
             words.append(f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.2f}")
-        epoch = f"epoch {state.epoch:.4g} of {args.num_train_epochs:.4g}" if state.epoch is not None else "now"
-        self.console.print(f"{epoch}, validation: {', '.join(words)}", highlight=False)
+        step = f"step {state.global_step:,} of {state.max_steps:,}"
+        self.console.print(f"{step}, validation: {', '.join(words)}", highlight=False)
