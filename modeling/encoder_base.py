@@ -43,6 +43,8 @@ class Encoder(nn.Module):
     hidden_size: int
     num_prefix_tokens: int = 0
     has_cls_token: bool = False
+    has_attentions: bool = True
+    base_grid: Grid  # of the output tokens at the config's image size
     drops_tokens: bool = False
     stage_names: list[str]
     num_features: list[int]
@@ -50,6 +52,15 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.final_norm: nn.Module = nn.Identity()
+        self.frozen = False
+
+    def freeze(self):
+        """No gradients, and eval mode whatever the mode of the model around it, until it is loaded again."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)
 
     def mask_grid(self, height: int, width: int) -> Grid:
         """The grid of tokens that can be hidden; predictions and values live on it."""
@@ -68,8 +79,10 @@ class Encoder(nn.Module):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> EncoderOutput:
+        """`output_attentions` may be "last": `attentions` then has that of the last block alone, the others staying
+        with the fused implementation."""
         raise NotImplementedError
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:

@@ -35,6 +35,8 @@ class ConvNetEncoder(Encoder):
         pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
     """
 
+    has_attentions = False
+
     def __init__(
         self,
         config,
@@ -62,7 +64,7 @@ class ConvNetEncoder(Encoder):
         self.mask_stage = mask_stage
         self.hidden_size = self.num_features[-1]
         self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
-        self.token_grid(*pair(config.image_size))
+        self.base_grid = self.token_grid(*pair(config.image_size))
         width = self.num_features[mask_stage]
         self.sparse_mask = SparseMask()
         if mask_style == "sparse":

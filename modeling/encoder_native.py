@@ -1,8 +1,10 @@
 """Any vision model of transformers as an encoder: to probe, fine-tune and analyse, and to pretrain where its forward
 takes `bool_masked_pos`."""
 
+import copy
 import inspect
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +99,21 @@ def grid_of(tokens: int, height: float, width: float) -> Grid:
     return min(pairs, key=lambda grid: abs(math.log(grid[0] * width / (grid[1] * height))))
 
 
+@contextmanager
+def plain_attention(modules: list[nn.Module]):
+    """Inside, these modules compute attention by the plain implementation, which returns its weights, whatever that of
+    their model is."""
+    configs = [module.config for module in modules]
+    try:
+        for module in modules:
+            module.config = copy.deepcopy(module.config)
+            module.config._attn_implementation = "eager"
+        yield
+    finally:
+        for module, config in zip(modules, configs):
+            module.config = config
+
+
 class NativeEncoder(Encoder):
     """Wraps a transformers vision model.
 
@@ -131,6 +148,8 @@ class NativeEncoder(Encoder):
         depth = getattr(native, "num_hidden_layers", None) or len(getattr(native, "depths", [1]))
         self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
         self.num_features = self._stage_widths(depth)
+        self.base_grid = self.token_grid(*pair(config.image_size))
+        self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
         # Taken out of the wrapped model, so that a pooler can see the tokens before it.
         self.taken_norm = None
         for name in FINAL_NORMS:
@@ -150,6 +169,13 @@ class NativeEncoder(Encoder):
         self.network.load_state_dict({name: state.get(name, value) for name, value in own.items()})
         if taken:
             self.final_norm.load_state_dict(final)
+
+    def last_attention(self) -> nn.Module | None:
+        """The last block's attention, a module that returns (output, weights); None where it is not marked."""
+        recorded = (getattr(self.network, "_can_record_outputs", None) or {}).get("attentions")
+        modules = self.network.modules() if isinstance(recorded, type) else ()
+        found = [module for module in modules if isinstance(module, recorded) and hasattr(module, "config")]
+        return found[-1] if found else None
 
     def _stage_widths(self, depth: int) -> list[int]:
         if hasattr(self.native, "embed_dim") and hasattr(self.native, "depths"):
@@ -180,30 +206,44 @@ class NativeEncoder(Encoder):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> EncoderOutput:
         extra = {"output_hidden_states": output_hidden_states} if output_hidden_states else {}
         if bool_masked_pos is not None:
             if not self.has_mask_token:
                 raise ValueError(NO_MASK_TOKEN)
             extra["bool_masked_pos"] = bool_masked_pos
-        if output_attentions:
-            extra["output_attentions"] = True
         trained = getattr(self.native, "image_size", None)
         if "interpolate_pos_encoding" in self.takes and trained and tuple(pixel_values.shape[2:]) != pair(trained):
             extra["interpolate_pos_encoding"] = True
         if "noise" in self.takes:  # ViTMAE orders its patches by it
             tokens = math.prod(self.mask_grid(*pixel_values.shape[2:]))
             extra["noise"] = torch.arange(tokens, device=pixel_values.device).expand(len(pixel_values), -1)
-        out = self.network(pixel_values, **extra)
+        out, attentions = self._run(pixel_values, extra, output_attentions)
         tokens = out.last_hidden_state
         maps = (tokens,) if tokens.ndim == 4 else None
         return EncoderOutput(
             tokens=tokens.flatten(2).transpose(1, 2) if maps else tokens,
             feature_maps=maps,
             hidden_states=out.hidden_states if output_hidden_states else None,
-            attentions=out.attentions if output_attentions else None,
+            attentions=attentions,
         )
+
+    def _run(self, pixel_values: Tensor, options: dict, output_attentions: bool | str):
+        """-> the wrapped model's output, and its attentions as asked for, or None."""
+        if not output_attentions:
+            return self.network(pixel_values, **options), None
+        last, weights = self.last_attention(), []
+        if output_attentions == "last" and last is not None:
+            hook = last.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
+            try:
+                with plain_attention([last]):
+                    return self.network(pixel_values, **options), tuple(weights)
+            finally:
+                hook.remove()
+        with plain_attention([module for module in self.network.modules() if hasattr(module, "config")]):
+            out = self.network(pixel_values, **options, output_attentions=True)
+        return out, out.attentions if output_attentions is True else (out.attentions or ())[-1:]
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """As of `ViTEncoder`, after the final norm where it has the width of every stage."""

@@ -156,7 +156,7 @@ class ViTEncoder(Encoder):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> EncoderOutput:
         grid = self.mask_grid(*pixel_values.shape[2:])
         tokens, visible_index, hidden_index = self._embed(pixel_values, bool_masked_pos, grid)
@@ -171,8 +171,9 @@ class ViTEncoder(Encoder):
             if len(self.relative):
                 own = self.relative[i](grid, self.num_prefix_tokens, visible_index)
                 bias = own if shared is None else own + shared
-            tokens, weights = layer(tokens, bias, rotary, None, output_attentions)
-            if output_attentions:
+            wanted = i == len(self.layers) - 1 if output_attentions == "last" else bool(output_attentions)
+            tokens, weights = layer(tokens, bias, rotary, None, wanted)
+            if wanted:
                 attentions.append(weights)
         return EncoderOutput(
             tokens=tokens,

@@ -1,8 +1,13 @@
 """Every pooler: shapes, order and batch do not matter; the simple ones against loops in float64."""
 
+import math
+
 import pytest
 import torch
-from helpers import NATIVE_VIT, RESNET, perturb, tiny_config
+from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, perturb, tiny_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
 from hf_mim.modeling.modeling_mim import make_encoder, make_pooler
@@ -24,10 +29,15 @@ def pooler_of(name: str, **options):
     return perturb(make_pooler(config, encoder)).eval(), encoder.hidden_size
 
 
+def attention_of(images: int, heads: int = 3, length: int = 18) -> tuple[Tensor, ...]:
+    """Of two blocks; a pooler is to look at the last one."""
+    return tuple((3 * torch.randn(images, heads, length, length)).softmax(-1) for _ in range(2))
+
+
 @EVERY
 def test_shapes(name):
     pooler, dim = pooler_of(name)
-    vector, weights = pooler(torch.randn(4, 3 + 15, dim), 3, GRID)
+    vector, weights = pooler(torch.randn(4, 3 + 15, dim), 3, GRID, attention_of(4))
     assert vector.shape == (4, pooler.out_dim)
     assert vector.isfinite().all()
     if weights is not None:
@@ -38,10 +48,13 @@ def test_shapes(name):
 @EVERY
 def test_the_order_of_patches_does_not_matter(name):
     pooler, dim = pooler_of(name)
-    tokens, order = torch.randn(2, 3 + 15, dim), torch.randperm(15)
-    vector, weights = pooler(tokens, 3, GRID)
-    shuffled = torch.cat([tokens[:, :3], tokens[:, 3:][:, order]], dim=1)
-    other, other_weights = pooler(shuffled, 3, GRID)
+    tokens, order, attentions = torch.randn(2, 3 + 15, dim), torch.randperm(15), attention_of(2)
+    vector, weights = pooler(tokens, 3, GRID, attentions)
+    places = torch.cat([torch.arange(3), 3 + order])
+    other, other_weights = pooler(tokens[:, places], 3, GRID, tuple(a[..., places] for a in attentions))
+    if name == "central":  # the one that picks places
+        assert torch.equal(weights, other_weights) and not torch.allclose(vector, other, atol=0.1)
+        return
     assert torch.allclose(vector, other, atol=1e-5)
     if weights is not None:
         assert torch.allclose(weights[..., order], other_weights, atol=1e-5)
@@ -51,9 +64,10 @@ def test_the_order_of_patches_does_not_matter(name):
 def test_an_image_is_pooled_by_itself_in_evaluation(name):
     pooler, dim = pooler_of(name)
     tokens = torch.randn(5, 3 + 15, dim) * torch.tensor([1, 10, 0.1, 3, 1])[:, None, None]
-    vectors, _ = pooler(tokens, 3, GRID)
+    attentions = attention_of(5)
+    vectors, _ = pooler(tokens, 3, GRID, attentions)
     for i in range(5):
-        alone, _ = pooler(tokens[i : i + 1], 3, GRID)
+        alone, _ = pooler(tokens[i : i + 1], 3, GRID, tuple(a[i : i + 1] for a in attentions))
         assert torch.allclose(alone[0], vectors[i], rtol=1e-4, atol=1e-5)
 
 
@@ -61,7 +75,7 @@ def test_an_image_is_pooled_by_itself_in_evaluation(name):
 def test_it_depends_on_its_input_and_passes_gradients_back(name):
     pooler, dim = pooler_of(name)
     tokens = torch.rand(2, 3 + 15, dim, requires_grad=True)
-    vector, _ = pooler(tokens, 3, GRID)
+    vector, _ = pooler(tokens, 3, GRID, attention_of(2))
     (gradient,) = torch.autograd.grad(vector.square().sum(), tokens)
     assert gradient.isfinite().all() and gradient.abs().sum((1, 2)).min() > 0
 
@@ -69,9 +83,9 @@ def test_it_depends_on_its_input_and_passes_gradients_back(name):
 @EVERY
 def test_bfloat16(name):
     pooler, dim = pooler_of(name)
-    tokens = torch.rand(2, 3 + 15, dim)
-    wanted, _ = pooler(tokens, 3, GRID)
-    got, _ = pooler.bfloat16()(tokens.bfloat16(), 3, GRID)
+    tokens, attentions = torch.rand(2, 3 + 15, dim), attention_of(2)
+    wanted, _ = pooler(tokens, 3, GRID, attentions)
+    got, _ = pooler.bfloat16()(tokens.bfloat16(), 3, GRID, tuple(a.bfloat16() for a in attentions))
     assert got.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits; poolers with parameters lose some more to their rounding
     assert torch.allclose(got.float(), wanted, rtol=0.05, atol=0.05)
@@ -157,8 +171,10 @@ def test_the_last_norm_comes_first_or_not_at_all(name, apply_final_norm):
             tokens = tokens * model.encoder.final_norm.weight.double() + model.encoder.final_norm.bias.double()
         wanted, _ = model.pooler(tokens.float(), 1, (2, 3), out.attentions)
         plain = model(pixel_values)
-    assert torch.allclose(out.pooler_output, wanted, atol=1e-5)
-    assert torch.allclose(out.pooler_output, plain.pooler_output, atol=1e-5)
+    size = wanted.abs().max()  # up to about 100 with these parameters
+    assert (out.pooler_output - wanted).abs().max() <= 1e-5 * size
+    assert (out.pooler_output - plain.pooler_output).abs().max() <= 1e-5 * size
+    assert plain.attentions is None
     if apply_final_norm:
         raw, _ = model.pooler(out.hidden_states[-1], 1, (2, 3), out.attentions)
         assert not torch.allclose(out.pooler_output, raw, atol=1e-2)
@@ -186,8 +202,8 @@ def test_encoders_without_a_class_token(name, encoder, options, size):
     if encoder == "vit":
         options = {**WIDE, **options}
     fields = {"encoder": encoder, "encoder_config": options, "pooler": name, "image_size": size}
-    if name == "cls":
-        with pytest.raises(ValueError, match="pooler 'cls' needs an encoder with a class token.*'mean'"):
+    if name in ("cls", "cls_attention"):
+        with pytest.raises(ValueError, match=f"pooler '{name}' needs an encoder with a class token.*'mean'"):
             tiny_config(**fields)
         return
     try:
@@ -210,3 +226,407 @@ def test_nothing_is_pooled_of_dropped_tokens():
     model = MIMModel(tiny_config()).eval()
     mask = torch.arange(16).expand(2, 16) < 9
     assert model(torch.randn(2, 3, 16, 16), mask).pooler_output is None
+
+
+# --- numbers of the learned ones: every token by itself, in float64 ---------------------------------------------------
+
+
+def layer_norm(vector: Tensor, norm: nn.LayerNorm) -> Tensor:
+    centred = vector - vector.mean()
+    return centred / (centred.square().mean() + 1e-6).sqrt() * norm.weight + norm.bias
+
+
+def weighted(logits: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum of the values, weighed by a softmax written out."""
+    powers = [math.exp(float(logit)) for logit in logits]
+    weights = [power / sum(powers) for power in powers]
+    return sum(weight * value for weight, value in zip(weights, values)), torch.tensor(weights, dtype=torch.float64)
+
+
+def sincos_of(grid: tuple[int, int], dim: int, base: tuple[int, int]) -> list[Tensor]:
+    table = []
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            vector = []
+            for place, cells, own in ((col, base[1], grid[1]), (row, base[0], grid[0])):
+                angles = [((place + 0.5) * cells / own - 0.5) / 10000 ** (i / (dim // 4)) for i in range(dim // 4)]
+                vector += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            table.append(torch.tensor(vector, dtype=torch.float64))
+    return table
+
+
+def abmilp_by_loops(pooler, tokens: Tensor, prefix: int, o: dict) -> tuple[Tensor, Tensor]:
+    everything = o.get("content") == "all"
+    values = seen = list(tokens if everything else tokens[prefix:])
+    if pooler.qkv is not None:
+        q, k, v = pooler.qkv.weight.chunk(3)
+        attended = [weighted([(q @ x) @ (k @ y) / len(x) ** 0.5 for y in seen], [v @ y for y in seen])[0] for x in seen]
+        seen = [pooler.proj.weight @ x + pooler.proj.bias for x in attended]
+        values = seen if o["self_attention"] == "both" else values
+    if o.get("position") == "sincos":
+        table = sincos_of(GRID, len(tokens[0]), (4, 4))
+        seen = [x if i < len(seen) - 15 else x + table[i - len(seen) + 15] for i, x in enumerate(seen)]
+    logits = []
+    for x in seen:
+        for i, layer in enumerate(pooler.hidden):
+            inner = layer.weight @ x + layer.bias
+            inner = inner.clamp(min=0) if o.get("activation") == "relu" else inner.tanh()
+            if o.get("gated"):
+                inner = inner / (1 + (-(pooler.gates[i].weight @ x + pooler.gates[i].bias)).exp())
+            x = inner
+        logits.append(pooler.score[0] @ x + pooler.score_bias[0])
+    vector, weights = weighted(logits, values)
+    weights = weights[-15:]
+    return vector, weights / weights.sum()
+
+
+def attention_by_loops(pooler, tokens: Tensor, prefix: int, o: dict) -> tuple[Tensor, Tensor]:
+    form, heads = o["form"], pooler.num_heads
+    keys = values = list(tokens[prefix:])
+    if form == "aim":
+        norm = pooler.batch_norm
+        keys = values = [(x - norm.running_mean) / (norm.running_var + 1e-6).sqrt() for x in keys]
+    elif form == "cae":
+        keys, values = ([layer_norm(x, pooler.norms[i]) for x in keys] for i in (1, 2))
+    else:
+        keys = values = [layer_norm(x, pooler.norms[0]) for x in keys]
+    vectors, rows = [], []
+    for learned in pooler.queries:
+        query = layer_norm(learned, pooler.norms[0]) if form == "cae" else learned
+        query = query if form == "aim" else pooler.query.weight @ query + pooler.query.bias
+        keyed = [pooler.key @ x + (pooler.key_bias if form == "vjepa" else 0) for x in keys]
+        valued = [pooler.value @ x + (0 if form == "aim" else pooler.value_bias) for x in values]
+        width, parts = len(query) // heads, []
+        for h in range(heads):
+            own = slice(h * width, (h + 1) * width)
+            part, row = weighted([query[own] @ k[own] / width**0.5 for k in keyed], [v[own] for v in valued])
+            parts.append(part)
+            rows.append(row)
+        out = torch.cat(parts)
+        if form != "aim":
+            out = pooler.proj.weight @ out + pooler.proj.bias
+        if form == "vjepa":
+            out, mlp = out + learned, pooler.mlp
+            inner = mlp.fc1.weight @ layer_norm(out, pooler.norms[1]) + mlp.fc1.bias
+            inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+            out = out + mlp.fc2.weight @ inner + mlp.fc2.bias
+        vectors.append(out)
+    return sum(vectors) / len(vectors), torch.stack(rows)
+
+
+def simpool_by_loops(pooler, tokens: Tensor, prefix: int, o: dict) -> tuple[Tensor, Tensor]:
+    patches, gamma = list(tokens[prefix:]), o.get("gamma")
+    normed = [layer_norm(x, pooler.norm) for x in patches]
+    query = pooler.query.weight @ (sum(patches) / len(patches))
+    logits = [query @ (pooler.key @ x) / len(query) ** 0.5 for x in normed]
+    if gamma is None:
+        return weighted(logits, normed)
+    lowest = min(float(x.min()) for x in normed)
+    vector, weights = weighted(logits, [(x - lowest + 1e-6) ** gamma for x in normed])
+    return vector ** (1 / gamma), weights
+
+
+def efficient_by_loops(pooler, tokens: Tensor, prefix: int, o: dict) -> tuple[Tensor, Tensor]:
+    patches, parts, rows = list(tokens[prefix:]), [], []
+    chunk = pooler.out_dim // o["num_queries"]
+    for i, query in enumerate(pooler.queries):
+        values = [(pooler.value @ x)[i * chunk : (i + 1) * chunk] for x in patches]
+        part, row = weighted([query @ x / len(query) ** 0.5 for x in patches], values)
+        parts.append(part)
+        rows.append(row)
+    return torch.cat(parts), torch.stack(rows)
+
+
+LEARNED = [
+    ("abmilp", {}, abmilp_by_loops),
+    ("abmilp", {"depth": 3, "activation": "relu", "position": "sincos"}, abmilp_by_loops),
+    ("abmilp", {"depth": 2, "self_attention": "map", "content": "all"}, abmilp_by_loops),
+    ("abmilp", {"self_attention": "both", "content": "all", "position": "sincos"}, abmilp_by_loops),
+    ("abmilp", {"depth": 2, "gated": True, "hidden_size": 7}, abmilp_by_loops),
+    ("attention", {"form": "aim", "num_queries": 2}, attention_by_loops),
+    ("attention", {"form": "cae", "num_heads": 4}, attention_by_loops),
+    ("attention", {"form": "vjepa", "num_heads": 2, "num_queries": 3}, attention_by_loops),
+    ("simpool", {}, simpool_by_loops),
+    ("simpool", {"gamma": 1.25}, simpool_by_loops),
+    ("efficient", {"num_queries": 4}, efficient_by_loops),
+    ("efficient", {"num_queries": 3, "d_out": 2}, efficient_by_loops),
+]
+
+
+@pytest.mark.parametrize(
+    "name, options, by_hand", LEARNED, ids=lambda value: str(value) if isinstance(value, str | dict) else ""
+)
+def test_a_learned_pooler_against_loops_in_float64(name, options, by_hand):
+    torch.manual_seed(0)
+    wide = {"hidden_size": 24, "num_register_tokens": 2}
+    config = tiny_config(encoder_config=wide, pooler=name, pooler_config=options)
+    pooler = perturb(make_pooler(config, make_encoder(config)), 0.4).eval()
+    for module in pooler.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    tokens = torch.randn(2, 3 + 15, 24)
+    with torch.no_grad():
+        vector, weights = pooler(tokens, 3, GRID)
+        exact = pooler.double()
+        for i in range(2):
+            wanted, wanted_weights = by_hand(exact, tokens[i].double(), 3, options)
+            assert torch.allclose(vector[i].double(), wanted, rtol=1e-4, atol=2e-5)
+            assert torch.allclose(weights[i].double(), wanted_weights, atol=2e-6)
+
+
+def test_the_batch_norm_of_aim_learns_the_statistics_of_tokens():
+    """One training step with the momentum of torch's default, 0.1: over all patches of all images, prefix left out."""
+    pooler, dim = pooler_of("attention")
+    tokens = torch.randn(4, 18, dim) * 3 + 1
+    pooler.train()(tokens, 3, GRID)
+    patches = tokens[:, 3:].reshape(-1, dim)
+    assert torch.allclose(pooler.batch_norm.running_mean, 0.1 * patches.mean(0), atol=1e-5)
+    assert torch.allclose(pooler.batch_norm.running_var, 0.9 + 0.1 * patches.var(0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, options, count",
+    [
+        ("cls", {}, 0),
+        ("mean", {}, 0),
+        ("max", {}, 0),
+        ("central", {}, 0),
+        ("cls_attention", {}, 0),
+        ("gem", {}, 1),
+        ("abmilp", {}, 769),
+        ("abmilp", {"depth": 2}, 591_361),
+        ("abmilp", {"depth": 2, "self_attention": "both"}, 591_361 + 4 * 768**2 + 768),
+        ("abmilp", {"depth": 2, "hidden_size": 128}, 128 * 768 + 128 + 128 + 1),
+        ("abmilp", {"depth": 2, "hidden_size": 128, "gated": True}, 2 * (128 * 768 + 128) + 128 + 1),
+        ("simpool", {}, 1_181_184),
+        ("attention", {"form": "aim"}, 1_180_416),
+        ("attention", {"form": "cae"}, 4 * 768**2 + 10 * 768),
+        ("attention", {"form": "vjepa"}, 7_088_640),
+        ("efficient", {"num_queries": 32}, 614_400),
+        ("efficient", {"num_queries": 32, "d_out": 2}, 768**2 // 2 + 32 * 768),
+    ],
+)
+def test_parameter_counts_at_width_768(name, options, count):
+    config = tiny_config()
+    with torch.device("meta"):
+        config.encoder_config = {**config.encoder_config, "hidden_size": 768, "num_attention_heads": 12}
+        config.pooler, config.pooler_config = name, options
+        pooler = make_pooler(config, make_encoder(config))
+    assert sum(p.numel() for p in pooler.parameters()) == count
+
+
+@pytest.mark.parametrize("content", ["patch", "all"])
+def test_a_new_abmilp_is_the_mean(content):
+    model = MIMModel(tiny_config(pooler="abmilp", pooler_config={"depth": 2, "content": content})).eval()
+    out = model(torch.randn(2, 3, 16, 16))
+    tokens = out.last_hidden_state[:, 0 if content == "all" else 1 :]
+    assert torch.allclose(out.pooler_output, tokens.mean(1), atol=1e-6)
+    assert torch.allclose(out.pooler_weights, torch.full((2, 16), 1 / 16), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["attention", "simpool", "efficient"])
+def test_zero_logits_weigh_all_patches_alike(name):
+    pooler, dim = pooler_of(name)
+    with torch.no_grad():
+        for parameter in (pooler.key if hasattr(pooler, "key") else pooler.queries,):
+            parameter.zero_()
+    _, weights = pooler(torch.randn(2, 18, dim), 3, GRID)
+    assert torch.allclose(weights, torch.full_like(weights, 1 / 15), atol=1e-7)
+
+
+def test_positions_make_the_order_matter_and_follow_the_grid():
+    pooler, dim = pooler_of("abmilp", position="sincos")
+    tokens = torch.randn(2, 18, dim)
+    vector, _ = pooler(tokens, 3, GRID)
+    assert not torch.allclose(vector, pooler(torch.cat([tokens[:, :3], tokens[:, 3:].flip(1)], 1), 3, GRID)[0])
+    assert not torch.allclose(vector, pooler(tokens, 3, (5, 3))[0])
+
+
+# --- selections ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, rows, cols", [(1, [1], [2]), (2, [0, 1], [1, 2]), (3, [0, 1, 2], [1, 2, 3])])
+def test_central_patches(size, rows, cols):
+    pooler, dim = pooler_of("central", size=size)
+    tokens = torch.randn(2, 18, dim)
+    vector, weights = pooler(tokens, 3, GRID)
+    places = [row * 5 + col for row in rows for col in cols]
+    assert torch.allclose(vector, tokens[:, [3 + place for place in places]].mean(1), atol=1e-6)
+    assert weights[0].nonzero().flatten().tolist() == places
+
+
+@pytest.mark.parametrize("head", ["mean", "lowest_entropy"])
+@pytest.mark.parametrize("only_its_row", [False, True])
+def test_cls_attention_against_loops_in_float64(head, only_its_row):
+    pooler, dim = pooler_of("cls_attention", head=head)
+    tokens, attentions = torch.randn(4, 18, dim), attention_of(4)
+    given = tuple(a[:, :, :1] for a in attentions) if only_its_row else attentions
+    vector, weights = pooler(tokens, 3, GRID, given)
+    chosen = set()
+    for i in range(4):
+        rows = attentions[-1][i, :, 0, 3:].double()
+        if head == "mean":
+            row = sum(rows) / 3
+        else:
+            shares = [[float(a / row.sum()) for a in row] for row in rows]
+            entropies = [-sum(a * math.log(a + 1e-6) for a in share) for share in shares]
+            chosen.add(entropies.index(min(entropies)))
+            row = rows[entropies.index(min(entropies))]
+        row = row / row.sum()
+        assert torch.allclose(weights[i].double(), row, atol=1e-6)
+        assert torch.allclose(vector[i].double(), row @ tokens[i, 3:].double(), atol=1e-5)
+    assert head == "mean" or len(chosen) > 1
+
+
+@pytest.mark.parametrize("encoder, options", [("vit", WIDE), ("native", NATIVE_VIT), ("native", DINOV2)])
+def test_cls_attention_is_exact_whatever_the_attention_implementation(encoder, options):
+    """Only the last block leaves the fused implementation, for this pooler alone."""
+    torch.manual_seed(0)
+    options = {**options, "num_hidden_layers": 3}
+    model = perturb(MIMModel(tiny_config(encoder=encoder, encoder_config=options, pooler="cls_attention")), 0.1).eval()
+    model.set_attn_implementation("sdpa")
+    pixel_values = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        out = model(pixel_values)
+        whole = model(pixel_values, output_attentions=True)
+        model.set_attn_implementation("eager")
+        plain = model(pixel_values, output_attentions=True)
+    assert (
+        out.attentions is None
+        and [a.shape for a in whole.attentions] == [(2, options["num_attention_heads"], 17, 17)] * 3
+    )
+    row = plain.attentions[-1][:, :, 0, 1:].mean(1)
+    row = row / row.sum(-1, keepdim=True)
+    for got in (out, whole, plain):
+        assert torch.allclose(got.pooler_weights, row, atol=1e-5)
+        assert torch.allclose(
+            got.pooler_output, torch.einsum("bn,bnd->bd", row, got.last_hidden_state[:, 1:]), atol=1e-4
+        )
+    for a, b in zip(whole.attentions, plain.attentions):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a.sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder, options", [("vit", {}), ("native", NATIVE_VIT)])
+def test_only_the_last_block_leaves_the_fused_attention(encoder, options, monkeypatch):
+    model = MIMModel(tiny_config(encoder=encoder, encoder_config=options, pooler="cls_attention")).eval()
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    model(torch.randn(1, 3, 16, 16))
+    assert len(calls) == 1  # of two blocks
+
+
+# --- around other models, saved, frozen ------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_saved_and_loaded_bit_for_bit(name, size, tmp_path):
+    torch.manual_seed(0)
+    model = MIMForImageClassification(tiny_config(encoder_config=WIDE, pooler=name, num_labels=3))
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 16, 16) + 2)  # moves running statistics
+    perturb(model, 0.05).eval().save_pretrained(tmp_path)
+    again, bare = (c.from_pretrained(tmp_path).eval() for c in (MIMForImageClassification, MIMModel))
+    for loaded in (again, bare):
+        for parameter in loaded.parameters():  # a matrix product rounds by where in memory its operands begin, and
+            parameter.data = parameter.data.clone()  # loaded ones begin anywhere in the mapped file
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    pixel_values = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
+        assert torch.equal(bare(pixel_values).pooler_output, model.mim(pixel_values).pooler_output)
+
+
+@EVERY
+def test_around_a_pretrained_model_of_transformers(name, tmp_path):
+    torch.manual_seed(0)
+    options = {k: v for k, v in DINOV2.items() if k != "model_type"} | {"hidden_size": 64, "image_size": 16}
+    dino = perturb(Dinov2Model(Dinov2Config(**options)), 0.02).eval()
+    dino.save_pretrained(tmp_path / "dino")
+    model = MIMForImageClassification.from_encoder(str(tmp_path / "dino"), pooler=name, num_labels=3)
+    pixel_values = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        assert torch.allclose(
+            model.mim(pixel_values).last_hidden_state, dino(pixel_values).last_hidden_state, atol=1e-5
+        )
+        wanted = model(pixel_values).logits
+        model.save_pretrained(tmp_path / "whole")
+        again = MIMForImageClassification.from_pretrained(tmp_path / "whole").eval()
+        assert torch.allclose(again(pixel_values).logits, wanted, atol=1e-6)
+
+
+@EVERY
+def test_a_frozen_encoder_stays_as_it_is(name):
+    torch.manual_seed(0)
+    fields = {"encoder": "convnet", "encoder_config": RESNET, "image_size": 64}
+    if name in ("cls", "cls_attention", "efficient"):
+        fields = {"encoder_config": {**WIDE, "drop_path_rate": 0.9, "num_hidden_layers": 2}}
+    model = MIMForImageClassification(tiny_config(**fields, pooler=name, num_labels=3))
+    model.freeze_encoder()
+    model.train()
+    size = model.config.image_size
+    pixel_values, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 0])
+    before = {key: value.clone() for key, value in model.mim.encoder.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    first = model.mim.encoder(pixel_values).tokens
+    model(pixel_values, labels=labels).loss.backward()
+    optimizer.step()
+    for key, value in model.mim.encoder.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(first, model.mim.encoder(pixel_values).tokens)  # no drop path, no batch statistics
+    assert model.mim.pooler.training and model.classifier.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in model.mim.pooler.parameters())
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("abmilp", {"depth": 0}, "depth must be at least 1, got 0"),
+        ("abmilp", {"activation": "gelu"}, "unknown activation 'gelu'.*tanh, relu"),
+        ("abmilp", {"self_attention": "value"}, "unknown self_attention 'value'.*none, map, both"),
+        ("abmilp", {"position": "learned"}, "unknown position 'learned'.*none, sincos"),
+        ("abmilp", {"content": "tokens"}, "unknown content 'tokens'.*patch, all"),
+        ("abmilp", {"gated": True}, "depth of 2 or more, got depth 1"),
+        ("abmilp", {"heads": 2}, "unknown option of pooler 'abmilp' 'heads'.*depth"),
+        ("attention", {"form": "jepa"}, "unknown form 'jepa'.*vjepa.*aim, cae, vjepa"),
+        ("attention", {"num_heads": 5}, "num_heads 5 does not divide the width 16; choices: 1, 2, 4, 8, 16"),
+        ("attention", {"num_queries": 0}, "num_queries must be at least 1"),
+        ("simpool", {"gamma": -1.0}, "gamma must be above 0.*got -1.0"),
+        ("efficient", {"num_queries": 3}, "num_queries 3 .*does not divide the width 16; .*1, 2, 4, 8, 16"),
+        ("efficient", {"num_queries": 1, "d_out": 3}, "none with this d_out"),
+        ("central", {"size": 5}, "size 5 is more than the 4x4 patches; choose 1 to 4"),
+        ("central", {"size": 0}, "size must be at least 1"),
+        ("cls_attention", {"head": "max"}, "unknown head 'max'.*mean, lowest_entropy"),
+        ("cls_attention", {"head": 3}, "option 'head' of pooler 'cls_attention' must be"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(pooler=name, pooler_config=options)
+
+
+def test_what_an_encoder_cannot_give():
+    with pytest.raises(ValueError, match="sincos' needs tokens of a width divisible by 4, got 18"):
+        tiny_config(
+            encoder_config={"hidden_size": 18, "position_embedding": "learned"},
+            pooler="abmilp",
+            pooler_config={"position": "sincos"},
+        )
+    with pytest.raises(ValueError, match="d_out must be 1 with an encoder that norms the pooled vector"):
+        options = {"num_queries": 2, "d_out": 2}
+        tiny_config(
+            encoder="convnet", encoder_config=CONVNEXT, image_size=64, pooler="efficient", pooler_config=options
+        )
+    with pytest.raises(ValueError, match="pooler 'cls_attention' needs an encoder with a class token.*'mean'"):
+        tiny_config(encoder="native", encoder_config=SWIN, pooler="cls_attention")
+    pooler, dim = pooler_of("cls_attention")
+    with pytest.raises(ValueError, match="needs the attentions of the encoder's last block, and got none"):
+        pooler(torch.randn(1, 18, dim), 3, GRID)
+    model = MIMModel(tiny_config(pooler="central", pooler_config={"size": 4})).eval()
+    with pytest.raises(ValueError, match="size 4 is more than the 2x4 patches; choose 1 to 2"):
+        model(torch.randn(1, 3, 8, 16))
