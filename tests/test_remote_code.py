@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import perturb
+from transformers import Dinov2Config, Dinov2Model
 
-from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling import configuration_mim
 
 
@@ -22,7 +24,7 @@ ALLOWED -= {"__future__"}
 
 # Run in a fresh process: refuses hf_mim, loads the checkpoint as every Auto class and saves what comes out.
 LOAD = """
-import importlib.abc, sys
+import importlib.abc, os, sys
 
 class NoPlugin(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -46,6 +48,9 @@ for auto in (AutoModelForPreTraining, AutoModelForMaskedImageModeling):
     result[auto.__name__] = pretraining(pixel_values, masks).loss
 classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=3, **trust).eval()
 result["classifier"] = classifier.mim(pixel_values).last_hidden_state
+if os.path.isdir(folder + "/readout"):
+    readout = AutoModelForImageClassification.from_pretrained(folder + "/readout", **trust).eval()
+    result["readout"] = readout(pixel_values).logits
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 backbone = get_class_from_dynamic_module("modeling_mim.MIMBackbone", folder).from_pretrained(folder).eval()
 result["backbone"] = backbone(pixel_values).feature_maps[0]
@@ -69,6 +74,13 @@ CONFIGS = {
 }
 
 
+def dinov2_with_abmilp(folder) -> MIMForImageClassification:
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 16, "image_size": 64}
+    Dinov2Model(Dinov2Config(**options)).save_pretrained(folder / "dinov2")
+    model = MIMForImageClassification.from_encoder(str(folder / "dinov2"), pooler="abmilp", num_labels=5)
+    return perturb(model).eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_remote_code_alone_gives_the_same_numbers(name, tmp_path):
@@ -81,6 +93,9 @@ def test_remote_code_alone_gives_the_same_numbers(name, tmp_path):
         pretrained = model(pixel_values)
         encoded = model.mim(pixel_values).last_hidden_state
     torch.save((pixel_values, pretrained.bool_masked_pos), tmp_path / "inputs.pt")
+    if name == "native":
+        readout = dinov2_with_abmilp(tmp_path)
+        readout.save_pretrained(tmp_path / "readout")
     command = [sys.executable, "-c", LOAD, str(tmp_path), str(tmp_path / "out.pt")]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -90,6 +105,9 @@ def test_remote_code_alone_gives_the_same_numbers(name, tmp_path):
         assert torch.equal(result[key], encoded), key
     for key in ("AutoModelForPreTraining", "AutoModelForMaskedImageModeling"):
         assert torch.equal(result[key], pretrained.loss), key
+    if name == "native":
+        with torch.no_grad():
+            assert torch.equal(result["readout"], readout(pixel_values).logits)
     assert result["backbone"].flatten(2).shape[1] == encoded.shape[2]
 
 
