@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair, unknown
+from hf_mim.modeling.configuration_mim import MIMConfig, unknown
 from hf_mim.training import sources
 from hf_mim.training.decoding import decode
 from hf_mim.training.iou import IGNORE
@@ -280,8 +280,9 @@ def count_ids(source, name: str, console: Console | None) -> np.ndarray:
         ValueError: a mask cannot be used, or none has a labelled pixel.
     """
     console, counts = console or Console(quiet=True), np.zeros(1, dtype=np.int64)
+    silent = not console.is_terminal
     whole, indices = (source.dataset, source.indices) if hasattr(source, "indices") else (source, range(len(source)))
-    for index in track(indices, f"reading the {name} masks", console=console, transient=True):
+    for index in track(indices, f"reading the {name} masks", console=console, transient=True, disable=silent):
         ids = whole.mask(index)
         found = np.bincount(ids[ids != IGNORE])
         length = max(len(counts), len(found))
@@ -311,17 +312,18 @@ def name_classes(classes: int | list[str] | None, found: int) -> list[str]:
 class MaskedDataset(torch.utils.data.Dataset):
     """What `SegmentationCollator` makes batches of.
 
-    Every image is brought to `config.image_size` first, as the saved image processor does it. For training it is then
+    Every image is brought to `size` first, as the saved image processor does it. For training it is then
     scaled by a factor of `SCALES`, cut or padded to that size and flipped, together with its mask, by numbers that
     follow from (seed, epoch, index) alone. For testing the masks keep their own size.
 
     Args:
         source: by index image and ids, as of `MaskedSplits`.
-        fill: (channels,), of 255: what small images are padded with.
+        size: (height, width) of the images, pixels.
     """
 
-    def __init__(self, source, config: MIMConfig, train: bool, seed: int = 0, flip: bool = True):
-        self.source, self.size, self.train, self.seed, self.flip = source, pair(config.image_size), train, seed, flip
+    def __init__(self, source, config: MIMConfig, size: tuple[int, int], train: bool, seed: int = 0, flip: bool = True):
+        self.source, self.config, self.size = source, config, size
+        self.train, self.seed, self.flip = train, seed, flip
         self.fill = np.rint(255 * np.array(config.image_mean)).clip(0, 255).astype(np.uint8)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # the loader's workers see it too
 
