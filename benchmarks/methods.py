@@ -1,87 +1,136 @@
 """The papers' methods on the shipped images with one budget: what does a frozen encoder know after each?
 
-    python benchmarks/methods.py [--students vit resnet] [--methods mae hog ...] [--seeds 0 1 2] [--steps 3000]
+    python benchmarks/methods.py [--students vit resnet] [--methods mae hog ...] [--seeds 0 1 2] [--steps N]
                                  [--minutes 55] [--out outputs/methods]
+    python benchmarks/methods.py --table [--page docs/results.md]
 
-Every cell (student, method, seed) is one run of a recipe for `--steps` optimizer steps of 64 images, and one file with
-its scores: k-NN, and a linear probe on 1 percent, 10 percent and all of the training labels (mean-pooled patch tokens).
-What is done already is skipped, so the command can be stopped at any time and run again; after `--minutes` it stops by
-itself. Teachers are trained first, by this project, on the train split: a supervised ViT and a supervised ResNet-18.
-The table shows mean and standard deviation over the seeds that are there, and how many they are.
+Every cell (student, method, seed) is one run of a recipe for as many optimizer steps of 64 images as the student has
+(`STEPS`), and one file with its scores: k-NN, and a linear probe on 1 percent, 10 percent and all of the training
+labels (mean-pooled patch tokens). What is done already is skipped, so the command can be stopped at any time and run
+again; after `--minutes` it stops by itself. Teachers are trained first, by this project, on the train split: a
+supervised ViT and a supervised ResNet-18; the run of HOG with seed 0 is the teacher of "distillation, hog teacher".
+Whole tables of one seed come first, then the ablations. `--table` runs nothing and writes table and figure from what
+is there: means and standard deviations over the seeds, and how many they are.
 """
 
 import argparse
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from methods_report import write_report
 from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining
+from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
+from hf_mim.modeling.configuration_mim import pair
 from hf_mim.training import metrics
 from hf_mim.training import recipe as recipes
 from hf_mim.training.data import MIMCollator, load_splits
-from hf_mim.training.pretrain import pretrain
+from hf_mim.training.pretrain import set_up, train, write_results
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import has_bf16
 
 
 PIXELS = ["model.target=pixel", "model.target_config={normalize: false, loss: l1}"]
-VIT, RESNET = "model.target_config.teacher={teachers}/vit", "model.target_config.teacher={teachers}/resnet"
-MORPHED = "model.target_config.features.teacher={teachers}/"
+# Teachers see images at the size that they were trained at; their grid is resized to the student's.
+VIT = "{teacher: TEACHERS/vit, match: interpolate, input_size: 28}"
+RESNET = "{teacher: TEACHERS/resnet, match: interpolate, input_size: 32}"
+HOG = "{teacher: RUNS/vit-hog-0-STEPS, match: interpolate, input_size: 28}"
+NO_TOKEN = "no token"  # not an override: the mask token is set to zero and stays there
+
+
+def features(teacher: str) -> list[str]:
+    return ["model.target=teacher_feature", f"model.target_config={teacher}"]
+
+
+def morphed(teacher: str, more: str = "") -> list[str]:
+    teacher = teacher.replace("{", "{name: teacher_feature, ")
+    return ["model.target=token_morphing", f"model.target_config={{features: {teacher}{more}}}"]
+
+
+A2MIM, UNSCALED = "a2mim_resnet18_small", "model.encoder_config.mask_scale_init_value=null"
+SPATIAL = "model.target_config.weight=0"
 # student -> method -> (recipe, overrides); None is the encoder as it is drawn
 STUDENTS = {
     "vit": {
         "untrained": ("quick", None),
         "mae": ("quick", []),
-        "simmim": ("maskfeat_small", PIXELS),
+        "simmim": ("maskfeat_small", [*PIXELS, "model.encoder_config.final_norm=false"]),
         "hog": ("maskfeat_small", []),
-        "a2mim": ("a2mim_vit_small", ["model.target_config.weight=0"]),
+        "a2mim": ("a2mim_vit_small", [SPATIAL]),
         "a2mim+frequency": ("a2mim_vit_small", []),
-        "distillation": ("maskdistill_small", [VIT]),
-        "img2vec, resnet teacher": ("img2vec_small", [RESNET]),
-        "img2vec, vit teacher": ("img2vec_small", [VIT]),
-        "dtm, resnet teacher": ("dtm_small", [MORPHED + "resnet"]),
-        "dtm, vit teacher": ("dtm_small", [MORPHED + "vit"]),
+        "distillation": ("maskdistill_small", features(VIT)),
+        "distillation, hog teacher": ("maskdistill_small", features(HOG)),
+        "img2vec, resnet teacher": ("img2vec_small", features(RESNET)),
+        "img2vec, vit teacher": ("img2vec_small", features(VIT)),
+        "dtm, resnet teacher": ("dtm_small", morphed(RESNET)),
+        "dtm, vit teacher": ("dtm_small", morphed(VIT)),
         "moving average": ("data2vec_small", ["model.masks_per_image=1"]),
     },
     "resnet": {
-        "untrained": ("a2mim_resnet18_small", None),
+        "untrained": (A2MIM, None),
         "spark": ("spark_small", []),
-        "simmim": ("a2mim_resnet18_small", [*PIXELS, "model.encoder_config.mask_style=token"]),
-        "hog": ("a2mim_resnet18_small", ["model.target=hog"]),
-        "a2mim": ("a2mim_resnet18_small", ["model.target_config.weight=0"]),
-        "a2mim+frequency": ("a2mim_resnet18_small", []),
-        "distillation": (
-            "a2mim_resnet18_small",
-            ["model.target=teacher_feature", VIT, "model.target_config.match=interpolate"],
-        ),
+        "simmim": (A2MIM, [*PIXELS, "model.encoder_config.mask_style=token"]),
+        "hog": (A2MIM, ["model.target=hog"]),
+        "a2mim": (A2MIM, [SPATIAL]),
+        "a2mim+frequency": (A2MIM, []),
+        "distillation": (A2MIM, features(VIT)),
+        "img2vec, resnet teacher": ("spark_small", features(RESNET)),
+        "img2vec, vit teacher": ("spark_small", features(VIT)),
+        "dtm, resnet teacher": (A2MIM, morphed(RESNET)),
+        "dtm, vit teacher": (A2MIM, morphed(VIT)),
     },
 }
-TEACHERS = {"vit": "quick", "resnet": "a2mim_resnet18_small"}
+# One thing changed of a method above.
+ABLATIONS = {
+    "vit": {
+        "a2mim, batch spectra": ("a2mim_vit_small", ["model.target_config.average_spectra=true"]),
+        "dtm, fixed schedule": ("dtm_small", morphed(VIT, ", num_merged: 24, num_iterations: 7")),
+        "dtm, random merging": ("dtm_small", morphed(VIT, ", matching: random")),
+    },
+    "resnet": {
+        "zero fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN, "model.encoder_config.pixel_fill=zero"]),
+        "mean fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN]),
+        "a2mim, batch spectra": (A2MIM, ["model.target_config.average_spectra=true"]),
+    },
+}
+STEPS = {"vit": 1000, "resnet": 250}
+# name -> (recipe, steps): supervised, for long enough to be better than every student
+TEACHERS = {"vit": ("quick", 3000), "resnet": (A2MIM, 600)}
 SHARES = (0.01, 0.1, 1.0)
+SHOWN = 512  # images on which the hidden pixels and the targets are looked at
+HIGH = 0.25  # cycles per pixel from which a frequency counts as high; the highest is 0.5
 
 
-def train_teacher(name: str, folder: Path, steps: int) -> None:
-    """A supervised classifier of the student's architecture; saved whole, and loaded again by path."""
-    if (folder / name / "config.json").exists():
+# ---- teachers ------------------------------------------------------------------------------------------------------
+class Labelled(torch.utils.data.Dataset):
+    """Batches with labels, as `Trainer` wants them."""
+
+    def __init__(self, dataset, config):
+        self.dataset, self.collate = dataset, MIMCollator(config)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitems__(self, indices):
+        labels = self.dataset.labels[torch.as_tensor(indices)]
+        return [{**self.collate(self.dataset.__getitems__(indices)), "labels": labels}]
+
+
+def train_teacher(name: str, args) -> None:
+    """A supervised classifier of a student's architecture; saved whole, with its accuracy, and loaded again by path."""
+    folder, (recipe, steps) = args.out / "teachers", TEACHERS[name]
+    if (folder / f"{name}.json").exists():
         return
     set_seed(0)
-    fields = {**recipes.resolve(TEACHERS[name])["model"], "num_labels": 10}
-    config = MIMConfig(**fields)
+    steps = args.steps or steps
+    config = MIMConfig(**{**recipes.resolve(recipe)["model"], "num_labels": 10})
     splits = load_splits(DataArguments(), config)
-    labels, collate = splits.train.labels, MIMCollator(config)
-
-    class Labelled(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(splits.train)
-
-        def __getitems__(self, indices):
-            return [{**collate(splits.train.__getitems__(indices)), "labels": labels[torch.as_tensor(indices)]}]
-
     arguments = TrainingArguments(
         output_dir=str(folder / f"{name}-run"),
         max_steps=steps,
@@ -97,27 +146,102 @@ def train_teacher(name: str, folder: Path, steps: int) -> None:
         bf16=has_bf16(),
     )
     model = MIMForImageClassification(config)
-    Trainer(model, arguments, train_dataset=Labelled(), data_collator=lambda batch: batch[0]).train()
+    dataset = Labelled(splits.train, config)
+    Trainer(model, arguments, train_dataset=dataset, data_collator=lambda batch: batch[0]).train()
     model.save_pretrained(folder / name)
+    scores = score(MIMModel.from_pretrained(folder / name), 0, args.images)
+    write_json(folder / f"{name}.json", {"steps": steps, "accuracy": accuracy(model, splits.test), **scores})
+
+
+@torch.inference_mode()
+def accuracy(model, dataset) -> float:
+    """Of a classifier, percent."""
+    model.eval()
+    pixels = metrics.pixel_loader(dataset, model.config)
+    found = torch.cat([model(batch.to(model.device)).logits.argmax(1).cpu() for batch in pixels])
+    return 100 * (found == dataset.labels).float().mean().item()
+
+
+# ---- cells ---------------------------------------------------------------------------------------------------------
+def cell_file(student: str, method: str, seed: int, args) -> Path:
+    return args.out / f"{student}-{slug(method)}-seed{seed}-{args.steps or STEPS[student]}.json"
 
 
 def run_cell(student: str, method: str, seed: int, args) -> dict:
-    """Pretrains one encoder and scores it: {"knn", "linear_1", "linear_10", "linear_100"} in percent, and seconds."""
-    recipe, overrides = STUDENTS[student][method]
-    started, folder = time.perf_counter(), args.out / "runs" / f"{student}-{slug(method)}-{seed}-{int(time.time())}"
+    """Pretrains one encoder and scores it: {"knn", "linear_1", "linear_10", "linear_100"} in percent, and more."""
+    recipe, overrides = {**STUDENTS[student], **ABLATIONS[student]}[method]
+    started, steps = time.process_time(), args.steps or STEPS[student]
     if overrides is None:
         set_seed(seed)
-        model = MIMForPreTraining(MIMConfig(**recipes.resolve(recipe)["model"])).mim
+        model, found = MIMModel(MIMConfig(**recipes.resolve(recipe)["model"]), add_pooling_layer=False), {}
     else:
-        settings = [override.replace("{teachers}", str(args.out / "teachers")) for override in overrides]
-        settings += [f"training.seed={seed}", f"training.max_steps={args.steps}", f"training.output_dir={folder}"]
-        settings += ["training.save_strategy='no'", "data.max_eval_images=0"]
-        pretrain(recipe, settings, Console(quiet=True))
-        model = MIMForPreTraining.from_pretrained(folder).mim
-    return {**score(model, seed, args.images), "seconds": round(time.perf_counter() - started, 1)}
+        folder = args.out / "runs" / f"{student}-{slug(method)}-{seed}-{steps}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+        places = {"TEACHERS": args.out / "teachers", "RUNS": args.out / "runs", "STEPS": steps}
+        settings = [replaced(override, places) for override in overrides if override != NO_TOKEN]
+        settings += [f"training.seed={seed}", f"training.max_steps={steps}", f"training.output_dir={folder}"]
+        settings += ["training.save_strategy='no'", "training.watch_every=0", "data.max_eval_images=0"]
+        run = set_up(recipe, settings, Console(quiet=True))
+        if NO_TOKEN in overrides:
+            run.model.mim.encoder.mask_token.requires_grad_(False).zero_()
+        trainer = train(run)
+        write_results(run, trainer, time.process_time() - started)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        last = np.mean(losses[-max(1, len(losses) // 10) :]) if losses else None
+        found = {"loss": last, **look(run.model, args.images)}
+        model = MIMModel.from_pretrained(folder, add_pooling_layer=False)
+    refresh_statistics(model)
+    return {**score(model, seed, args.images), **found, "seconds": round(time.process_time() - started, 1)}
+
+
+def replaced(text: str, places: dict) -> str:
+    for name, place in places.items():
+        text = text.replace(name, str(place))
+    return text
+
+
+@torch.no_grad()
+def refresh_statistics(model) -> None:
+    """Batch norms have seen hidden pixels only, or nothing if untrained: takes the mean statistics of 20 batches of
+    whole training images."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    model.train()
+    data = load_splits(DataArguments(max_train_images=1280), model.config).train.without_augmentation()
+    for pixel_values in metrics.pixel_loader(data, model.config):
+        model(pixel_values)
+    model.eval()
+
+
+@torch.no_grad()
+def look(model, images: int | None) -> dict:
+    """What a finished run predicts on test images: where it predicts pixels, their absolute error in hidden patches and
+    the mean energy of the error at high frequencies, of values in [0, 1]; else how the targets vary."""
+    model.eval()
+    splits = load_splits(DataArguments(max_eval_images=images), model.config)
+    data, config = splits.test, model.config
+    data.set_epoch(0)
+    grid = model.mask_grid(*pair(config.image_size))
+    batch = MIMCollator(config, grid)(data.__getitems__(list(range(min(SHOWN, len(data))))))
+    pixels, masks = (batch[name].to(model.device) for name in ("pixel_values", "bool_masked_pos"))
+    if config.target == "frequency" or (config.target == "pixel" and not config.target_config.get("normalize", True)):
+        shown = model.reconstruct(pixels, masks)
+        error = shown.combined - shown.original
+        hidden = shown.bool_masked_pos.float().mean()
+        power = torch.fft.fft2(error, norm="ortho").abs().square()
+        rows, cols = (torch.fft.fftfreq(length, device=power.device).abs() for length in error.shape[2:])
+        high = torch.maximum(rows[:, None], cols[None]) >= HIGH
+        return {"hidden_l1": float(error.abs().mean() / hidden), "high_error": float(power[..., high].mean())}
+    values = model.target.values(pixels[:256], grid)["patches"].float()
+    return {"target_std": float(values.flatten(0, 1).std(0).mean()), "target": metrics.token_diversity(values)}
 
 
 def score(model, seed: int, images: int | None) -> dict:
+    """k-NN and linear probes of the mean patch token, percent; the token diversity of 256 test images."""
     config = model.config
     splits = load_splits(DataArguments(max_train_images=images, max_eval_images=images), config)
     sides = (splits.train_eval, splits.test)
@@ -128,7 +252,10 @@ def score(model, seed: int, images: int | None) -> dict:
     for share in SHARES:
         chosen = draw(labels, share, seed)
         scores[f"linear_{share:.0%}"[:-1]] = metrics.linear_accuracy(train[chosen], labels[chosen], test, truth)
-    return scores
+    batch = next(metrics.pixel_loader(splits.test, config, 256))
+    with torch.inference_mode():
+        tokens = model(batch.to(model.device)).last_hidden_state[:, model.encoder.num_prefix_tokens :]
+    return {**scores, "diversity": metrics.token_diversity(tokens.float())}
 
 
 def draw(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
@@ -142,48 +269,57 @@ def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "-").replace("+", "-")
 
 
-def table(args) -> str:
-    """Mean and standard deviation over seeds, as markdown."""
-    columns = ("knn", *(f"linear_{share:.0%}"[:-1] for share in SHARES))
-    titles = ("k-NN", "linear, 1 %", "linear, 10 %", "linear, all")
-    lines = ["| student | method | " + " | ".join(titles) + " | seeds |", "|---|---|" + "---|" * (len(titles) + 1)]
-    for student in args.students:
-        for method in STUDENTS[student]:
-            files = sorted(args.out.glob(f"{student}-{slug(method)}-seed*-{args.steps}.json"))
-            cells = [json.loads(file.read_text()) for file in files]
-            if cells:
-                values = np.array([[cell[column] for column in columns] for cell in cells])
-                spread = values.std(0, ddof=min(1, len(cells) - 1))
-                shown = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(values.mean(0), spread)]
-                lines.append(f"| {student} | {method} | {' | '.join(shown)} | {len(cells)} |")
-    return "\n".join(lines)
+def write_json(file: Path, content: dict) -> None:
+    part = file.with_suffix(".part")  # a file that is there is whole
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, file)
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+def cells(args) -> list[tuple[str, str, int]]:
+    """(student, method, seed) in the order in which they run."""
+    wanted = [
+        (student, method, seed)
+        for methods in (STUDENTS, ABLATIONS)
+        for seed in args.seeds
+        for student in args.students
+        for method in methods[student]
+        if not args.methods or method in args.methods
+    ]
+    if any(method == "distillation, hog teacher" for _, method, _ in wanted):
+        teacher = ("vit", "hog", 0)
+        wanted = [teacher, *(cell for cell in wanted if cell != teacher)]
+    return wanted
 
 
 def main(arguments: list[str] | None = None) -> str:
+    known = list(
+        dict.fromkeys(name for table in (STUDENTS, ABLATIONS) for methods in table.values() for name in methods)
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
-    parser.add_argument("--methods", nargs="+", help="by default all")
+    parser.add_argument("--methods", nargs="+", choices=known, help="by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, help=f"of students and teachers; by default {STEPS}, teachers longer")
     parser.add_argument("--images", type=int, help="score on the first so many images only")
     parser.add_argument("--minutes", type=float, default=55.0)
     parser.add_argument("--out", type=Path, default=Path("outputs/methods"))
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--page", type=Path, help="the document that table and figure are written into")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
-    for name in TEACHERS:
-        train_teacher(name, args.out / "teachers", args.steps)
-    for seed in args.seeds:  # a whole table of one seed first
-        for student in args.students:
-            for method in STUDENTS[student]:
-                file = args.out / f"{student}-{slug(method)}-seed{seed}-{args.steps}.json"
-                if file.exists() or (args.methods and method not in args.methods) or time.monotonic() > deadline:
-                    continue
-                scores = run_cell(student, method, seed, args)
-                file.write_text(json.dumps(scores, indent=2) + "\n")
-                print(f"{student}, {method}, seed {seed}: {scores}", flush=True)
-    shown = table(args)
-    print(shown)
+    if not args.table:
+        for name in TEACHERS:
+            train_teacher(name, args)
+    missing = [cell for cell in cells(args) if not cell_file(*cell, args).exists()]
+    while missing and not args.table and time.monotonic() < deadline:
+        student, method, seed = missing.pop(0)
+        scores = run_cell(student, method, seed, args)
+        write_json(cell_file(student, method, seed, args), scores)
+        print(f"{student}, {method}, seed {seed}: {scores}; {len(missing)} to go", flush=True)
+    shown = write_report(args, STUDENTS, ABLATIONS, cell_file)
+    print(f"{shown}\n\n{len(missing)} cells to go: run the command again" if missing else shown)
     return shown
 
 

@@ -27,7 +27,7 @@ from .masking import check_masking, sample_masks
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .poolers import POOLERS
 from .pyramid import make_pyramid
-from .target_base import displayable
+from .reconstruction import draw_reconstruction
 from .targets import TARGETS
 
 
@@ -296,27 +296,17 @@ class MIMForPreTraining(MIMPreTrainedModel):
         return masks.to(pixel_values.device)
 
     @torch.no_grad()
-    def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> MIMReconstruction:
+    def reconstruct(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, with_target: bool = False
+    ) -> MIMReconstruction:
         """What the model makes of the hidden patches, as pictures. Arguments as of `forward`; of several masks the
-        first is shown."""
+        first is shown. `with_target` shows what should have been predicted beside it; it may need a teacher."""
         self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
-        height, width = pixel_values.shape[2:]
-        grid = self.mask_grid(height, width)
+        grid = self.mask_grid(*pixel_values.shape[2:])
         masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
         masks = masks[:, 0] if masks.ndim == 3 else masks
         predicted = self._decode(self.mim(pixel_values, masks), masks, grid, "all").to(pixel_values.dtype)
-        prediction = self.target.to_image(predicted, pixel_values, grid, masks)
-        original = displayable(pixel_values, self.config.image_mean, self.config.image_std)
-        hidden = masks.view(-1, 1, *grid)
-        hidden = hidden.repeat_interleave(height // grid[0], 2).repeat_interleave(width // grid[1], 3)
-        return MIMReconstruction(
-            original=original,
-            masked=torch.where(hidden, 0.5, original),
-            prediction=prediction,
-            combined=torch.where(hidden, prediction, original),
-            bool_masked_pos=masks,
-            note=self.target.image_note,
-        )
+        return draw_reconstruction(self, predicted, pixel_values, masks, with_target)
 
 
 class MIMForImageClassification(MIMPreTrainedModel):

@@ -49,11 +49,13 @@ class MIMForPreTrainingOutput(ModelOutput):
 @dataclass
 class MIMReconstruction(ModelOutput):
     """Pictures (batch, 1 or 3, height, width) in [0, 1]: the images, the images without their hidden patches, what
-    the model predicts, and the prediction with the visible patches put back. `note` says what must be known."""
+    the model predicts, and the prediction with the visible patches put back. `extra` holds further ones by caption,
+    "target" among them where the target is not the image itself; `note` says what must be known."""
 
     original: Tensor | None = None
     masked: Tensor | None = None
     prediction: Tensor | None = None
     combined: Tensor | None = None
     bool_masked_pos: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
     note: str | None = None

@@ -15,6 +15,9 @@ DISTANCES = {
 }
 
 
+VISIBLE_NOTE = "Only hidden patches are learned: what is predicted where a patch is visible means nothing."
+
+
 class Target(nn.Module):
     """Made as `Target(config, encoder, **options)`.
 
@@ -22,13 +25,13 @@ class Target(nn.Module):
     outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
     distance: (predicted, wanted) -> the loss of every value, an entry of `DISTANCES`.
     token_features: whether the values are features of tokens, which can be averaged.
-    image_note: what a person who looks at `to_image` must know, or None.
+    image_note: what a person who looks at `to_image` and `comparison` must know.
     """
 
     scope: str = "hidden"
     outputs: dict[str, int]
     token_features: bool = True
-    image_note: str | None = None
+    image_note: str = VISIBLE_NOTE
 
     def options_to_save(self) -> dict:
         """What belongs into `target_config`, so that the model can be built where its teacher is not at hand."""
@@ -78,6 +81,15 @@ class Target(nn.Module):
         """
         raise NotImplementedError
 
+    def comparison(
+        self, predicted: Tensor, wanted: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor
+    ) -> dict[str, Tensor]:
+        """Where the target's own values (`wanted`, as of `values`) are at hand: pictures like those of `to_image` to be
+        shown beside the prediction, by caption. "target" is what the prediction should look like, where that is not
+        the image itself; "prediction" replaces `to_image` of the prediction where both are drawn by one scale.
+        """
+        return {"target": self.to_image(wanted, pixel_values, grid)}
+
 
 def hidden_values(values: Tensor, bool_masked_pos: Tensor, num_predicted: int) -> tuple[Tensor, Tensor | None]:
     """Brings values (batch, tokens, dim) beside predictions of `num_predicted` tokens.
@@ -98,19 +110,32 @@ def mean_over_hidden(per_token: Tensor, weight: Tensor | None) -> Tensor:
     return (per_token * weight).sum() / weight.sum().clamp(min=1)
 
 
-def feature_colours(values: Tensor, grid: Grid, size: Grid) -> Tensor:
+def feature_colours(values: Tensor, grid: Grid, size: Grid, like: Tensor | None = None) -> Tensor:
     """Features (batch, tokens, dim) -> (batch, 3, height, width) in [0, 1]: their first three principal components
-    over the whole batch, each stretched over its range, every token a rectangle."""
-    flat = values.flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
+    over the whole batch, each stretched over its range, every token a rectangle. Components and ranges are those of
+    `like`, other features of the same dimension, where they are given."""
+    like = (values if like is None else like).flatten(0, 1)
+    mean = like.mean(dim=0)
+    flat = like - mean
     # The signs of principal components are arbitrary: the largest weight of each is made positive.
     directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-    shares = flat @ (directions * largest.sign()).T
-    shares = F.pad(shares, (0, 3 - shares.shape[1]))
+    directions = F.pad((directions * largest.sign()).T, (0, 3 - len(directions)))
+    shares, others = flat @ directions, (values - mean) @ directions
     low, high = shares.amin(dim=0), shares.amax(dim=0)
-    colours = ((shares - low) / (high - low).clamp(min=1e-6)).view(*values.shape[:2], 3)
+    colours = ((others - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return token_colours(colours, grid, size)
+
+
+def token_colours(colours: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """(batch, tokens, 3) -> (batch, 3, height, width), every token a rectangle."""
     return F.interpolate(colours.transpose(1, 2).unflatten(2, grid), size=size)
+
+
+def code_colours(index: Tensor, count: int, grid: Grid, size: Grid) -> Tensor:
+    """Numbers (batch, tokens) below `count` -> (batch, 3, height, width): each number has a colour of its own."""
+    palette = torch.rand(count, 3, generator=torch.Generator().manual_seed(0)).to(index.device)
+    return token_colours(palette[index], grid, size)
 
 
 def displayable(pixel_values: Tensor, image_mean: list[float], image_std: list[float]) -> Tensor:

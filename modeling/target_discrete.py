@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .encoder_base import Encoder, Grid
-from .target_base import Target, hidden_values, mean_over_hidden
+from .target_base import VISIBLE_NOTE, Target, code_colours, hidden_values, mean_over_hidden
 from .target_morphing import wrap_features
 
 
@@ -26,7 +26,7 @@ class DiscreteTokenTarget(Target):
     """
 
     token_features = False
-    image_note = "Each code has a colour of its own; tokens of one colour have one code."
+    image_note = f"{VISIBLE_NOTE} Each code has a colour of its own; tokens of one colour have one code."
 
     def __init__(
         self,
@@ -93,6 +93,4 @@ class DiscreteTokenTarget(Target):
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         """Codes (batch, tokens, 1), or logits (batch, tokens, codes), whose largest is shown."""
         index = values[..., 0].long() if values.shape[-1] == 1 else values.argmax(dim=-1)
-        palette = torch.rand(self.num_codes, 3, generator=torch.Generator().manual_seed(0)).to(values.device)
-        colours = palette[index].transpose(1, 2).unflatten(2, grid)
-        return F.interpolate(colours, size=tuple(pixel_values.shape[2:]))
+        return code_colours(index, self.num_codes, grid, tuple(pixel_values.shape[2:]))

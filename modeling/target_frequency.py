@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
-from .target_base import Target, displayable
+from .target_base import VISIBLE_NOTE, Target, displayable
 
 
 def focal_l1(predicted: Tensor, wanted: Tensor) -> Tensor:
@@ -61,6 +61,10 @@ class FrequencyTarget(Target):
     """
 
     scope = "all"
+    image_note = (
+        f"{VISIBLE_NOTE} Spectra are logarithms of amplitudes, the lowest frequency in the middle; that of the "
+        "prediction is of its picture with the visible patches."
+    )
 
     def __init__(
         self,
@@ -110,3 +114,18 @@ class FrequencyTarget(Target):
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         image = unpatchify(values, grid, *pixel_values.shape[2:])
         return displayable(image, self.image_mean, self.image_std)
+
+    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+        """The spectra of image and prediction, on one scale."""
+        combined = torch.where(bool_masked_pos[..., None], predicted.float(), wanted.float())
+        spectra = [log_spectrum(self.to_image(values, pixel_values, grid)) for values in (wanted.float(), combined)]
+        largest = spectra[0].amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+        names = ("spectrum of the image", "spectrum of the prediction")
+        return {name: (spectrum / largest).clamp(0, 1) for name, spectrum in zip(names, spectra)}
+
+
+def log_spectrum(images: Tensor) -> Tensor:
+    """(batch, channels, height, width) -> (batch, 1, height, width): ln(1 + amplitude), the mean over channels; the
+    lowest frequency is in the middle."""
+    amplitudes = torch.fft.fftshift(torch.fft.fft2(images, norm="ortho").abs(), dim=(2, 3))
+    return torch.log1p(amplitudes).mean(dim=1, keepdim=True)

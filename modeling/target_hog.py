@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose
-from .target_base import DISTANCES, Target
+from .target_base import DISTANCES, VISIBLE_NOTE, Target
 
 
 def oriented_gradients(pixel_values: Tensor, cell: Grid, orientations: int = 9, window: bool = True) -> Tensor:
@@ -55,7 +55,7 @@ class HOGTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
-    image_note = "Each cell shows the directions of its edges; the longer a line, the more of the cell's gradient."
+    image_note = f"{VISIBLE_NOTE} Each cell shows where its gradients point; the brighter a line, the more of them."
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from .configuration_mim import check_part
 from .encoder_base import Encoder, Grid, choose
 from .layers import take_tokens
 from .morphing import Groups, draw_schedule, even_schedule, match_tokens
-from .target_base import Target, feature_colours
+from .target_base import Target, code_colours, feature_colours
 from .target_teacher import FEATURE_DISTANCES, normalise_features
 
 
@@ -30,7 +30,10 @@ class TokenMorphingTarget(Target):
     """
 
     scope = "all"
-    image_note = "Half of the tokens are merged into groups, which have one colour: their mean's principal components."
+    image_note = (
+        "Every token is learned, hidden or not, as the mean of its group. Here half of the tokens are merged; under "
+        "'groups' each group has a colour of its own, elsewhere that of its mean: the first three principal components."
+    )
 
     def __init__(
         self,
@@ -105,10 +108,25 @@ class TokenMorphingTarget(Target):
         return torch.stack(losses).mean()
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
-        tokens, generator = values.float(), torch.Generator().manual_seed(0)
-        groups = match_tokens(tokens, even_schedule(tokens.shape[1], tokens.shape[1] // 2, 7), generator=generator)
+        groups, tokens = shown_groups(values), values.float()
         means = take_tokens(groups.means(tokens), groups.index)
         return feature_colours(means, grid, tuple(pixel_values.shape[2:]))
+
+    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+        """The target's groups, and the means of target and prediction over them."""
+        size, groups = tuple(pixel_values.shape[2:]), shown_groups(wanted)
+        target, mine = (take_tokens(groups.means(tokens.float()), groups.index) for tokens in (wanted, predicted))
+        return {
+            "groups": code_colours(groups.index, groups.count, grid, size),
+            "target": feature_colours(target, grid, size),
+            "prediction": feature_colours(mine, grid, size, like=target),
+        }
+
+
+def shown_groups(values: Tensor) -> Groups:
+    """What a picture shows of (batch, tokens, dim): half of the tokens merged, always in the same way."""
+    schedule = even_schedule(values.shape[1], values.shape[1] // 2, 7)
+    return match_tokens(values, schedule, generator=torch.Generator().manual_seed(0))
 
 
 def wrap_features(kind: str, config, encoder: Encoder, features: dict | None) -> Target:

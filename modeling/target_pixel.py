@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
-from .target_base import DISTANCES, Target, displayable
+from .target_base import DISTANCES, VISIBLE_NOTE, Target, displayable
 
 
 class PixelTarget(Target):
@@ -27,8 +27,8 @@ class PixelTarget(Target):
         self.image_mean, self.image_std = config.image_mean, config.image_std
         if normalize:
             self.image_note = (
-                "The model predicts each patch up to its brightness and contrast. Those of a hidden patch are not "
-                "known to it and are shown here as interpolated from the visible patches."
+                f"{VISIBLE_NOTE} The model predicts each patch up to its brightness and contrast. Those of a hidden "
+                "patch are not known to it and are shown here as interpolated from the visible patches."
             )
 
     @torch.no_grad()
@@ -46,6 +46,9 @@ class PixelTarget(Target):
                 mean, scale = (interpolate_visible(table, bool_masked_pos, grid) for table in (mean, scale))
             values = values * scale + mean
         return displayable(unpatchify(values, grid, *pixel_values.shape[2:]), self.image_mean, self.image_std)
+
+    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+        return {}  # the image stands there already
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

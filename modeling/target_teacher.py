@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .encoder_base import Encoder, Grid, choose
-from .target_base import DISTANCES, Target, feature_colours, hidden_values, mean_over_hidden
+from .target_base import DISTANCES, VISIBLE_NOTE, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
 
 
@@ -35,7 +35,7 @@ class FeatureTarget(Target):
 
     block_dims: list[int]
     global_weight: float = 0.0
-    image_note = "Features are shown by their first three principal components, as red, green and blue."
+    image_note = f"{VISIBLE_NOTE} Features are shown by their first three principal components, as red, green and blue."
 
     def token_losses(self, predicted: Tensor, wanted: Tensor) -> Tensor:
         """(batch, K, dim) each -> the loss of each token (batch, K): the mean over blocks of the mean over channels."""
@@ -55,6 +55,11 @@ class FeatureTarget(Target):
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         return feature_colours(values.float(), grid, tuple(pixel_values.shape[2:]))
+
+    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+        size, wanted = tuple(pixel_values.shape[2:]), wanted.float()
+        predicted = feature_colours(predicted.float(), grid, size, like=wanted)
+        return {"target": feature_colours(wanted, grid, size), "prediction": predicted}
 
 
 FEATURE_DISTANCES = {**DISTANCES, "cosine": cosine_distance}

@@ -275,7 +275,7 @@ def test_the_pictures_of_a_model(normalize):
     assert torch.equal(out.combined[hidden], out.prediction[hidden])
     assert torch.equal(out.masked[~hidden], out.original[~hidden]) and (out.masked[hidden] == 0.5).all()
     assert torch.equal(out.original, displayable(pixel_values, config.image_mean, config.image_std))
-    assert (out.note is None) == (not normalize)
+    assert ("brightness" in out.note) == normalize and out.extra is None
 
 
 def test_pictures_in_bfloat16():

@@ -17,7 +17,6 @@ COLUMNS = {
     "prediction": "prediction",
     "combined": "prediction with the visible patches",
 }
-VISIBLE_NOTE = "Only hidden patches are learned: what is predicted where a patch is visible means nothing."
 EXAMPLES = 10
 SIDE = 128  # least height and width of a tile in the grid, pixels; smaller images are enlarged by a whole factor
 MOST = 256  # larger ones are shrunk to this
@@ -59,20 +58,24 @@ def _wrap(text: str, font, width: float) -> str:
 
 
 def draw_reconstructions(reconstruction, blocks: int = 2) -> PIL.Image.Image:
-    """The grid: one row per image, `COLUMNS` side by side, in `blocks` blocks next to each other.
+    """The grid: one row per image, `COLUMNS` side by side with the extra pictures in their middle, in `blocks` blocks
+    next to each other.
 
     Args:
         reconstruction: of `MIMForPreTraining.reconstruct`.
     """
-    tiles = [to_tiles(reconstruction[name]) for name in COLUMNS]
+    extra, names = reconstruction.extra or {}, list(COLUMNS)
+    shown = [(COLUMNS[name], reconstruction[name]) for name in names[:2]] + list(extra.items())
+    shown += [(COLUMNS[name], reconstruction[name]) for name in names[2:]]
+    tiles = [to_tiles(images) for _, images in shown]
     count, (width, height) = len(tiles[0]), tiles[0][0].size
     blocks = min(blocks, count)
     rows, font = -(-count // blocks), PIL.ImageFont.load_default(FONT)
     block_width = len(tiles) * (width + GAP) + 3 * GAP
-    captions = [_wrap(caption, font, width) for caption in COLUMNS.values()]
+    captions = [_wrap(caption, font, width) for caption, _ in shown]
     top = (FONT + 5) * max(caption.count("\n") + 1 for caption in captions) + 2 * GAP
     total = blocks * block_width - GAP
-    note = _wrap(f"{VISIBLE_NOTE} {reconstruction.note or ''}".strip(), font, total - 6 * GAP)
+    note = _wrap(reconstruction.note or "", font, total - 6 * GAP)
     bottom = top + rows * (height + GAP)
     below = (FONT + 5) * (note.count("\n") + 1) + GAP
     canvas = PIL.Image.new("RGB", (total, bottom + below + GAP), "white")

@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
         inputs, found = self._inputs(), {}
         if self.target_moves:
             self._look_at_target(inputs)
-        shown = self.model.reconstruct(*(value[: pictures.EXAMPLES] for value in inputs.values()))
+        shown = self.model.reconstruct(*(value[: pictures.EXAMPLES] for value in inputs.values()), with_target=True)
         picture = pictures.draw_reconstructions(shown)
         (self.folder / "watch").mkdir(parents=True, exist_ok=True)
         path = self.folder / "watch" / f"step-{state.global_step:06}.png"
