@@ -327,7 +327,7 @@ class EfficientPooler(Pooler):
 
 class CentralPooler(Pooler):
     """The mean of the `size` x `size` patches in the middle (`cp1` to `cp4` in the code of Beyond [cls], 2412.03215).
-    Nothing is learned. Where the middle falls between patches, the upper and left one counts; not verified."""
+    Nothing is learned. As released where the grid's sides are even; with odd sides and size it is the true middle."""
 
     def __init__(self, encoder, *, apply_final_norm: bool = True, size: int = 2):
         super().__init__(encoder, apply_final_norm=apply_final_norm)

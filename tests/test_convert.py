@@ -14,10 +14,10 @@ from helpers import perturb
 from peers import fill_positions
 from safetensors.torch import save_file
 
-from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.conversion import convert
-from hf_mim.conversion.convert import own_names
+from hf_mim.conversion.convert import model_class, own_names
 from hf_mim.conversion.official import Hints, convert_state
 from hf_mim.modeling.layers import sincos_2d
 
@@ -195,6 +195,91 @@ def test_a2mim_vit(tmp_path):
     torch.testing.assert_close(ours(pixel_values).last_hidden_state, peer.forward_features(pixel_values), **TOLERANCE)
 
 
+# What the command that trained it says of an AbMILP head.
+ABMILP = {
+    "paper": {"abmilp_depth": 1, "abmilp_act": "relu", "abmilp_sa": "none", "abmilp_content": "patch"},
+    "command_line": {"abmilp_depth": 2, "abmilp_act": "tanh", "abmilp_sa": "both", "abmilp_content": "all"},
+    "map": {"abmilp_depth": 3, "abmilp_act": "relu", "abmilp_sa": "map", "abmilp_content": "all", "abmilp_cond": "pe"},
+    "positions": {"abmilp_depth": 2, "abmilp_act": "relu", "abmilp_sa": "none", "abmilp_content": "patch"},
+}
+ABMILP["positions"]["abmilp_cond"] = "pe"
+
+
+def abmilp_head(said: dict, dim: int = 32, classes: int = 5) -> dict[str, torch.Tensor]:
+    """Random weights under the names of the release, for 6x6 patches."""
+    everything = said["abmilp_content"] == "all"
+    table = torch.nn.functional.pad(sincos_2d((6, 6), (6, 6), dim), (0, 0, int(everything), 0))
+    head, last = {"head.0.pos_embed": table[None]}, 2 * (said["abmilp_depth"] - 1)
+    for i in range(0, last + 1, 2):
+        name = f"head.0.attention_predictor.{i}"
+        head |= {f"{name}.weight": torch.randn(1 if i == last else dim, dim), f"{name}.bias": torch.randn(dim)}
+    head[f"{name}.bias"] = torch.randn(1)
+    if said["abmilp_sa"] != "none":
+        head |= {"head.0.self_attn.qkv.weight": torch.randn(3 * dim, dim) / 3}
+        head |= {"head.0.self_attn.proj.weight": torch.randn(dim, dim), "head.0.self_attn.proj.bias": torch.randn(dim)}
+    head |= {"head.1.running_mean": torch.randn(dim), "head.1.running_var": torch.rand(dim) + 0.2}
+    head |= {"head.1.num_batches_tracked": torch.tensor(7)}
+    return head | {"head.2.weight": torch.randn(classes, dim), "head.2.bias": torch.randn(classes)}
+
+
+def abmilp_logits(tokens: torch.Tensor, head: dict[str, torch.Tensor], said: dict) -> torch.Tensor:
+    """From the formulas of methods: tokens (batch, 1 + patches, dim) before the last norm."""
+    head = {name: value.to(tokens.dtype) for name, value in head.items()}
+    x = seen = tokens if said["abmilp_content"] == "all" else tokens[:, 1:]
+    if said["abmilp_sa"] != "none":
+        q, k, v = (x @ head["head.0.self_attn.qkv.weight"].T).chunk(3, dim=-1)
+        attended = (q @ k.mT / x.shape[2] ** 0.5).softmax(-1) @ v
+        seen = attended @ head["head.0.self_attn.proj.weight"].T + head["head.0.self_attn.proj.bias"]
+        x = seen if said["abmilp_sa"] == "both" else x
+    if said.get("abmilp_cond") == "pe":
+        seen = seen + head["head.0.pos_embed"]
+    for i in range(said["abmilp_depth"]):
+        name = f"head.0.attention_predictor.{2 * i}"
+        seen = seen @ head[f"{name}.weight"].T + head[f"{name}.bias"]
+        if i + 1 < said["abmilp_depth"]:
+            seen = seen.tanh() if said["abmilp_act"] == "tanh" else seen.relu()
+    pooled = (seen.softmax(1) * x).sum(1)
+    normed = (pooled - head["head.1.running_mean"]) / (head["head.1.running_var"] + 1e-6).sqrt()
+    return normed @ head["head.2.weight"].T + head["head.2.bias"]
+
+
+@pytest.mark.parametrize("name", ABMILP)
+@torch.no_grad()
+def test_classifiers_of_beyond_cls(name, tmp_path):
+    """Encoder, pooling head, affine-free batch norm and linear layer become one model with the same logits."""
+    said = ABMILP[name]
+    peer = fill(timm.models.VisionTransformer(24, 4, embed_dim=32, depth=2, num_heads=4, num_classes=0))
+    head = abmilp_head(said)
+    state = {**peer.state_dict(), **head, "oracle.blocks.0.norm1.weight": torch.ones(3)}
+    save({"model": state, "args": argparse.Namespace(**said)}, tmp_path / "head.pth")
+    convert(str(tmp_path / "head.pth"), tmp_path / "ours", heads=4)
+    summary = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert {*summary["used"], *summary["left"]} == set(state)
+    unused = {"head.0.pos_embed", "head.1.num_batches_tracked", "oracle.blocks.0.norm1.weight"}
+    assert set(summary["left"]) == unused and summary["kind"] == "Beyond [cls]"
+    ours = MIMForImageClassification.from_pretrained(tmp_path / "ours").eval().double()
+    # In float64: float32 alone rounds logits of random weights by more than the tolerance.
+    pixel_values = torch.randn(3, 3, 24, 24).double()
+    peer.norm = torch.nn.Identity()
+    wanted = abmilp_logits(peer.double().forward_features(pixel_values), head, said)
+    assert (ours(pixel_values).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_a_pooling_head_that_cannot_be_told_is_named(tmp_path):
+    said = ABMILP["command_line"]
+    peer = timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0)
+    head = abmilp_head(said)
+    save({"model": {**peer.state_dict(), **head}}, tmp_path / "head.pth")
+    lines = convert(str(tmp_path / "head.pth"), tmp_path / "ours", heads=4)
+    assert any("does not say --abmilp_act (tanh or relu)" in line and "only the encoder" in line for line in lines)
+    summary = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert set(summary["left"]) == set(head) and lines[-1] == "  saved as MIMModel"
+    save({"model": head}, tmp_path / "alone.pth")
+    with pytest.raises(ValueError, match="pooling head of Beyond .cls. without its encoder"):
+        convert(str(tmp_path / "alone.pth"), tmp_path / "out")
+
+
 CONVNETS = {
     "resnet18": None,
     "resnet50": None,
@@ -313,12 +398,13 @@ def test_official_names_and_shapes(path):
             tensors[name][0, 1:] = sincos_2d((14, 14), (14, 14), tensors[name].shape[2])
     found = convert_state(tensors, Hints())
     assert found.kind == fixture["kind"] and found.pretraining == fixture["pretraining"]
+    assert found.classifier == fixture.get("classifier", False)
     assert {*found.weights.used, *found.weights.left} == set(fixture["keys"])
     unused = [name for name in fixture["keys"] if any(fnmatch(name, pattern) for pattern in fixture["unused"])]
     indices = [name for name in fixture["keys"] if name.endswith("relative_position_index")]
     assert set(found.weights.left) == {*unused, *indices}
     with torch.device("meta"):
-        model = (MIMForPreTraining if found.pretraining else MIMModel)(MIMConfig(**found.fields))
+        model = model_class(found)(MIMConfig(**found.fields))
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in own_names(found).items()} == wanted
     options = {"encoder": found.fields["encoder"], **found.fields["encoder_config"]}

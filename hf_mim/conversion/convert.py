@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 
 from .official import Converted, Hints, convert_state
 from .reading import SUFFIXES, read_file
@@ -53,17 +53,25 @@ def convert(source: str, out: str | Path, heads: int | None = None, image_size=N
 
 def own_names(found: Converted) -> dict[str, Tensor]:
     """The weights as the model that is saved names them."""
-    if not found.pretraining:
+    if model_class(found) is MIMModel:
         return found.state
-    return {name if name.startswith("decoder.") else f"mim.{name}": value for name, value in found.state.items()}
+    heads = ("decoder.", "classifier.")
+    return {name if name.startswith(heads) else f"mim.{name}": value for name, value in found.state.items()}
 
 
-def build(found: Converted) -> MIMModel | MIMForPreTraining:
+def model_class(found: Converted):
+    if found.classifier:
+        return MIMForImageClassification
+    return MIMForPreTraining if found.pretraining else MIMModel
+
+
+def build(found: Converted) -> MIMModel | MIMForPreTraining | MIMForImageClassification:
     """The model with the weights in it; it must take all of them, and lack none but those of a new pooler."""
-    model = (MIMForPreTraining if found.pretraining else MIMModel)(MIMConfig(**found.fields))
+    model = model_class(found)(MIMConfig(**found.fields))
     state = own_names(found)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    lacking = [name for name in missing if not name.startswith(("pooler.", "mim.pooler."))]
+    new = () if found.classifier else ("pooler.", "mim.pooler.")
+    lacking = [name for name in missing if not name.startswith(new)]
     if lacking or unexpected:
         raise ValueError(f"the weights do not fill the model: {', '.join((lacking + unexpected)[:4])}")
     return model.eval()
@@ -86,5 +94,4 @@ def report(found: Converted, source: str, model) -> list[str]:
         more = f" and {len(names) - 6} more, see conversion.json" if len(names) > 6 else ""
         lines.append(f"  not used ({reason}): {', '.join(names[:6])}{more}")
     lines += [f"  note: {note}" for note in found.notes]
-    head = "MIMForPreTraining" if found.pretraining else "MIMModel"
-    return [*lines, f"  saved as {head}"]
+    return [*lines, f"  saved as {type(model).__name__}"]

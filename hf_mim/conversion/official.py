@@ -10,6 +10,7 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 
 from . import vit_family as vit
 from .convnets import FROM_OFFICIAL, PARTS, convnext, mask_parts, resnet, timm_convnet
+from .pooling_heads import abmilp_classifier
 from .reading import Weights
 
 
@@ -23,8 +24,8 @@ ENCODER_PARTS = (*PARTS, "blocks.", "patch_embed.", "norm.", "norm_pre.", "pos_e
 
 @dataclass
 class Converted:
-    """What was made of a source: the config's fields, the weights as `MIMForPreTraining` names them without `mim.`,
-    whether they are all that it needs, and what to tell about it."""
+    """What was made of a source: the config's fields, the weights as our models name them without `mim.`, whether they
+    are all that `MIMForPreTraining` or `MIMForImageClassification` needs, and what to tell about it."""
 
     kind: str
     fields: dict
@@ -32,6 +33,7 @@ class Converted:
     weights: Weights
     notes: list[str] = field(default_factory=list)
     pretraining: bool = False
+    classifier: bool = False
 
 
 @dataclass
@@ -78,6 +80,11 @@ def recognise(tensors: dict[str, Tensor], hints: Hints):
         return read_convnet
     if {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"} <= inner:
         return read_convnet
+    if any("attention_predictor." in name for name in names):
+        raise ValueError(
+            f"the file holds a pooling head of Beyond [cls] without its encoder ({', '.join(list(tensors)[:4])}): give "
+            "the file that has both"
+        )
     if any("embeddings.patch_embeddings" in name or "embedder.embedder" in name for name in names):
         raise ValueError(
             "the keys are those of a model of transformers, whose config.json is needed too: give its folder or Hub id"
@@ -99,9 +106,9 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     head = next((n for n in ("decoder.0", "neck.decoder.0", "neck.decoder_pred.0") if f"{n}.weight" in weights), None)
     if head is not None:
         return with_pixel_head(found, head, "A2MIM" if head == "neck.decoder_pred.0" else "SimMIM")
-    if any("attention_predictor" in name for name in weights.tensors):
-        found.kind = "Beyond [cls]"
-    elif "lm_head.weight" in weights:
+    if any("attention_predictor." in name for name in weights.tensors):
+        return with_abmilp_head(found, hints)
+    if "lm_head.weight" in weights:
         rows = len(weights.tensors["lm_head.weight"])
         second = any(name.startswith("cls_pt_layers") for name in weights.tensors)
         found.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
@@ -115,6 +122,22 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         found.kind = "MAE, the encoder"
     else:
         found.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
+    return found
+
+
+def with_abmilp_head(found: Converted, hints: Hints) -> Converted:
+    found.kind = "Beyond [cls]"
+    try:
+        fields, state = abmilp_classifier(found.weights, found.fields, hints.arguments)
+    except ValueError as error:
+        found.notes.append(f"{error}: only the encoder is converted")
+        return found
+    if "abmilp_cond" not in hints.arguments:
+        found.notes.append("the file does not say whether its pooling head reads positions: assumed that it does not")
+    found.notes.append("the batch norm before the classifier is folded into it: the same in evaluation")
+    found.fields |= fields
+    found.state |= state
+    found.classifier = True
     return found
 
 
@@ -214,7 +237,8 @@ def finish(weights: Weights) -> None:
             f"{len(unknown)} weights of the encoder belong to a variant that is not known here: "
             f"{', '.join(unknown[:4])}"
         )
-    weights.leave(r".*attention_predictor|.*self_attn", "the pooling head of Beyond [cls]: train a pooler anew")
+    weights.leave(r"oracle\.", "the DINO of a baseline of Beyond [cls], beside the encoder")
+    weights.leave(r".*attention_predictor|.*self_attn", "the pooling head of Beyond [cls], see the note")
     weights.leave(r"mask_token|mask_gamma", "only pretraining needs it, and this kind's is not rebuilt")
     weights.leave(r"(fc_norm|pooler)\.", "it acts after pooling, as a part of the classifier")
     weights.leave(r"(head|fc|head_dist|classifier|.*head\..*)\b", "the head of the old task")
