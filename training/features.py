@@ -143,7 +143,7 @@ class ImageViews:
 
     @property
     def labels(self) -> Tensor:
-        """Class numbers (images,). Final once every image was fetched: one that cannot be decoded stands for another."""
+        """Class numbers (images,); final once every image was fetched, since a broken one is replaced by another."""
         return self.datasets[0].true_labels(self.indices)
 
     def dataset(self, view: int) -> MIMDataset:

@@ -17,7 +17,7 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises; then it fal
 FEWEST_STEPS = 8  # an epoch has; where there are few images the batches are smaller
 OPTIMIZERS = ("adamw", "lars")
 # AdamW's as they are; LARS' for a batch of 256, times which they grow (Beyond [cls] and MAE: 0.1).
-LEARNING_RATES = {"adamw": [3e-4, 1e-3, 3e-3], "lars": [0.1, 0.3, 1.0]}
+LEARNING_RATES = {"adamw": [1e-3, 3e-3, 1e-2], "lars": [0.1, 0.3, 1.0]}
 
 
 @dataclass

@@ -18,10 +18,9 @@ from hf_mim.training.probe_scores import POOLINGS, PROTOCOL, SHARES, SHOTS, boot
 POOLING_WORDS = {"mean": "mean of the patches", "cls": "class token"}
 COLUMNS = {"trained": "tab:blue", "untrained": "tab:gray", "raw_pixels": "tab:olive"}
 EXAMPLES = 8  # images in attention.png
-HEAT = "magma"
 ATTENTION_NOTE = (
-    "Bright: patches that count most for the pooler's vector (its weights, the mean over heads or queries). Each "
-    "picture's brightest patch is its largest weight; the number is that weight as a multiple of an even share."
+    "Bright: patches that count most for the pooler's vector (its weights, the mean over heads or queries), from zero "
+    "to the picture's largest; the number is that largest weight as a multiple of an even share."
 )
 
 
@@ -46,7 +45,8 @@ def describe(run) -> None:
     run.console.print(
         f"data: {run.data.dataset or 'Fashion-MNIST subset (shipped)'}, {len(run.images['train']):,} training images"
         f"{views}, {len(run.images['test']):,} test images ({run.splits.note})\n"
-        f"model: {run.source}, {run.model.config.encoder} encoder, {run.model.num_parameters() / 1e6:.2f} M parameters\n"
+        f"model: {run.source}, {run.model.config.encoder} encoder, "
+        f"{run.model.num_parameters() / 1e6:.2f} M parameters\n"
         f"poolers: {names}; layers {', '.join(map(str, run.layers))}; learning rates "
         f"{', '.join(f'{rate:g}' for rate in arguments.learning_rates)}; seeds {', '.join(map(str, arguments.seeds))}",
         highlight=False,
@@ -120,10 +120,15 @@ def interval(found: dict | None) -> str:
     return f"{found['accuracy']:.1f} ({found['low']:.1f}-{found['high']:.1f})" if found else ""
 
 
-def rows_of(results: dict) -> list[tuple[str, dict]]:
-    """Rows of the table and the picture: a title, and {column: entry}."""
+def pooler_rows(results: dict) -> list[tuple[str, dict]]:
+    """Rows of a table or a picture: a title, and {column: entry}."""
     columns = results["columns"]
-    rows = [(name, {c: found["poolers"].get(name) for c, found in columns.items()}) for name in _poolers(columns)]
+    return [(name, {c: found["poolers"].get(name) for c, found in columns.items()}) for name in poolers_of(results)]
+
+
+def other_rows(results: dict) -> list[tuple[str, dict]]:
+    """As of `pooler_rows`: k-NN, linear probe and few labels."""
+    columns, rows = results["columns"], []
     for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
         for pooling in POOLINGS:
             entries = {c: found[kind].get(pooling) for c, found in columns.items()}
@@ -139,32 +144,35 @@ def rows_of(results: dict) -> list[tuple[str, dict]]:
     return rows
 
 
-def _poolers(columns: dict) -> list[str]:
-    return list(columns["trained"]["poolers"])
+def poolers_of(results: dict) -> dict[str, dict]:
+    return results["columns"]["trained"]["poolers"]
 
 
-def table_of(results: dict, run) -> Table:
-    arguments = run.arguments
+def tables_of(results: dict, run) -> list[Table]:
+    seeds = ", ".join(map(str, run.arguments.seeds))
+    sizes = f"{len(run.images['train']):,} images to learn from, {len(run.images['test']):,} to test on"
     table = Table(
-        title=f"accuracy of the frozen encoder {run.title}, percent (95 percent interval)",
-        caption=f"{len(run.images['train']):,} images to learn from, {len(run.images['test']):,} to test on, seeds "
-        f"{', '.join(map(str, arguments.seeds))}. Poolers are trained, each with its best setting on held-out training "
-        "images. Few labels: linear probe on the mean of the patches.",
+        title=f"{run.title}, encoder frozen: accuracy behind trained poolers, percent (95 percent interval)",
+        caption=f"{sizes}, seeds {seeds}. Layer and learning rate are the best on held-out training images.",
     )
-    table.add_column("", overflow="fold")
-    columns = [*results["columns"], "raw_pixels"]
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
-    for title in ("layer", "learning rate", "parameters"):
+    others = Table(
+        title="the same features without a trained pooler",
+        caption="Few labels: linear probe on the mean of the patches.",
+    )
+    columns = list(results["columns"])
+    for one, names in ((table, columns), (others, [*columns, "raw_pixels"])):
+        one.add_column("")
+        for name in names:
+            one.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for title in ("layer", "rate", "parameters"):
         table.add_column(title, justify="right")
-    poolers = results["columns"]["trained"]["poolers"]
-    for title, entries in rows_of(results):
-        best = poolers.get(title)
-        cells = (str(best["layer"]), f"{best['learning_rate']:g}", f"{best['parameters']:,}") if best else ("", "", "")
-        table.add_row(title, *(interval(entries.get(column)) for column in columns), *cells)
-        if title == list(poolers)[-1]:
-            table.add_section()
-    return table
+    for name, entries in pooler_rows(results):
+        best = poolers_of(results)[name]
+        setting = (str(best["layer"]), f"{best['learning_rate']:g}", f"{best['parameters']:,}")
+        table.add_row(name, *(interval(entries[column]) for column in columns), *setting)
+    for title, entries in other_rows(results):
+        others.add_row(title, *(interval(entries.get(column)) for column in [*columns, "raw_pixels"]))
+    return [table, others]
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -173,7 +181,7 @@ def draw(results: dict, run, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = rows_of(results)
+    rows, learned = pooler_rows(results) + other_rows(results), len(poolers_of(results))
     figure = Figure(figsize=(8.5, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -185,7 +193,6 @@ def draw(results: dict, run, path: Path) -> None:
         ends = np.array([[one["accuracy"] - one["low"], one["high"] - one["accuracy"]] for _, one in found]).T
         words = {"trained": "trained encoder", "untrained": "the same untrained", "raw_pixels": "raw pixels"}[column]
         axes.errorbar(middle, at, xerr=ends.clip(0), fmt="o", ms=5, capsize=3, color=COLUMNS[column], label=words)
-    learned = len(results["columns"]["trained"]["poolers"])
     axes.axhline(learned - 0.5, color="lightgray", linewidth=0.8)
     axes.set(
         yticks=range(len(rows)),
@@ -212,34 +219,33 @@ def examples(run, source, heads: list, groups: dict) -> dict:
     return {"images": shown, "weights": {name: found.unflatten(1, grid) for name, found in weights.items()}}
 
 
-def draw_attention(found: dict, results: dict, run, path: Path) -> None:
-    """attention.png: a row for every image, the image itself and beside it the weights of each pooler over it."""
+def draw_attention(found: dict, results: dict, path: Path) -> None:
+    """attention.png: a column for every image, the image on top, below it the weights of each pooler over it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     images, weights = found["images"].clamp(0, 1).permute(0, 2, 3, 1).numpy(), found["weights"]
     height, width = images.shape[1:3]
-    rows, columns = len(images), 1 + len(weights)
-    side = 1.5
-    figure = Figure(figsize=(max(3.6, side * columns * width / height), side * rows + 1.3), dpi=120)
-    figure.set_layout_engine("constrained")
+    rows, columns, side = 1 + len(weights), len(images), 1.4
+    size = (max(4.0, side * columns * width / height + 0.9), (side + 0.15) * rows + 0.7)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
+    titles = ["image", *(f"{name}\n{poolers_of(results)[name]['accuracy']:.1f} %" for name in weights)]
+    for ax, title in zip(axes[:, 0], titles, strict=True):
+        ax.set_ylabel(title, fontsize=9)
     for ax in axes.flat:
-        ax.set_axis_off()
-    poolers = results["columns"]["trained"]["poolers"]
-    for row, image in enumerate(images):
-        grey = image.mean(axis=2)
-        axes[row, 0].imshow(image if image.shape[2] == 3 else grey, cmap="gray", vmin=0, vmax=1)
-        for ax, (name, maps) in zip(axes[row, 1:], weights.items(), strict=True):
-            heat = maps[row].numpy()
-            ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-            ax.imshow(heat, cmap=HEAT, vmin=0, vmax=heat.max(), alpha=0.65, extent=(0, width, height, 0))
-            ax.set_title(f"x{heat.max() * heat.size:.1f}", fontsize=7, pad=1)
-            if row == 0:
-                ax.set_title(f"{name}\n{poolers[name]['accuracy']:.1f} %\nx{heat.max() * heat.size:.1f}", fontsize=8)
-    axes[0, 0].set_title("image", fontsize=8)
-    figure.supxlabel(textwrap.fill(ATTENTION_NOTE, int(figure.get_figwidth() * 16)), fontsize=7)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for column, image in enumerate(images):
+        grey, whole = image.mean(axis=2), {"extent": (0, width, height, 0)}
+        axes[0, column].imshow(image if image.shape[2] == 3 else grey, cmap="gray", vmin=0, vmax=1, **whole)
+        for ax, maps in zip(axes[1:, column], weights.values(), strict=True):
+            heat = maps[column].numpy()
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=1, **whole)
+            ax.imshow(heat, cmap="magma", vmin=0, vmax=heat.max(), alpha=0.65, **whole)
+            ax.set_title(f"x {heat.max() * heat.size:.1f}", fontsize=7, pad=2)
+    figure.supxlabel(textwrap.fill(ATTENTION_NOTE, int(size[0] * 16)), fontsize=7)
     figure.savefig(path)
 
 
@@ -250,10 +256,11 @@ def write(results: dict, run) -> None:
     draw(results, run, run.folder / "probe.png")
     made = ["probe.png"]
     if results["examples"].get("weights"):
-        draw_attention(results["examples"], results, run, run.folder / "attention.png")
+        draw_attention(results["examples"], results, run.folder / "attention.png")
         made.append("attention.png")
     (run.folder / "probe.json").write_text(json.dumps(to_json(results, run), indent=2) + "\n", encoding="utf-8")
-    run.console.print(table_of(results, run))
+    for table in tables_of(results, run):
+        run.console.print(table)
     names = ", ".join(f"{run.folder}/{name}" for name in [*made, "probe.json"])
     run.console.print(f"pictures and numbers: {names}", highlight=False, soft_wrap=True)
     if not run.arguments.uncached:
