@@ -35,7 +35,7 @@ IGNORED = 1e-2  # the change of predictions by other visible pixels, as a share 
 TOKENS_PER_CODE = 10  # fewer, and a living code may go unseen
 DEAD = 0.5  # the share of dead codes from which on the codebook is at fault
 WORK = 3e12  # parameters x tokens x images: how much k-NN may cost; a minute for a ViT-B on a few cores
-FEWEST, MOST = 160, 3000  # images of k-NN, a third of them to test on
+FEWEST, MOST = 160, 1800  # images of k-NN, a third of them to test on
 SEED_SPREAD = 2.0  # percent: the standard deviation of untrained k-NN over seeds, of the recipe quick
 STATES = {"ok": "green", "fault": "bold red", "note": "yellow", "skipped": "dim"}
 

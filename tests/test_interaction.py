@@ -172,7 +172,7 @@ def test_what_is_done_is_found_again_and_only_for_the_same_plan_and_model(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pairs": 0}, "interaction_pairs must be at least 1, not 0"),
+        ({"pairs": 0}, "interaction.pairs must be at least 1, not 0"),
         ({"orders": (0.5, 1.5)}, "shares from 0 to 1"),
         ({"orders": ()}, "shares from 0 to 1"),
         ({"grid": (1, 2)}, "at least 4 parts"),

@@ -1,5 +1,5 @@
-"""Multi-order interactions: how strongly two parts of an image act together, given how much of the rest is seen (Deng et
-al., 2111.06236; used by A2MIM, 2205.13943, section 3)."""
+"""Multi-order interactions: how strongly two parts of an image act together, given how much of the rest is seen (Deng
+et al., 2111.06236; used by A2MIM, 2205.13943, section 3)."""
 
 import hashlib
 import itertools
@@ -38,9 +38,9 @@ class Plan:
         ValueError: a count below 1, an order outside [0, 1], or an unknown replacement.
     """
 
-    images: int = 12
+    images: int = 10
     pairs: int = 10
-    contexts: int = 10
+    contexts: int = 8
     orders: tuple[float, ...] = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     grid: tuple[int, int] = (14, 14)
     reach: int = 2
@@ -50,13 +50,13 @@ class Plan:
     def __post_init__(self):
         for name in ("images", "pairs", "contexts", "reach"):
             if getattr(self, name) < 1:
-                raise ValueError(f"interaction_{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"analyze.interaction.{name} must be at least 1, not {getattr(self, name)}")
         if not self.orders or any(not 0 <= order <= 1 for order in self.orders):
-            raise ValueError(f"interaction_orders are shares from 0 to 1, not {list(self.orders)}")
+            raise ValueError(f"analyze.interaction.orders are shares from 0 to 1, not {list(self.orders)}")
         if len(self.grid) != 2 or math.prod(self.grid) < 4 or min(self.grid) < 1:
-            raise ValueError(f"interaction_grid needs at least 4 parts, as in [14, 14], not {list(self.grid)}")
+            raise ValueError(f"analyze.interaction.grid needs at least 4 parts, as in [14, 14], not {list(self.grid)}")
         if self.absent not in ("zero", "mean"):
-            raise ValueError(f"interaction_absent must be zero or mean, not {self.absent!r}")
+            raise ValueError(f"analyze.interaction.absent must be zero or mean, not {self.absent!r}")
 
     @property
     def players(self) -> int:
@@ -167,15 +167,12 @@ def summarize(found: np.ndarray, errors: np.ndarray, seed: int = 0) -> dict[str,
         found, errors: (images, orders, pairs), of `interactions`.
 
     Returns:
-        each (orders,). "J"; "low", "high": 95 percent of bootstrap resamples of the images, which carry their pairs and
-        contexts along (equal to J for one image); and |I| itself, unnormalised: "mean", "between_images" and
-        "between_pairs" its standard deviations, "from_contexts" the standard error of one pair's I.
+        each (orders,). "J"; "low", "high": 95 percent of `resampled_strengths` (equal to J for one image); and of |I|
+        itself, unnormalised: "mean", "between_images" and "between_pairs" its standard deviations, "from_contexts" the
+        standard error of one pair's I.
     """
     absolute = np.abs(found)
-    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLED, len(found)))
-    curves = absolute.mean(axis=2)[drawn].mean(axis=1)  # (resamples, orders)
-    level = curves.mean(axis=1, keepdims=True)
-    low, high = np.percentile(np.divide(curves, level, out=np.zeros_like(curves), where=level > 0), INTERVAL, axis=0)
+    low, high = np.percentile(resampled_strengths(found, seed), INTERVAL, axis=0)
     return {
         "J": strengths(found),
         "low": low,
@@ -185,6 +182,21 @@ def summarize(found: np.ndarray, errors: np.ndarray, seed: int = 0) -> dict[str,
         "between_pairs": absolute.std(axis=2, ddof=min(1, found.shape[2] - 1)).mean(axis=0),
         "from_contexts": np.sqrt(np.square(errors).mean(axis=(0, 2))),
     }
+
+
+def resampled_strengths(found: np.ndarray, seed: int = 0) -> np.ndarray:
+    """J of `RESAMPLED` bootstrap resamples of the images, which carry their pairs and contexts along: (resamples,
+    orders)."""
+    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLED, len(found)))
+    curves = np.abs(found).mean(axis=2)[drawn].mean(axis=1)
+    level = curves.mean(axis=1, keepdims=True)
+    return np.divide(curves, level, out=np.zeros_like(curves), where=level > 0)
+
+
+def mean_strength(found: np.ndarray, which: list[bool], seed: int = 0) -> tuple[float, float, float]:
+    """The mean of J over some of the orders, and its 95 percent interval."""
+    low, high = np.percentile(resampled_strengths(found, seed)[:, which].mean(axis=1), INTERVAL)
+    return float(strengths(found)[which].mean()), float(low), float(high)
 
 
 # ---- of a model ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from hf_mim.analysis import MEASUREMENTS
 from hf_mim.analysis.exact_attention import watched_attention
 from hf_mim.analysis.images import Choice, EncoderImages, choose_images
+from hf_mim.analysis.interaction_models import measure_interactions, plan_of
 from hf_mim.analysis.measurement import Layer, Measurement, Seen, Setting
 from hf_mim.modeling.configuration_mim import pair, unknown
 from hf_mim.modeling.encoder_base import Grid
@@ -46,6 +47,8 @@ class AnalyzeArguments:
         examples: of how many images maps are shown.
         measurements: which ones; null is all of them.
         image_size: to look at all encoders at this size; null is each one's own.
+        interaction: true also measures interactions of parts of images, which takes minutes; paper with the published
+            counts; or fields of `interaction.Plan`, as in analyze.interaction.pairs=50.
         batch_size: how many images at a time. The results do not depend on it.
         seed: of the untrained encoders, and of what is drawn at random.
         output_dir: the folder to write into; null makes one below `outputs`.
@@ -56,6 +59,7 @@ class AnalyzeArguments:
     examples: int = 6
     measurements: list[str] | None = None
     image_size: int | list[int] | None = None
+    interaction: bool | str | dict = False
     batch_size: int = 32
     seed: int = 0
     output_dir: str | None = None
@@ -69,6 +73,7 @@ class AnalyzeArguments:
                 raise unknown("measurement", name, MEASUREMENTS)
         if self.image_size is not None:
             pair(self.image_size)
+        plan_of(self.interaction)  # raises where it is wrong
 
 
 @dataclass
@@ -135,6 +140,10 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
         "encoders": {subject.label: describe(subject) for subject in subjects},
         "between": between(subjects),
     }
+    if (plan := plan_of(arguments.interaction, arguments.seed)) is not None:
+        found = measure_interactions(subjects, plan, data, arguments, folder, console)
+        for label, result in found.items():
+            results["encoders"][label]["results"]["interaction"] = result
     write_json(results, folder / "report.json")
     if importlib.util.find_spec("hf_mim.analysis.report"):
         from hf_mim.analysis.report import write_report

@@ -1,0 +1,227 @@
+"""Interactions of encoders, as a measurement of its own: `analyze.interaction=true`. The estimator is in
+`interaction.py`."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+
+from hf_mim.analysis import interaction
+from hf_mim.analysis.images import EncoderImages, choose_images
+from hf_mim.analysis.interaction import PAPER, Partial, Plan
+from hf_mim.modeling.configuration_mim import unknown
+from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
+from hf_mim.training import metrics
+from hf_mim.training.checkpoint import load_config
+
+
+TITLE = "Interaction strength"
+NORMAL = (
+    "Networks tend to have their strongest interactions where very few or nearly all other parts are present, and weak "
+    "ones in between (Deng et al.); masked image modeling is reported to raise the middle orders (A2MIM). Curves that "
+    "lie within each other's bands are not different; a curve that is flat at 1 for a trained encoder is a sign that "
+    "the classifier does not use the image."
+)
+PROBE_IMAGES = 1000  # labelled images that the linear probe is fitted on
+MIDDLE = (0.25, 0.75)  # the orders that are called middle
+MINUTES = 10  # beyond, the estimate says how to make it shorter
+
+
+def plan_of(option, seed: int = 0) -> Plan | None:
+    """What `analyze.interaction` says: false, true, paper, or a dict of fields of `Plan`. -> None for false.
+
+    Raises:
+        ValueError: none of these, or a field is unknown or has a bad value.
+    """
+    if option is None or option is False:
+        return None
+    if isinstance(option, str):
+        if option != "paper":
+            raise ValueError(f"analyze.interaction must be true, false, paper or options, not {option!r}")
+        option = PAPER
+    options = dict(option) if isinstance(option, dict) else {}
+    known = {field.name: field.type for field in dataclasses.fields(Plan)}
+    for name, value in options.items():
+        if name not in known:
+            raise unknown("option of analyze.interaction", name, known)
+        is_list = name in ("orders", "grid")
+        if isinstance(value, bool) or not isinstance(value, (list, tuple) if is_list else known[name]):
+            raise ValueError(f"analyze.interaction.{name} must be {known[name]}, not {value!r}")
+        options[name] = tuple(value) if is_list else value
+    return Plan(**{"seed": seed, **options})
+
+
+def measure_interactions(subjects: list, plan: Plan, data, arguments, folder: Path, console) -> dict[str, dict]:
+    """The results of several encoders with the same images, pairs and contexts: {label: result}.
+
+    What is done is kept in `folder`/interaction: the same command goes on there after an interruption.
+
+    Args:
+        subjects: with `label`, `source`, `model`, `images`; see `run.Subject`.
+        data, arguments: `DataArguments` and `AnalyzeArguments`.
+    """
+    if subjects[0].images.others is None:
+        return {
+            subject.label: {"title": TITLE, "absent": "It needs labels, and the images have none."}
+            for subject in subjects
+        }
+    # The same images as in the shared pass, with more labelled others beside them.
+    choice = choose_images(data, max(arguments.images, plan.images), PROBE_IMAGES)
+    jobs = []
+    with console.status("interactions: fitting the classifiers"):
+        for subject in subjects:
+            images = EncoderImages(choice, subject.model.config, data, arguments.image_size)
+            jobs.append(Job(subject, plan, images, arguments.batch_size, folder / "interaction"))
+    say_estimate(jobs, plan, console)
+    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} masked images")
+    with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
+        task = bar.add_task("", total=sum(job.rows_left for job in jobs))
+        for job in jobs:
+            bar.update(task, description=f"interactions: {job.label}")
+            job.run(lambda rows: bar.advance(task, rows))
+    return {job.label: job.result() for job in jobs}
+
+
+def say_estimate(jobs: list["Job"], plan: Plan, console) -> None:
+    left = sum(job.rows_left for job in jobs)
+    minutes = sum(job.rows_left * job.seconds_per_row() for job in jobs) / 60
+    done = sum(int(job.partial.done.sum()) for job in jobs)
+    words = f"interactions: {left:,} masked images for {len(jobs)} encoders, about "
+    words += f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+    words += f"; {done} of {len(jobs) * plan.images} images were done before" if done else ""
+    words += f"; fewer with analyze.interaction.images={max(2, plan.images // 4)}" if minutes > MINUTES else ""
+    console.print(words, highlight=False, soft_wrap=True)
+
+
+class Job:
+    """The interactions of one encoder.
+
+    Attributes:
+        rows_left: masked images that are still to be classified.
+    """
+
+    def __init__(self, subject, plan: Plan, images: EncoderImages, batch_size: int, folder: Path):
+        plan = dataclasses.replace(plan, images=min(plan.images, len(images.measured)))
+        self.label, self.plan, self.batch_size = subject.label, plan, max(batch_size, 64)
+        pixel_values, labels = next(images.batches(plan.images))
+        self.pixel_values, self.labels = pixel_values, labels.tolist()
+        self.classify, self.classifier = classifier_of(subject.source, subject.model, images)
+        self.right = accuracy_of(self.classify, images)
+        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
+        identity = f"{interaction.weights_of(subject.model)} {digest} {self.labels} {self.classifier}"
+        self.partial = Partial(folder, plan, identity)
+
+    @property
+    def rows_left(self) -> int:
+        return int((~self.partial.done).sum()) * self.plan.rows_per_image
+
+    def seconds_per_row(self) -> float:
+        return (
+            interaction.seconds_per_row(self.classify, self.pixel_values[0], self.batch_size) if self.rows_left else 0
+        )
+
+    def run(self, advance) -> None:
+        for i in range(self.plan.images):
+            if not self.partial.done[i]:
+                image, label = self.pixel_values[i], self.labels[i]
+                arguments = (self.classify, image, label, self.plan, i, self.batch_size, advance)
+                self.partial.add(i, *interaction.interactions_of_image(*arguments))
+
+    def result(self) -> dict:
+        """In the form of `measurement.py`."""
+        plan, found = self.plan, interaction.summarize(self.partial.found, self.partial.errors, self.plan.seed)
+        middle = [MIDDLE[0] <= order <= MIDDLE[1] for order in plan.orders]
+        axes = {"x": list(plan.orders), "x_label": "share of the other parts that are present", "unit": ""}
+        curve = {name: found[key].tolist() for name, key in (("mean", "J"), ("low", "low"), ("high", "high"))}
+        strongest = plan.orders[int(found["J"].argmax())]
+        words = f"Two parts of an image interact most where {strongest:.0%} of the others are present"
+        scalars = {}
+        if any(middle) and not all(middle):
+            level, low, high = interaction.mean_strength(self.partial.found, middle, plan.seed)
+            words += f"; with {MIDDLE[0]:.0%} to {MIDDLE[1]:.0%} of them it is {level:.2f} ({low:.2f} to {high:.2f}) "
+            words += "times their average over all orders"
+            scalars["middle"] = number("Strength at the middle orders", level, low, high, "of the mean over orders")
+        unit = "log-odds"
+        scalars |= {
+            "size": number("Interaction of two parts, size", found["mean"].mean(), unit=unit),
+            "between_images": number("Its spread between images", found["between_images"].mean(), unit=unit),
+            "between_pairs": number("Its spread between pairs", found["between_pairs"].mean(), unit=unit),
+            "from_contexts": number("Its error by few contexts", found["from_contexts"].mean(), unit=unit),
+            "accuracy": number("Images classified right", self.right, unit="%"),
+        }
+        words += f". {plan.images} images, {plan.pairs} pairs each, up to {plan.contexts} contexts; {self.classifier}."
+        return {
+            "title": TITLE,
+            "summary": words,
+            "normal": NORMAL,
+            "images": plan.images,
+            "curves": {
+                "strength": {
+                    **axes,
+                    **curve,
+                    "title": "Strength of interactions",
+                    "y_label": "times the mean of all orders",
+                }
+            },
+            "scalars": scalars,
+        }
+
+
+def number(title: str, value: float, low: float | None = None, high: float | None = None, unit: str = "") -> dict:
+    value = None if value != value else float(value)
+    return {"title": title, "value": value, "low": low, "high": high, "unit": unit, "normal": ""}
+
+
+# ---- the classifier ------------------------------------------------------------------------------------------------
+def classifier_of(source: str | None, model: MIMModel, images: EncoderImages):
+    """-> (normalised images (rows, channels, height, width) -> logits (rows, classes)), and what it is, in words.
+
+    A checkpoint of `MIMForImageClassification` with these classes has its own; for others a linear probe is fitted.
+    """
+    own = None if source is None else own_classifier(source, len(images.classes))
+    if own is not None:
+        return (lambda pixel_values: own(pixel_values).logits), "classified by the checkpoint's own head"
+    weight, bias, count = fit_probe(model, images)
+    prefix = model.encoder.num_prefix_tokens
+
+    def classify(pixel_values: Tensor) -> Tensor:
+        pooled = model(pixel_values.to(model.device)).last_hidden_state[:, prefix:].mean(dim=1)
+        return F.linear(pooled.cpu(), weight, bias)
+
+    return classify, f"classified by a linear probe of the mean patch, fitted on {count} images"
+
+
+def own_classifier(source: str, classes: int) -> MIMForImageClassification | None:
+    try:
+        config = load_config(source)
+    except ValueError:  # a model of transformers
+        return None
+    if "MIMForImageClassification" not in (config.architectures or []) or config.num_labels != classes:
+        return None
+    model = MIMForImageClassification.from_pretrained(source, use_safetensors=True).float()
+    return model.eval().requires_grad_(False)
+
+
+def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, int]:
+    """Logistic regression on the mean patch tokens of the labelled images set aside, its penalty chosen among
+    `metrics.PENALTIES`. -> weight (classes, dim) and bias (classes,) on plain features, and how many images."""
+    features = metrics.extract_features(model, metrics.pixel_loader(images.others, images.config))["mean"]
+    labels, classes = images.others.true_labels(list(range(len(images.others)))), len(images.classes)
+    mean, std = features.mean(0), features.std(0)
+    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
+    standard = (features - mean) * scale
+    penalty, start = metrics.choose_penalty(standard, labels, classes)
+    weight, bias = metrics.fit_logistic(standard, labels, classes, penalty, start)
+    weight = weight * scale
+    return weight, bias - weight @ mean, len(features)
+
+
+@torch.inference_mode()
+def accuracy_of(classify, images: EncoderImages) -> float:
+    """Percent of the images that are measured."""
+    right = [(classify(pixels).argmax(dim=1).cpu() == labels).float() for pixels, labels in images.batches(64)]
+    return 100 * torch.cat(right).mean().item()
