@@ -249,12 +249,21 @@ def token_diversity(tokens: Tensor) -> dict[str, float]:
     """
     tokens = tokens.double()
     centred = tokens - tokens.mean(dim=1, keepdim=True)
-    share = centred.norm(dim=(1, 2)) / tokens.norm(dim=(1, 2)).clamp(min=1e-12)
-    return {"raw": _diversity(tokens), "centred": _diversity(centred), "residual": share.mean().item()}
+    norms, left = tokens.norm(dim=2), centred.norm(dim=2)
+    share = left.norm(dim=1) / norms.norm(dim=1).clamp(min=1e-12)
+    found = {"raw": diversity_of(tokens, norms), "centred": diversity_of(centred, left), "residual": share}
+    return {name: values.mean().item() for name, values in found.items()}
 
 
-def _diversity(tokens: Tensor) -> float:
-    unit, count = F.normalize(tokens, dim=-1), tokens.shape[1]
+def diversity_of(tokens: Tensor, norms: Tensor) -> Tensor:
+    """1 - the mean cosine of two tokens of an image, (batch,); a token of norm zero has cosine zero to all others.
+
+    Args:
+        tokens: (batch, tokens, dim).
+        norms: (batch, tokens), theirs.
+    """
+    count, directed = tokens.shape[1], norms > 1e-12
+    inverse = torch.where(directed, 1 / norms, 0)
     # The sum of all cosines is the squared norm of the sum of unit vectors: no tokens x tokens matrix.
-    cosines = (unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
-    return (1 - cosines).mean().item()
+    total = (inverse[:, None] @ tokens)[:, 0].square().sum(dim=1)
+    return 1 - (total - directed.sum(dim=1)) / (count * (count - 1))

@@ -4,6 +4,18 @@
 """
 
 from hf_mim.analysis.attention_flow import AttentionFlow
+from hf_mim.analysis.cka import CKA
+from hf_mim.analysis.consistency import Consistency
+from hf_mim.analysis.fourier import Fourier
+from hf_mim.analysis.health import FeatureHealth
+from hf_mim.analysis.token_diversity import TokenDiversity
 
 
-MEASUREMENTS = {"attention_flow": AttentionFlow}
+MEASUREMENTS = {
+    "attention_flow": AttentionFlow,
+    "token_diversity": TokenDiversity,
+    "consistency": Consistency,
+    "fourier": Fourier,
+    "cka": CKA,
+    "health": FeatureHealth,
+}

@@ -84,6 +84,11 @@ class Layer:
         """(batch, rows * cols), euclidean."""
         return self.tokens.norm(dim=2)
 
+    @cached_property
+    def centred_norms(self) -> Tensor:
+        """(batch, rows * cols), of `centred`."""
+        return self.centred.norm(dim=2)
+
 
 @dataclass
 class Seen:

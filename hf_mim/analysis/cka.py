@@ -1,0 +1,145 @@
+"""How alike the representations of two layers are: linear CKA (1905.00414) by unbiased mini-batches (2010.15327)."""
+
+import torch
+from torch import Tensor
+
+from hf_mim.analysis.measurement import NORMAL_95, Layer, Measurement, Setting, nested
+
+
+WINDOW = 64  # images whose similarities are compared with one another, whatever the batch size
+
+
+def centred_gram(features: Tensor) -> Tensor:
+    """(images, dim) -> (images * images,) float32: the Gram matrix U-centred (1310.5095, definition 2), so that the
+    inner product of two of them over n (n - 3) is the unbiased HSIC (1211.4811, equation 5)."""
+    features = features.double()
+    features = features - features.mean(dim=0)  # changes nothing but the rounding
+    gram = features @ features.T
+    count = len(gram)
+    gram.fill_diagonal_(0)
+    rows = gram.sum(dim=1) / (count - 2)
+    gram = gram - rows[:, None] - rows + gram.sum() / ((count - 1) * (count - 2))
+    return gram.fill_diagonal_(0).float().flatten()
+
+
+def hsic(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Per window the unbiased HSIC of all pairs of layers: lists of (layers, n * n) -> (windows, layers, layers), each
+    weighted by its number of images."""
+    found = []
+    for one, other in zip(first, second):
+        count = round(one.shape[1] ** 0.5)
+        found.append(one.double() @ other.double().T / (count * (count - 3)) * count)
+    return torch.stack(found)
+
+
+def ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """CKA (layers, layers) from HSICs (windows, ...); nan where a layer does not vary between images."""
+    own = [part.sum(dim=0).diagonal().clamp(min=0).sqrt() for part in (first, second)]
+    return cross.sum(dim=0) / (own[0][:, None] * own[1])
+
+
+def without_nan(values: list) -> list:
+    return [[None if value != value else value for value in row] for row in values]
+
+
+class CKA(Measurement):
+    """Linear CKA between what enters the first block and what leaves each block, and between encoders: the mean patch
+    tokens of 64 images at a time are rows. 1: the same up to rotation and scale; 0: unrelated. Unbiased: values
+    somewhat below 0 or above 1 are noise.
+    """
+
+    title = "Similarity of layers (linear CKA)"
+    normal = (
+        "Neighbouring blocks are alike (near 1), and likeness fades with distance. A sign of trouble is a large square "
+        "of blocks that are all alike: they change little, and the encoder may be deeper than it needs to be. The "
+        "untrained encoder is often such a square; a last block that is as like its first one says little was learned."
+    )
+
+    def __init__(self, model, setting: Setting):
+        super().__init__(model, setting)
+        self.waiting, self.windows, self.count = [], [], 0
+        if setting.images < 4:
+            self.absent = f"It needs at least 4 images, and there are {setting.images}."
+
+    def layer(self, index: int, layer: Layer) -> None:
+        if index == len(self.waiting):
+            self.waiting.append([])
+        self.waiting[index].append(layer.mean)
+
+    def update(self, seen) -> None:
+        self.count += len(seen.pixel_values)
+        while sum(map(len, self.waiting[0])) >= WINDOW:
+            self._close(WINDOW)
+
+    def _close(self, count: int) -> None:
+        """Compares the first `count` of the images that wait."""
+        together = [torch.cat(parts) for parts in self.waiting]
+        self.windows.append(torch.stack([centred_gram(features[:count]) for features in together]).cpu())
+        self.waiting = [[features[count:]] for features in together]
+
+    def finish(self) -> None:
+        """The images that did not fill a window make a smaller one, or are left out where they are fewer than 4."""
+        left = sum(map(len, self.waiting[0])) if self.waiting else 0
+        if left >= 4:
+            self._close(left)
+        self.waiting = []
+
+    def result(self) -> dict:
+        self.finish()
+        own = hsic(self.windows, self.windows)
+        values, layers = ratio(own, own, own), own.shape[1]
+        numbers = list(range(layers))
+        return {
+            "title": self.title,
+            "summary": f"What leaves the last block has a CKA of {values[-1, 0]:.2f} with what enters the first and of "
+            f"{values[-1, -2]:.2f} with what leaves the one before.",
+            "normal": self.normal,
+            "images": self.count,
+            "heatmaps": {"layers": heatmap("between the blocks of this encoder", values, numbers, numbers)},
+        }
+
+    @classmethod
+    def compare(cls, measured: dict[str, "CKA"]) -> dict | None:
+        """Between all layers of every two encoders, and of the last blocks with an interval by jackknife."""
+        for measurement in measured.values():
+            measurement.finish()
+        labels, own = list(measured), {label: hsic(m.windows, m.windows) for label, m in measured.items()}
+        heatmaps, scalars = {}, {}
+        for i, one in enumerate(labels):
+            for other in labels[i + 1 :]:
+                cross = hsic(measured[one].windows, measured[other].windows)
+                values, name = ratio(cross, own[one], own[other]), f"{one} / {other}"
+                sides = [list(range(side)) for side in values.shape]
+                heatmaps[name] = heatmap(f"between {one} and {other}", values, *sides, one, other)
+                scalars[name] = jackknife(f"last blocks of {one} and {other}", cross, own[one], own[other])
+        if not scalars:
+            return None
+        nearest = max(scalars.values(), key=lambda entry: entry["value"] or 0)
+        return {
+            "title": cls.title,
+            "summary": f"Most alike are the {nearest['title']}, with a CKA of {nearest['value'] or 0:.2f}.",
+            "normal": cls.normal,
+            "images": next(iter(measured.values())).count,
+            "heatmaps": heatmaps,
+            "scalars": scalars,
+        }
+
+
+def heatmap(title: str, values: Tensor, rows: list, cols: list, one: str = "", other: str = "") -> dict:
+    """Rows are the layers of `one`: they are the y axis."""
+    labels = [f"block of {label}" if label else "block" for label in (other, one)]
+    shown = without_nan(nested(values))
+    return {"title": title, "values": shown, "x": cols, "y": rows, "x_label": labels[0], "y_label": labels[1]}
+
+
+def jackknife(title: str, cross: Tensor, first: Tensor, second: Tensor) -> dict:
+    """The CKA of the last layers, with a 95 % interval where there are at least 3 windows, by leaving each out."""
+    last = [part[:, -1:, -1:] for part in (cross, first, second)]
+    value, count, margin = ratio(*last).item(), len(cross), None
+    if count >= 3:
+        left = torch.stack([ratio(*(part[torch.arange(count) != i] for part in last)) for i in range(count)])
+        margin = NORMAL_95 * ((count - 1) * left.var(correction=0).item()) ** 0.5
+    if value != value:
+        value, margin = None, None
+    low, high = (None, None) if margin is None else (value - margin, value + margin)
+    return {"title": title, "value": value, "low": low, "high": high, "unit": "", "normal": ""}
