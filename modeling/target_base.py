@@ -43,6 +43,10 @@ class Target(nn.Module):
     def update(self, step: int) -> None:
         """Follows the student after optimizer step `step` (from 1); `MIMTrainer` calls it."""
 
+    def figures(self) -> dict[str, float]:
+        """What is worth logging of the training values since the last call, by name."""
+        return {}
+
     def moving_state(self) -> dict[str, Tensor]:
         """What a resumed run needs of a target that moves. It goes into the Trainer's checkpoints, not to the Hub."""
         return {}

@@ -16,6 +16,12 @@ def nearest_code(features: Tensor, codes: Tensor) -> Tensor:
     return (codes.square().sum(1) - 2 * features @ codes.T).argmin(dim=-1)
 
 
+def code_usage(counts: Tensor) -> tuple[float, int]:
+    """How often each code occurs (codes,) -> the perplexity of that distribution, and how many never do."""
+    share = counts.double() / counts.sum()
+    return torch.special.entr(share).sum().exp().item(), int((counts == 0).sum())
+
+
 class DiscreteTokenTarget(Target):
     """The index of the codebook entry nearest to a token's features.
 
@@ -40,6 +46,7 @@ class DiscreteTokenTarget(Target):
         super().__init__()
         self.wrapped = wrap_features("discrete_token", config, encoder, features)
         self.codebook_file, self.features, self.codes = codebook, dict(features), None
+        self.counts = None  # how often each code was the value of a token in training, since `figures`
         if num_codes is None:
             num_codes = len(self.load_codes())
         self.num_codes = num_codes
@@ -75,7 +82,12 @@ class DiscreteTokenTarget(Target):
         """-> {"patches": (batch, tokens, 1)}, integers."""
         features = self.wrapped.values(pixel_values, grid)["patches"].float()
         codes = self.load_codes().to(features.device)
-        return {"patches": nearest_code(features, codes)[..., None]}
+        index = nearest_code(features, codes)
+        if self.training:
+            if self.counts is None or self.counts.device != index.device:
+                self.counts = torch.zeros(self.num_codes, dtype=torch.long, device=index.device)
+            self.counts.index_add_(0, index.flatten(), torch.ones_like(index.flatten()))  # waits for no GPU
+        return {"patches": index[..., None]}
 
     def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
         logits = predictions["patches"].float()
@@ -85,10 +97,14 @@ class DiscreteTokenTarget(Target):
 
     def usage(self, values: Tensor) -> tuple[float, int]:
         """Of codes (batch, tokens, 1): the perplexity of their distribution, and how many are never used."""
-        share = torch.bincount(values.flatten(), minlength=self.num_codes).float()
-        share = share / share.sum()
-        entropy = -(share * share.clamp(min=1e-12).log()).sum()
-        return entropy.exp().item(), int((share == 0).sum())
+        return code_usage(torch.bincount(values.flatten(), minlength=self.num_codes))
+
+    def figures(self) -> dict[str, float]:
+        """The perplexity of the codes and how many were never used, once each could have been used ten times."""
+        if self.counts is None or self.counts.sum() < 10 * self.num_codes:
+            return {}
+        (perplexity, dead), self.counts = code_usage(self.counts), None
+        return {"code_perplexity": perplexity, "dead_codes": dead}
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         """Codes (batch, tokens, 1), or logits (batch, tokens, codes), whose largest is shown."""

@@ -46,6 +46,11 @@ class Teacher:
         encoder = self.model().encoder
         return [encoder.num_features[self._index(encoder, layer)] for layer in self.layers]
 
+    def layer_names(self) -> list[str]:
+        """The name of each chosen layer."""
+        encoder = self.model().encoder
+        return [encoder.stage_names[self._index(encoder, layer)] for layer in self.layers]
+
     def _index(self, encoder, layer: int | str) -> int:
         names = encoder.stage_names
         if isinstance(layer, str):
@@ -67,6 +72,8 @@ class Teacher:
     def maps(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
         """Student's pixels (batch, channels, height, width) -> one (batch, dim, rows, cols) per layer, float32, on
         `grid`. The batch of the last call is not run again."""
+        if pixel_values.is_inference():  # these do not count their changes
+            return self._maps(pixel_values, grid)
         key = (id(pixel_values), pixel_values._version, grid)
         if self.last[0] != key:
             self.last = (key, self._maps(pixel_values, grid), pixel_values)  # kept, so that its id stays its own

@@ -29,8 +29,9 @@ from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.saving import StopCallback, last_checkpoint
 from hf_mim.training.sources import DataArguments
+from hf_mim.training.teacher import teacher_of
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
-from hf_mim.training.watch import Watch
+from hf_mim.training.watch import TeacherWatch, Watch
 
 
 # Any of these in a folder says that it holds a run already.
@@ -218,6 +219,9 @@ def train(run: Run) -> MIMTrainer:
         if run.arguments.watch_every and whole:
             say = partial(run.console.print, style="yellow", highlight=False, soft_wrap=True)
             trainer.add_callback(Watch(trainer, run.splits, run.folder, run.arguments.watch_every, say))
+        if teacher_of(run.model.target) is not None:
+            say = partial(run.console.print, highlight=False, soft_wrap=True)
+            trainer.add_callback(TeacherWatch(trainer, run.splits, say))
         save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
     try:
         with stop:
@@ -267,7 +271,8 @@ def reconstruct_examples(run: Run):
     batch = MIMCollator(run.config, grid)(dataset.__getitems__(pictures.examples(dataset)))
     run.model.eval()
     device = run.model.device
-    shown = run.model.reconstruct(batch["pixel_values"].to(device), batch["bool_masked_pos"].to(device))
+    inputs = (batch[name].to(device) for name in ("pixel_values", "bool_masked_pos"))
+    shown = run.model.reconstruct(*inputs, with_target=True)
     return pictures.draw_reconstructions(shown)
 
 
@@ -292,6 +297,9 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
         "cpus": os.cpu_count(),
         "versions": versions(),
     }
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TeacherWatch):
+            results["teacher"] = callback.found
     (run.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if (bad := results["bad_images"])["count"]:
         words = f"skipped {bad['count']} images that cannot be used" + (

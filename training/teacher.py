@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.modeling_mim import make_encoder
-from hf_mim.modeling.target_discrete import nearest_code
+from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training import metrics
@@ -24,6 +24,7 @@ from hf_mim.training.sources import DataArguments
 
 IMAGES = 256  # on which a teacher is described
 BATCH = 32
+DEAD_SHARE = 0.1  # of the codes may never be used before there is a warning
 PATCHLESS = {"size": "tiny", "num_hidden_layers": 1, "patch_size": 1}  # an encoder that takes any image size
 
 
@@ -68,6 +69,33 @@ def describe_teacher(source: str, overrides: list[str], console: Console | None 
     count = sum(map(len, batches))
     console.print(teacher_table(source, rows, config, count / seconds, count), highlight=False)
     return rows
+
+
+@torch.no_grad()
+def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
+    """Token diversity of the features that a `MIMForPreTraining` has for targets, before they are normalised.
+
+    Args:
+        pixel_values: (batch, channels, height, width), as the student sees them.
+
+    Returns:
+        per layer: teacher, layer (its name), grid (the student's), and `metrics.token_diversity`; [] without a teacher.
+    """
+    teacher = teacher_of(model.target)
+    if teacher is None:
+        return []
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    tokens = [stage.flatten(2).transpose(1, 2) for stage in teacher.maps(pixel_values, grid)]
+    rows = zip(teacher.layer_names(), tokens)
+    return [
+        {"teacher": teacher.source, "layer": name, "grid": list(grid), **metrics.token_diversity(layer)}
+        for name, layer in rows
+    ]
+
+
+def teacher_of(target):
+    """The `Teacher` of a target, or of the one that it wraps; None without one."""
+    return getattr(getattr(target, "wrapped", target), "teacher", None)
 
 
 def teacher_table(source: str, rows: list[dict], config, speed: float, count: int) -> Table:
@@ -127,13 +155,10 @@ def fit_codebook(
 
 def report_usage(table: Tensor, features: Tensor, out: Path, console: Console) -> dict:
     """Prints how evenly the codes are used; warns of dead ones."""
-    share = torch.bincount(nearest_code(features, table), minlength=len(table)).double()
-    share /= share.sum()
-    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
-    dead = int((share == 0).sum())
+    perplexity, dead = code_usage(torch.bincount(nearest_code(features, table), minlength=len(table)))
     console.print(
         f"{out}: {len(table)} codes of dimension {table.shape[1]}, perplexity {perplexity:.0f}", highlight=False
     )
-    if dead > len(table) // 10:
+    if dead > DEAD_SHARE * len(table):
         console.print(f"warning: {dead} codes are never used; fit fewer codes, or on more images", highlight=False)
     return {"perplexity": perplexity, "dead": dead}

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_mim.modeling.configuration_mim import pair
 from hf_mim.training import metrics, pictures
 from hf_mim.training.data import MIMCollator, MIMDataset, Splits
+from hf_mim.training.teacher import DEAD_SHARE, teacher_diversity
 
 
 KNN_TRAIN, KNN_TEST = 500, 250  # images of the online k-NN: they are decoded once and kept, as uint8
@@ -25,7 +26,8 @@ PLATEAU, PATIENCE = 0.97, 0.2  # the loss over that of the mean, from that share
 
 class Watch(TrainerCallback):
     """Every so often: a picture of reconstructions in `watch/`, online k-NN where there are labels, the effective rank
-    of the features and the loss of predicting the mean, logged as `watch_*`, and what is wrong, said once.
+    of the features, the loss of predicting the mean and what the target has to say (how its codes are used), logged as
+    `watch_*`, and what is wrong, said once.
 
     Nothing that training depends on changes: neither random states nor epochs nor modes. Between looks it does not
     touch the device. For the main process only.
@@ -95,6 +97,8 @@ class Watch(TrainerCallback):
         found |= {"watch_effective_rank": rank, "watch_spread": spread}
         if self.mean_loss is not None:
             found["watch_mean_loss"] = self.mean_loss
+        found |= {f"watch_{name}": value for name, value in self.model.target.figures().items()}
+        self._warn_of_codes(found)
         self._warn(state, rank, spread, features.shape[1])
         self.trainer.log(found)
         show_picture(self.trainer, picture, path, state.global_step)
@@ -128,10 +132,47 @@ class Watch(TrainerCallback):
                 "or train longer; if that does not help, lower model.masking_config.ratio and look at the pictures",
             )
 
+    def _warn_of_codes(self, found: dict) -> None:
+        dead = found.get("watch_dead_codes", 0)
+        codes = self.model.target.outputs["patches"]
+        if dead > DEAD_SHARE * codes:
+            self._once(
+                "codes",
+                f"{dead} of {codes} codes are never used: fit a codebook with fewer codes, or on more images, with "
+                "hf-mim codebook",
+            )
+
     def _once(self, sign: str, text: str) -> None:
         if sign not in self.warned:
             self.warned.add(sign)
             self.say(f"warning: {text}")
+
+
+class TeacherWatch(TrainerCallback):
+    """At the start of a run with a teacher: how different its tokens are within an image (Img2Vec), logged and said.
+
+    Attributes:
+        found: as of `teacher_diversity`; None before.
+    """
+
+    def __init__(self, trainer, splits: Splits, say=print):
+        self.trainer, self.splits, self.say, self.found = trainer, splits, say, None
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        batches = list(example_batches(self.splits))
+        if not batches:
+            return
+        pixel_values = MIMCollator(self.model.config)(batches)["pixel_values"].to(self.model.device)
+        self.found = teacher_diversity(self.model, pixel_values)
+        for row in self.found:
+            rows, cols = row["grid"]
+            self.say(
+                f"teacher {row['teacher']}, {row['layer']}: token diversity {row['raw']:.3f}, centred "
+                f"{row['centred']:.3f}, on {rows}x{cols} tokens of {len(pixel_values)} images"
+            )
+        names = {"raw": "teacher_diversity", "centred": "teacher_diversity_centred"}
+        self.trainer.log({f"{name}_{row['layer']}": row[key] for row in self.found for key, name in names.items()})
 
 
 # ---- what is looked at ---------------------------------------------------------------------------------------------
