@@ -105,19 +105,21 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert cli.main(["pretrain", "maee"]) == 2
 
 
-def test_pretraining_starts_again_with_threads_that_sleep(monkeypatch):
+def test_pretraining_starts_again_tuned_for_the_processor(monkeypatch):
     started = []
     monkeypatch.setattr(cli.os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "maee"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "maee"])
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     assert cli.main() == 2
     path, words, environment = started.pop()
     assert path == words[0] == sys.executable and words[1:] == ["-X", "dev", "hf-mim", "pretrain", "maee"]
-    assert environment["GOMP_SPINCOUNT"] == "1000"
+    assert environment["GOMP_SPINCOUNT"] == "1000" and environment["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert cli.main() == 2 and "GOMP_SPINCOUNT" not in started.pop()[2]
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert cli.main() == 2 and not started
 
 

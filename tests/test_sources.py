@@ -16,7 +16,7 @@ from test_pretrain import TINY
 
 from hf_mim.training import streaming
 from hf_mim.training.data import MIMCollator, StreamedImages, load_splits
-from hf_mim.training.decoding import TooManyBadImages, allowed, decode
+from hf_mim.training.decoding import TooManyBadImages, allowed, decode, is_plain_jpeg
 from hf_mim.training.pretrain import pretrain
 from hf_mim.training.sources import DataArguments
 
@@ -269,3 +269,31 @@ def test_a_run_reports_what_it_skipped(tmp_path):
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["bad_images"]
     assert found["count"] == 1 and "07.png" in found["first"]
     assert "skipped 1 images that cannot be used; the first: cannot decode" in out.getvalue()
+
+
+def jpeg(mode: str, **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels[..., :3]).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_only_plain_jpegs_take_the_short_way(monkeypatch):
+    plain = jpeg("RGB")
+    assert all(
+        is_plain_jpeg(jpeg("RGB", **options)) for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0abc"})
+    )
+    assert not any(
+        is_plain_jpeg(file) for file in (jpeg("L"), jpeg("CMYK"), plain[:10], b"", b"\xff\xd8" * 9, plain[2:])
+    )
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 24 * 40 // 2 - 1)
+    assert not is_plain_jpeg(plain)  # a bomb, for all that is known
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode(plain, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_have_the_pixels_of_pillow(mode):
+    file = jpeg(mode, quality=90)
+    reference = np.asarray(PIL.Image.open(io.BytesIO(file)).convert("RGB")).transpose(2, 0, 1).astype(int)
+    assert np.abs(decode(file, 3) - reference).max() <= 1

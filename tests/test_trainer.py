@@ -46,6 +46,23 @@ def make(folder, network=None, data=None, console=None, **options) -> MIMTrainer
     )
 
 
+def test_uint8_is_normalised_on_the_device(tmp_path):
+    trainer, features = make(tmp_path), dataset().__getitems__(range(4))
+    config = trainer.model.config
+    wanted = MIMCollator(config)(features)["pixel_values"]
+    raw = MIMCollator(config, normalized=False)(features)
+    assert raw["pixel_values"].dtype == torch.uint8
+    prepared = trainer._prepare_inputs(raw)["pixel_values"]
+    assert torch.equal(prepared, wanted)
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (config.image_mean, config.image_std)
+    )
+    torch.testing.assert_close(prepared.double(), (raw["pixel_values"] / 255.0 - mean) / std, rtol=0, atol=1e-6)
+    again = trainer._prepare_inputs(MIMCollator(config, normalized=False)(dataset(seed=1).__getitems__(range(4))))
+    assert again["pixel_values"].data_ptr() == prepared.data_ptr()  # the same memory, step by step
+    assert torch.equal(trainer._prepare_inputs({"pixel_values": wanted})["pixel_values"], wanted)
+
+
 def test_the_learning_rate_follows_the_total_batch(tmp_path):
     options = {"base_learning_rate": 1.5e-4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4}
     assert arguments(tmp_path, **options).learning_rate == pytest.approx(1.5e-4 * 128 / 256)

@@ -208,7 +208,7 @@ def train(run: Run) -> MIMTrainer:
         model=run.model,
         args=run.arguments,
         train_dataset=run.splits.train,
-        data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size))),
+        data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size)), normalized=False),
         processing_class=processor_for(config),
         console=run.console,
     )

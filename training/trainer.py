@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin
 from hf_mim.training.saving import SafeCheckpointMixin, outlive_sigterm
+from hf_mim.training.transforms import normalize
 
 
 # What wrappers put before a parameter's name.
@@ -97,7 +98,8 @@ class MIMTrainingArguments(TrainingArguments):
 
 class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
     """A `Trainer` without weight decay for biases, norms, tokens and positions, whose data set is told the epoch, and
-    whose order of the images, crops and masks follows from (seed, epoch) alone.
+    whose order of the images, crops and masks follows from (seed, epoch) alone. It normalises `pixel_values` that come
+    as uint8, on the device.
 
     Args:
         console: where progress is shown; None shows nothing. All other arguments are those of `Trainer`.
@@ -112,6 +114,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if hasattr(self.train_dataset, "seek"):
             self.args.ignore_data_skip = True  # the stream goes to its place itself
             self.train_dataset.batch_size = self.args.train_batch_size
+        self.pixels = None
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
             self.add_callback(TargetCallback(self.target))
@@ -131,6 +134,17 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
     def target(self):
         """The target of a `MIMForPreTraining`, however it is wrapped; None for other models."""
         return getattr(self.accelerator.unwrap_model(self.model), "target", None)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        images = inputs.get("pixel_values")
+        if images is None or images.dtype != torch.uint8:
+            return inputs
+        config = self.accelerator.unwrap_model(self.model).config
+        if self.pixels is None or (self.pixels.shape, self.pixels.device) != (images.shape, images.device):
+            # Kept for the next step: fresh pages of memory would cost a processor more than the arithmetic.
+            self.pixels = torch.empty(images.shape, device=images.device)
+        return {**inputs, "pixel_values": normalize(images, config.image_mean, config.image_std, out=self.pixels)}
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.target is not None:

@@ -14,8 +14,7 @@ UNIFORMS = 4 * TRIES + 1  # how many numbers an image's crop and flip take from 
 # Up to this size a crop is resampled as two matrix products for the whole batch; above, one image at a time is faster.
 SMALL = 64
 
-# How many values to normalise at a time: what lies between them and the result then stays in the processor's cache.
-# Fresh memory for a whole batch costs more than the arithmetic.
+# How many values a processor normalises at a time: they stay in its cache between the three operations.
 IN_CACHE = 2**17
 
 
@@ -112,6 +111,13 @@ def resample_matrix(starts: np.ndarray, lengths: np.ndarray, source: int, out: i
     return weights / weights.sum(-1, keepdim=True)
 
 
+def crop(image: torch.Tensor, box: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """`crop_batch` of one image (channels, height, width)."""
+    if max(*image.shape[-2:], *size) > SMALL:
+        return resize(image, size, box)
+    return crop_batch(image[None], box[None], size)[0]
+
+
 def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     """Crops and resizes images of one size, each with its own box.
 
@@ -133,17 +139,21 @@ def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -
 
 
 def flip_batch(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:
-    """Mirrors the images (batch, channels, height, width) for which `flips` (batch,) is True."""
-    flipped = images.clone()
+    """Mirrors, in place, the images (batch, channels, height, width) for which `flips` (batch,) is True."""
     for i in np.flatnonzero(flips):
-        flipped[i] = images[i].flip(-1)
-    return flipped
+        images[i] = images[i].flip(-1)
+    return images
 
 
-def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
-    """(batch, channels, height, width) uint8 -> float32 `pixel_values`: (pixel / 255 - mean) / std per channel."""
-    mean, std = (torch.tensor(values, dtype=torch.float32) * 255 for values in (mean, std))
-    result, count = torch.empty(images.shape), max(1, IN_CACHE // images[0].numel())
+def normalize(
+    images: torch.Tensor, mean: list[float], std: list[float], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(batch, channels, height, width) uint8 -> float32 `pixel_values` on the same device, written to `out` if given:
+    (pixel / 255 - mean) / std per channel."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device)[:, None, None]
+    result = torch.empty(images.shape, device=images.device) if out is None else out
+    count = max(1, IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
     for part, normalized in zip(images.split(count), result.split(count), strict=True):
-        normalized.copy_(F.batch_norm(part.float(), mean, std.square(), eps=0))
+        normalized.copy_(part).mul_(scale).add_(shift)
     return result
