@@ -93,7 +93,7 @@ class ClassificationCollator:
         erases = options.random_erasing > 0
         self.erasing = v2.RandomErasing(options.random_erasing, scale, ratio, value="random") if erases else None
         kinds = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix))
-        self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+        self.mixers = [kind(alpha=float(alpha), num_classes=num_classes) for kind, alpha in kinds if alpha]
 
     def __call__(self, features: list[LabelledBatch]) -> dict[str, Tensor]:
         """-> `pixel_values` (batch, channels, height, width), float32, and `labels`: (batch,), or where images are

@@ -28,7 +28,9 @@ from hf_mim.training.labelled_data import LabelledSplits, balanced_weights, load
 from hf_mim.training.lora import ADAPTER, add_lora, save_adapted
 
 
-HEAD_STD = 2e-5  # of a new head's weights: predictions start out equal, as in MAE's release
+# Of a new head's weights, by optimizer: tiny ones as in MAE's release let predictions start out equal; but LAMB's steps
+# are proportional to the weights, and a tiny head would hardly learn.
+HEAD_STD = {None: 2e-5, "lamb": 0.02}
 METRIC = "accuracy"  # what the best checkpoint is the best in
 
 
@@ -135,7 +137,7 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
     else:
         model = load_checkpoint(run.source, config)
     if not keeps_head:
-        torch.nn.init.trunc_normal_(model.classifier.weight, std=HEAD_STD)
+        torch.nn.init.trunc_normal_(model.classifier.weight, std=HEAD_STD[run.options.optimizer])
         torch.nn.init.zeros_(model.classifier.bias)
     if not model.mim.pooler.apply_final_norm:
         model.mim.encoder.final_norm.requires_grad_(False)  # several processes would wait for gradients it never gets

@@ -36,7 +36,7 @@ class FinetuneTrainer(MIMTrainer):
         self.options, self.encoder, self.average = options, encoder, None
         self.layers = layer_of_parameters(self.model, encoder) if options.layer_decay < 1 else None
         if options.freeze:
-            encoder.requires_grad_(False)
+            encoder.freeze()
         if options.ema:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -45,11 +45,6 @@ class FinetuneTrainer(MIMTrainer):
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
             self.average.update_parameters(self.model)  # the first one copies: the average starts from these weights
         self.add_callback(FinetuneCallback(self, console if self.is_world_process_zero() else None))
-
-    def compute_loss(self, *args, **kwargs):
-        if self.options.freeze:
-            self.encoder.eval()  # Trainer puts the whole model into training mode before every batch
-        return super().compute_loss(*args, **kwargs)
 
     # ---- rates -----------------------------------------------------------------------------------------------------
     def create_optimizer(self, model=None):
