@@ -296,7 +296,7 @@ def test_half_of_the_images_are_mirrored():
 
 
 def test_a_stream_gives_what_the_data_set_gives():
-    data = DataArguments(crop_scale=[0.2, 1.0])
+    data = DataArguments(crop_scale=[0.2, 1.0], shuffle_buffer=0)
     stream = StreamedImages(rows().to_iterable_dataset(), config(), data, seed=3)
     dataset = MIMDataset(rows(), config(), data, seed=3)
     collate = MIMCollator(config(), (2, 2))
