@@ -24,7 +24,7 @@ def pixel_counts(predicted: np.ndarray, mask: np.ndarray, classes: int, ignore: 
 
 
 def ious(counts: np.ndarray) -> np.ndarray:
-    """(..., 3, classes) as of `pixel_counts`, summed over images -> IoU of each class in [0, 1]; NaN without a union."""
+    """(..., 3, classes) as of `pixel_counts`, summed over images -> IoU by class in [0, 1], NaN without a union."""
     right, predicted, true = np.moveaxis(counts, -2, 0)
     union = predicted + true - right
     return np.where(union > 0, right / np.maximum(union, 1), np.nan)
@@ -49,21 +49,37 @@ def _summaries(totals: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean_iou": 100 * mean, "pixel_accuracy": 100 * accuracy}
 
 
-def intervals(counts: np.ndarray, seed: int = 0) -> dict[str, list[float]]:
-    """Bootstrap intervals of `scores`, 95 percent: the images are drawn again, with replacement, `RESAMPLES` times."""
+def intervals(counts: np.ndarray, other: np.ndarray | None = None, seed: int = 0) -> dict[str, list[float]]:
+    """Bootstrap intervals of `scores`, 95 percent: the images are drawn again, with replacement, `RESAMPLES` times.
+
+    Args:
+        counts: (images, 3, classes).
+        other: of another prediction of the same images; the intervals are then those of the differences to it.
+    """
     rng, images = np.random.default_rng(seed), len(counts)
     weights = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
-    totals = (weights @ counts.reshape(images, -1)).reshape(RESAMPLES, *counts.shape[1:])
+    found = _summaries(_resampled(weights, counts))
+    if other is not None:
+        before = _summaries(_resampled(weights, other))
+        found = {name: values - before[name] for name, values in found.items()}
     tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-    return {name: np.percentile(values, tails).tolist() for name, values in _summaries(totals).items()}
+    return {name: np.percentile(values, tails).tolist() for name, values in found.items()}
+
+
+def _resampled(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(resamples, images), (images, 3, classes) -> (resamples, 3, classes)"""
+    return (weights @ counts.reshape(len(counts), -1)).reshape(len(weights), *counts.shape[1:])
 
 
 class MeanIoU(evaluate.Metric):
     """`MeanIoU().compute(predictions=maps, references=masks, num_classes=K)`: the scores of `scores`, and "iou", a list
     with one entry per class, percent, NaN where there is no union. Maps are (height, width), of any sizes."""
 
+    def __init__(self):
+        super().__init__(keep_in_memory=True)  # else it would leave files in the cache of `evaluate`
+
     def _info(self):
-        ids = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+        ids = datasets.List(datasets.List(datasets.Value("int32")))
         features = datasets.Features({"predictions": ids, "references": ids})
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", features=features)
 

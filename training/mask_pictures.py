@@ -68,7 +68,7 @@ def draw_masks(
     for block in range(blocks):
         for column, caption in enumerate(["image", *columns]):
             x = block * block_width + 2 * GAP + column * (width + GAP)
-            draw.text((x + width / 2, top - GAP), caption, "black", font, anchor="mb")
+            draw.text((x + width / 2, top - GAP), caption, "black", font, anchor="ms")
             for row, tile in enumerate(tiles[column][block * rows : (block + 1) * rows]):
                 canvas.paste(tile, (x, top + row * (height + GAP)))
     for line, entries in enumerate(lines):

@@ -10,8 +10,8 @@ from hf_mim.training.sources import DataArguments, decode, find_columns, open_da
 
 SIZE = (56, 56)  # pixels; a piece of clothing is 28 x 28 before it is scaled
 COUNTS = {"train": 1000, "validation": 200, "test": 200}
-PIECES = (2, 5)  # least and most in a scene
-SCALES = (0.6, 1.2)
+PIECES = (3, 6)  # least and most in a scene
+SCALES = (0.8, 1.2)
 POOL = 3000  # images of clothes that the scenes of a split draw from
 FOREGROUND = 12  # of 255: the photographs' own background is 0
 LEAST_VISIBLE = 0.5  # share of a piece that later ones may not cover
@@ -85,14 +85,15 @@ class Scenes:
 
 
 def texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A canvas (height, width), float32 in [0, 255]: smooth noise and a grating, of random scale and contrast."""
+    """A canvas (height, width), float32 in [0, 255]: smooth noise and a grating, of random scale and contrast, darker than
+    most clothes."""
     height, width = size
     noise = gaussian_filter(rng.standard_normal(size), rng.uniform(0.5, 4), mode="wrap")
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:height, :width]
     grating = np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period + phase)
-    pattern = rng.uniform(5, 30) * noise / noise.std() + rng.uniform(0, 25) * grating
-    return np.clip(rng.uniform(40, 200) + pattern, 0, 255).astype(np.float32)
+    pattern = rng.uniform(3, 15) * noise / noise.std() + rng.uniform(0, 10) * grating
+    return np.clip(rng.uniform(10, 90) + pattern, 0, 255).astype(np.float32)
 
 
 def rescale(image: np.ndarray, factor: float) -> np.ndarray:
