@@ -178,7 +178,7 @@ def test_loads_where_hf_mim_is_absent(tmp_path):
 
 
 ONNX = {
-    "sincos": ({}, True),
+    "abmilp": ({"pooler": "abmilp"}, True),
     "learned": (VITS["learned"], False),
     "relative": ({"encoder_config": {"position_embedding": "relative"}}, False),
     "rotary": ({"encoder_config": {"position_embedding": "rotary"}}, True),
@@ -192,6 +192,7 @@ def test_onnx(name, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnxruntime
+    from transformers.exporters.base import ExportedModel
 
     changes, any_size = ONNX[name]
     ours = checkpoint(tmp_path / "ours", changes)
@@ -199,11 +200,14 @@ def test_onnx(name, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     first = images_for(ours)
     for pixel_values in [first[:1], first, *([torch.cat([first, first], dim=3)] if any_size else [])]:
-        tokens, vector = session.run(None, {"pixel_values": pixel_values.numpy()})
+        tokens, vector = session.run(["last_hidden_state", "pooler_output"], {"pixel_values": pixel_values.numpy()})
         with torch.no_grad():
             out = ours(pixel_values)
         torch.testing.assert_close(torch.from_numpy(tokens), out.last_hidden_state, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.from_numpy(vector), out.pooler_output, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = ExportedModel.from_pretrained(tmp_path / "out")(pixel_values=pixel_values)
+    torch.testing.assert_close(again.pooler_output, out.pooler_output, rtol=1e-4, atol=1e-4)
 
 
 def test_onnx_says_what_is_not_installed(tmp_path, monkeypatch):

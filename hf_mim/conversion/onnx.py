@@ -1,12 +1,14 @@
-"""A checkpoint's encoder and pooler as ONNX."""
+"""A checkpoint's encoder and pooler as ONNX, by the exporter of transformers."""
 
+import contextlib
 import importlib.util
+import io
 import logging
 import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.modeling_mim import MIMModel
@@ -14,24 +16,12 @@ from hf_mim.modeling.modeling_mim import MIMModel
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4
-FILE = "model.onnx"
-
-
-class Outputs(nn.Module):
-    """The tokens and the pooled vector, as a tuple."""
-
-    def __init__(self, model: MIMModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model(pixel_values)
-        return out.last_hidden_state, out.pooler_output
+OUTPUTS = ("last_hidden_state", "pooler_output")
 
 
 def to_onnx(model: MIMModel, out: Path) -> list[str]:
-    """Writes `model.onnx`, for any number of images and, where the network allows it, of any size, and compares it
-    with the model in onnxruntime.
+    """Writes `model.onnx` and `model.onnx.data`, for any number of images and, where the network allows it, of any
+    size, and compares them with the model in onnxruntime. `export.json` is for `transformers.exporters.ExportedModel`.
 
     Raises:
         ValueError: onnx, onnxscript or onnxruntime is not installed, or the outputs of the two differ.
@@ -39,7 +29,6 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         raise ValueError(f"ONNX needs {', '.join(absent)}: pip install 'hf-mim[onnx]'")
-    out.mkdir(parents=True, exist_ok=True)
     # The plain attention is written out in operators that every runtime has.
     model.set_attn_implementation("eager")
     size = pair(model.config.image_size)
@@ -52,12 +41,14 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
     else:
         dynamic = {0: torch.export.Dim("batch")}
         note = f"any number of images of {size[0]}x{size[1]} pixels: positions in tables are for one size in ONNX"
-    write(model, images[0], out / FILE, dynamic)
-    difference = compare(model, out / FILE, images)
+    exported = trace(model, images[0], dynamic)
+    exported.config = None  # a config.json of ours would ask for hf_mim where the graph is loaded
+    exported.save_pretrained(out)
+    difference = compare(model, out / "model.onnx", images)
     if not difference <= LARGEST_DIFFERENCE:
         raise ValueError(f"the exported model differs by {difference:.1e} in onnxruntime")
     return [
-        f"{FILE}, input pixel_values, outputs last_hidden_state and pooler_output",
+        f"model.onnx, its weights in model.onnx.data, input pixel_values, outputs {' and '.join(OUTPUTS)}",
         note,
         f"outputs in onnxruntime differ by {difference:.0e} at most",
     ]
@@ -75,25 +66,23 @@ def dynamic_sizes(step: tuple[int, int]) -> dict:
     return {0: torch.export.Dim("batch"), 2: step[0] * torch.export.Dim("rows"), 3: step[1] * torch.export.Dim("cols")}
 
 
-def write(model: MIMModel, images: Tensor, path: Path, dynamic: dict) -> None:
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+def trace(model: MIMModel, images: Tensor, dynamic: dict):
+    """-> the `ExportedModel` of transformers. Silent: what the exporters say is about themselves."""
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.exporters")]
+    levels = [logger.level for logger in loggers]
+    config = OnnxConfig(dynamic=True, dynamic_shapes={"pixel_values": dynamic})
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter about itself
-            torch.onnx.export(
-                Outputs(model),
-                (images,),
-                path,
-                dynamo=True,
-                verbose=False,
-                external_data=False,
-                input_names=["pixel_values"],
-                output_names=["last_hidden_state", "pooler_output"],
-                dynamic_shapes={"pixel_values": dynamic},
-            )
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return OnnxExporter().export(model, {"pixel_values": images}, config)
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def compare(model: MIMModel, path: Path, batches: list[Tensor]) -> float:
@@ -104,9 +93,9 @@ def compare(model: MIMModel, path: Path, batches: list[Tensor]) -> float:
     largest = 0.0
     for images in batches:
         with torch.no_grad():
-            wanted = Outputs(model)(images)
-        for ours, theirs in zip(wanted, session.run(None, {"pixel_values": images.numpy()})):
-            theirs = torch.from_numpy(theirs)
+            wanted = model(images)
+        for name, theirs in zip(OUTPUTS, session.run(list(OUTPUTS), {"pixel_values": images.numpy()})):
+            ours, theirs = wanted[name], torch.from_numpy(theirs)
             if ours.shape != theirs.shape:
                 return float("inf")
             largest = max(largest, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
