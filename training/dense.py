@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, Size
+from hf_mim.modeling.configuration_mim import MIMConfig, Size, unknown
 from hf_mim.modeling.encoder_base import patchify
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
@@ -105,12 +105,26 @@ def probe_dense(source: str, overrides: list[str] = (), console: Console | None 
         f"{len(splits.test):,} test images at {size[0]}x{size[1]}, {len(splits.classes)} classes; patches "
         f"{scenes.grid[0]}x{scenes.grid[1]} an image, {scenes.quota * len(splits.train):,} to learn from",
         highlight=False,
+        soft_wrap=True,
     )
     found = measure(scenes, {**readers, "raw_pixels": None}, layer, console)
     write(folder, found, scenes, arguments, source, time.perf_counter() - started)
     console.print(results_table(found, scenes))
     console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def asks_for_dense(overrides: list[str]) -> bool:
+    """Whether a command line asks for this task: `task=dense`, or in full `probe.task=dense`.
+
+    Raises:
+        ValueError: it asks for a task that there is not.
+    """
+    asked = [word.partition("=")[2] for word in overrides if word.partition("=")[0] in ("task", "probe.task")]
+    for task in asked:
+        if task != "dense":
+            raise unknown("probe.task", task, ["dense"])
+    return bool(asked)
 
 
 def read_overrides(overrides: list[str]) -> tuple[DenseArguments, DataArguments]:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hf_mim.training import probe_report, probe_scores
 from hf_mim.training.checkpoint import untrained_twin
+from hf_mim.training.dense import asks_for_dense, probe_dense
 from hf_mim.training.features import (
     CachedSource,
     Features,
@@ -29,7 +30,7 @@ def probe(source: str, overrides: list[str] = (), console: Console | None = None
 
     Args:
         source: a checkpoint of this project or a vision model of transformers: a folder, or an id on the Hub.
-        overrides: `data.key=value` and `probe.key=value`.
+        overrides: `data.key=value` and `probe.key=value`; `task=dense` reads out masks instead (see `probe_dense`).
 
     Returns:
         the folder.
@@ -39,6 +40,8 @@ def probe(source: str, overrides: list[str] = (), console: Console | None = None
             features that are worth keeping.
         KeyboardInterrupt: after Ctrl-C; what is in the cache stays there.
     """
+    if asks_for_dense(overrides):
+        return probe_dense(source, overrides, console)
     run = set_up(source, list(overrides), console or Console())
     started = time.perf_counter()
     try:

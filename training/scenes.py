@@ -85,8 +85,8 @@ class Scenes:
 
 
 def texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A canvas (height, width), float32 in [0, 255]: smooth noise and a grating, of random scale and contrast, darker than
-    most clothes."""
+    """A canvas (height, width), float32 in [0, 255]: smooth noise and a grating, of random scale and contrast and
+    darker than most clothes."""
     height, width = size
     noise = gaussian_filter(rng.standard_normal(size), rng.uniform(0.5, 4), mode="wrap")
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.uniform(0, 2 * np.pi)

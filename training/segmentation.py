@@ -175,6 +175,7 @@ def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tu
         f"training: total batch {run.arguments.total_batch_size}, learning rate {run.arguments.learning_rate:.3g}, "
         f"on {where}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
