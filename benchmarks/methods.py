@@ -10,7 +10,7 @@ labels (mean-pooled patch tokens). What is done already is skipped, so the comma
 again; after `--minutes` it stops by itself. Teachers are trained first, by this project, on the train split: a
 supervised ViT and a supervised ResNet-18; the run of HOG with seed 0 is the teacher of "distillation, hog teacher".
 Whole tables of one seed come first, then the ablations. `--table` runs nothing and writes table and figure from what
-is there: means and standard deviations over the seeds, and how many they are.
+is there into a page: means and standard deviations over the seeds, and how many they are.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods_report import write_report
+from methods_report import report, write_page
 from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -42,6 +42,7 @@ VIT = "{teacher: TEACHERS/vit, match: interpolate, input_size: 28}"
 RESNET = "{teacher: TEACHERS/resnet, match: interpolate, input_size: 32}"
 HOG = "{teacher: RUNS/vit-hog-0-STEPS, match: interpolate, input_size: 28}"
 NO_TOKEN = "no token"  # not an override: the mask token is set to zero and stays there
+RAW = ["raw"]  # not a run: the pixels themselves are scored
 
 
 def features(teacher: str) -> list[str]:
@@ -71,6 +72,7 @@ STUDENTS = {
         "dtm, resnet teacher": ("dtm_small", morphed(RESNET)),
         "dtm, vit teacher": ("dtm_small", morphed(VIT)),
         "moving average": ("data2vec_small", ["model.masks_per_image=1"]),
+        "raw pixels": ("quick", RAW),
     },
     "resnet": {
         "untrained": (A2MIM, None),
@@ -171,6 +173,8 @@ def run_cell(student: str, method: str, seed: int, args) -> dict:
     """Pretrains one encoder and scores it: {"knn", "linear_1", "linear_10", "linear_100"} in percent, and more."""
     recipe, overrides = {**STUDENTS[student], **ABLATIONS[student]}[method]
     started, steps = time.process_time(), args.steps or STEPS[student]
+    if overrides is RAW:
+        return score_pixels(MIMConfig(**recipes.resolve(recipe)["model"]), seed, args.images)
     if overrides is None:
         set_seed(seed)
         model, found = MIMModel(MIMConfig(**recipes.resolve(recipe)["model"]), add_pooling_layer=False), {}
@@ -222,11 +226,10 @@ def look(model, images: int | None) -> dict:
     """What a finished run predicts on test images: where it predicts pixels, their absolute error in hidden patches and
     the mean energy of the error at high frequencies, of values in [0, 1]; else how the targets vary."""
     model.eval()
-    splits = load_splits(DataArguments(max_eval_images=images), model.config)
-    data, config = splits.test, model.config
+    data, config = load_splits(DataArguments(), model.config).test, model.config
     data.set_epoch(0)
     grid = model.mask_grid(*pair(config.image_size))
-    batch = MIMCollator(config, grid)(data.__getitems__(list(range(min(SHOWN, len(data))))))
+    batch = MIMCollator(config, grid)(data.__getitems__(list(range(min(images or SHOWN, SHOWN)))))
     pixels, masks = (batch[name].to(model.device) for name in ("pixel_values", "bool_masked_pos"))
     if config.target == "frequency" or (config.target == "pixel" and not config.target_config.get("normalize", True)):
         shown = model.reconstruct(pixels, masks)
@@ -243,19 +246,35 @@ def look(model, images: int | None) -> dict:
 def score(model, seed: int, images: int | None) -> dict:
     """k-NN and linear probes of the mean patch token, percent; the token diversity of 256 test images."""
     config = model.config
-    splits = load_splits(DataArguments(max_train_images=images, max_eval_images=images), config)
-    sides = (splits.train_eval, splits.test)
-    loaders = (metrics.pixel_loader(side, config) for side in sides)
-    train, test = (metrics.extract_features(model, loader, has_bf16())["mean"] for loader in loaders)
-    labels, truth = (side.labels for side in sides)
+    train, test = sides_of(config, images)
+    loaders = (metrics.pixel_loader(dataset, config) for dataset, _ in (train, test))
+    features = (metrics.extract_features(model, loader, has_bf16())["mean"] for loader in loaders)
+    scores = accuracies(*features, train[1], test[1], seed)
+    batch = next(metrics.pixel_loader(test[0], config, 256))
+    with torch.inference_mode():
+        tokens = model(batch.to(model.device)).last_hidden_state[:, model.encoder.num_prefix_tokens :]
+    return {**scores, "diversity": metrics.token_diversity(tokens.float())}
+
+
+def score_pixels(config, seed: int, images: int | None) -> dict:
+    """The accuracies of `score` for normalised pixels as features."""
+    train, test = sides_of(config, images)
+    features = (metrics.raw_pixels(metrics.pixel_loader(dataset, config)) for dataset, _ in (train, test))
+    return accuracies(*features, train[1], test[1], seed)
+
+
+def sides_of(config, images: int | None) -> list[tuple]:
+    """What probes are fitted on and what they are tested on, each as images and labels."""
+    splits = load_splits(DataArguments(), config)
+    return [metrics.subset(side, images or len(side)) for side in (splits.train_eval, splits.test)]
+
+
+def accuracies(train, test, labels, truth, seed: int) -> dict[str, float]:
     scores = {"knn": metrics.knn_accuracy(train, labels, test, truth)}
     for share in SHARES:
         chosen = draw(labels, share, seed)
         scores[f"linear_{share:.0%}"[:-1]] = metrics.linear_accuracy(train[chosen], labels[chosen], test, truth)
-    batch = next(metrics.pixel_loader(splits.test, config, 256))
-    with torch.inference_mode():
-        tokens = model(batch.to(model.device)).last_hidden_state[:, model.encoder.num_prefix_tokens :]
-    return {**scores, "diversity": metrics.token_diversity(tokens.float())}
+    return scores
 
 
 def draw(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
@@ -292,21 +311,23 @@ def cells(args) -> list[tuple[str, str, int]]:
     return wanted
 
 
-def main(arguments: list[str] | None = None) -> str:
-    known = list(
-        dict.fromkeys(name for table in (STUDENTS, ABLATIONS) for methods in table.values() for name in methods)
-    )
+def read_arguments(arguments: list[str] | None):
+    known = dict.fromkeys(name for table in (STUDENTS, ABLATIONS) for methods in table.values() for name in methods)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
-    parser.add_argument("--methods", nargs="+", choices=known, help="by default all")
+    parser.add_argument("--methods", nargs="+", choices=list(known), help="by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help=f"of students and teachers; by default {STEPS}, teachers longer")
-    parser.add_argument("--images", type=int, help="score on the first so many images only")
+    parser.add_argument("--images", type=int, help="probe with so many training and test images only")
     parser.add_argument("--minutes", type=float, default=55.0)
     parser.add_argument("--out", type=Path, default=Path("outputs/methods"))
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--page", type=Path, help="the document that table and figure are written into")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--table", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> str:
+    args = read_arguments(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     if not args.table:
@@ -318,9 +339,25 @@ def main(arguments: list[str] | None = None) -> str:
         scores = run_cell(student, method, seed, args)
         write_json(cell_file(student, method, seed, args), scores)
         print(f"{student}, {method}, seed {seed}: {scores}; {len(missing)} to go", flush=True)
-    shown = write_report(args, STUDENTS, ABLATIONS, cell_file)
+    tables = [
+        {name: {method: read_cells(name, method, args) for method in methods[name]} for name in args.students}
+        for methods in (STUDENTS, ABLATIONS)
+    ]
+    shown = report(*tables, {name: read_json(args.out / "teachers" / f"{name}.json") for name in TEACHERS})
+    if args.table:
+        write_page(args.page, shown, tables[0])
     print(f"{shown}\n\n{len(missing)} cells to go: run the command again" if missing else shown)
     return shown
+
+
+def read_cells(student: str, method: str, args) -> list[dict]:
+    """What is there of all seeds."""
+    found = (read_json(cell_file(student, method, seed, args)) for seed in args.seeds)
+    return [cell for cell in found if cell]
+
+
+def read_json(file: Path) -> dict | None:
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 if __name__ == "__main__":

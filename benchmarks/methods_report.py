@@ -1,5 +1,122 @@
-"""Table and figure of benchmarks/methods.py, from the files of its cells."""
+"""Tables and figure of benchmarks/methods.py, from the scores of its cells."""
+
+from pathlib import Path
+
+import numpy as np
+from measure import machine, markdown_table, write_section
 
 
-def write_report(args, students: dict, ablations: dict, cell_file) -> str:
-    return ""
+SCORES = {"knn": "k-NN", "linear_1": "linear, 1 %", "linear_10": "linear, 10 %", "linear_100": "linear, all"}
+NAMES = {"vit": "ViT", "resnet": "ResNet-18"}
+COLOURS = {"untrained": "tab:gray", "raw pixels": "tab:gray"}  # what is no method
+Table = dict[str, dict[str, list[dict]]]  # student -> method -> the cells of its seeds
+
+
+def report(students: Table, ablations: Table, teachers: dict[str, dict | None]) -> str:
+    """Everything as markdown."""
+    parts = [machine(), "### Teachers", teacher_table(teachers)]
+    for student, methods in students.items():
+        parts += [f"### Student {NAMES[student]}: accuracy of the frozen encoder, percent", score_table(methods)]
+    parts += ["### What the targets are like", target_table(students)]
+    parts += ["### Hidden pixels, and one thing changed at a time", ablation_table(students, ablations)]
+    return "\n\n".join(parts)
+
+
+def of(cells: list[dict], *keys: str, digits: int = 1) -> str:
+    """Mean and standard deviation over the seeds of one figure, or "" where there is none."""
+    values = []
+    for cell in cells:
+        for key in keys:
+            cell = None if cell is None else cell.get(key)
+        if cell is not None:
+            values.append(cell)
+    if not values:
+        return ""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def teacher_table(teachers: dict[str, dict | None]) -> str:
+    rows = [
+        [
+            f"{NAMES[name]}, supervised",
+            cell["steps"],
+            f"{cell['accuracy']:.1f}",
+            *(f"{cell[key]:.1f}" for key in SCORES),
+        ]
+        for name, cell in teachers.items()
+        if cell
+    ]
+    return markdown_table(["teacher", "steps", "its classifier", *SCORES.values()], rows)
+
+
+def score_table(methods: dict[str, list[dict]]) -> str:
+    rows = [
+        [method, *(of(cells, key) for key in SCORES), of(cells, "seconds", digits=0), len(cells)]
+        for method, cells in methods.items()
+        if cells
+    ]
+    return markdown_table(["method", *SCORES.values(), "processor seconds", "seeds"], rows)
+
+
+def target_table(students: Table) -> str:
+    """Of the methods whose target is no image: how the targets vary, beside what the student learned."""
+    rows = []
+    for student, methods in students.items():
+        for method, cells in methods.items():
+            if any("target" in cell for cell in cells):
+                row = [of(cells, "target_std", digits=2)]
+                row += [of(cells, "target", key, digits=2) for key in ("raw", "centred")]
+                row += [of(cells, "diversity", key, digits=2) for key in ("raw", "centred")]
+                rows.append([NAMES[student], method, *row, of(cells, "linear_100")])
+    header = ["student", "method", "deviation of the target", "its token diversity", "centred"]
+    return markdown_table([*header, "the student's", "centred", "linear, all"], rows)
+
+
+def ablation_table(students: Table, ablations: Table) -> str:
+    """Of everything that predicts pixels, and of the ablations with what they are compared with."""
+    rows = []
+    for student in students:
+        for method, cells in {**students[student], **ablations[student]}.items():
+            if any("hidden_l1" in cell for cell in cells) or method in ablations[student] or method.startswith("dtm"):
+                row = [of(cells, "hidden_l1", digits=4), of(cells, "high_error", digits=5), of(cells, "loss", digits=4)]
+                row += [of(cells, "knn"), of(cells, "linear_100"), len(cells)]
+                rows += [[NAMES[student], method, *row]] if cells else []
+    header = ["student", "method", "hidden pixels: mean error", "energy of its high frequencies", "last training loss"]
+    return markdown_table([*header, SCORES["knn"], SCORES["linear_100"], "seeds"], rows)
+
+
+def write_page(page: Path, text: str, students: Table) -> None:
+    """Puts the tables between markers of the page, whose other words stay, and the figure beside it."""
+    picture = page.with_suffix(".png")
+    drawn = any(cells for methods in students.values() for cells in methods.values())
+    if drawn:
+        draw(students, picture)
+        text = f"![accuracy of every method, one dot per seed]({picture.name})\n\n{text}"
+    write_section(page, "methods", text)
+
+
+def draw(students: Table, path: Path) -> None:
+    """A row of panels per student, a panel per score: a dot per seed and a bar at the mean of each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    there = {name: {m: cells for m, cells in methods.items() if cells} for name, methods in students.items()}
+    there = {name: methods for name, methods in there.items() if methods}
+    heights = [len(methods) for methods in there.values()]
+    figure = Figure(figsize=(14, 1.2 + 0.3 * sum(heights) + 0.6 * len(heights)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(there), len(SCORES), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, (student, methods) in zip(panels, there.items()):
+        for axes, (key, title) in zip(row, SCORES.items()):
+            for place, (method, cells) in enumerate(methods.items()):
+                values, colour = [cell[key] for cell in cells], COLOURS.get(method, "tab:blue")
+                axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+                axes.plot(np.mean(values), place, "|", color=colour, markersize=13, markeredgewidth=2)
+            if "untrained" in methods:
+                start = np.mean([cell[key] for cell in methods["untrained"]])
+                axes.axvline(start, color="tab:gray", linestyle=":", linewidth=1)
+            axes.set_yticks(range(len(methods)), methods if axes is row[0] else [""] * len(methods))
+            axes.set(ylim=(len(methods) - 0.5, -0.5), title=f"{NAMES[student]}: {title}")
+            axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("accuracy of the frozen encoder, percent; dotted: untrained", fontsize=10)
+    figure.savefig(path)
