@@ -13,6 +13,7 @@ setup(
     package_dir={"hf_mim": "hf_mim", **MAPPED},
     package_data={
         "hf_mim": ["data/*.py", "data/fashion_mnist/*"],
+        "hf_mim.analysis": ["report.html"],
         "hf_mim.training": ["recipes/*.yaml"],
         "hf_mim.model_cards": ["*.md"],
     },
