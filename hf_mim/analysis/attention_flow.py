@@ -62,10 +62,10 @@ class AttentionFlow(Measurement):
     title = "Attention flow"
     watches_attention = True
     normal = (
-        "In a masked autoencoder [cls] looks mostly at itself in late blocks and spreads the rest almost evenly "
-        "(entropy near its maximum), so that a pooler over patches beats it; encoders trained by joint embedding look "
-        "at few patches. A sign of trouble is attention that is uniform in every block, or a patch that looks at "
-        "nothing but itself."
+        "The paper finds that in late blocks of masked autoencoders [cls] looks mostly at itself and spreads the rest "
+        "almost evenly (entropy near its maximum), so that a pooler over patches beats it, while encoders trained by "
+        "joint embedding look at few patches; small encoders can differ. A sign of trouble is attention as uniform in "
+        "every block as the untrained encoder's, or patches that look at nothing but themselves."
     )
 
     def __init__(self, model, setting):

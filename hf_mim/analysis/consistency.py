@@ -55,9 +55,10 @@ class Consistency(Measurement):
     """
 
     title = "Spatial consistency"
+    needs_prototypes = True
     normal = (
         "Merging similar tokens should make neighbours agree more than merging as many at random does. Random merging "
-        "draws every token towards the mean token and raises token accuracy by that alone. A sign of trouble is a token "
+        "draws every token towards the mean token, which alone raises token accuracy. A sign of trouble is a token "
         "accuracy near chance while the image accuracy is high (only the mean means something), or neighbours that "
         "agree no more after morphing than after random merging: similar tokens then share no meaning."
     )

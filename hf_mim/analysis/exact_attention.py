@@ -65,7 +65,7 @@ def attention_modules(model) -> list[nn.Module]:
     with torch.inference_mode(), replaced_attention(encoder, note):
         length = encoder(pixel_values.to(model.dtype)).tokens.shape[1]
     if not found:
-        raise ValueError("This encoder computes no attention that could be looked at.")
+        raise ValueError("This encoder has no attention, or computes it in a way that cannot be looked into.")
     if any(shape[0] != 1 or shape[2:] != (length, length) for _, shape in found):
         raise ValueError("This encoder attends within windows or between scales, not from every token to every token.")
     modules = [module for module, _ in found]

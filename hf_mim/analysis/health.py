@@ -108,25 +108,25 @@ class FeatureHealth(Measurement):
                 ),
                 "largest_norm": self.averages.curve("largest_norm", "largest norm over the median", "ratio of norms"),
             },
-            "scalars": {**self._ranks(final, rankme, most), **self._faults(dead, dims, last)},
+            "scalars": {**self._ranks(final, rankme), **self._faults(dead, dims, last)},
         }
 
-    @staticmethod
-    def _ranks(final: float, rankme: float, most: int) -> dict:
+    def _ranks(self, final: float, rankme: float) -> dict:
+        dims, images = len(self.final.products), self.final.count
         return {
             "effective_rank": number(
                 "effective rank of the centred features",
                 final,
-                f"dimensions of at most {most}",
-                "A quarter of the possible or more is common. A few dimensions only are a sign of collapse: images "
-                "differ along hardly any direction.",
+                f"dimensions of at most {min(dims, images - 1)}",
+                "No value is right for all: training usually raises it above the untrained encoder's. A few dimensions "
+                "only are a sign of collapse: images differ along hardly any direction.",
             ),
             "rankme": number(
                 "RankMe",
                 rankme,
-                f"dimensions of at most {most + 1}",
-                "Like the effective rank, but the mean counts too: much lower than it where one direction is shared "
-                "by all images. Of two encoders of the same kind the higher one usually probes better.",
+                f"dimensions of at most {min(dims, images)}",
+                "Like the effective rank, but the mean counts too: it is much lower where all images share one "
+                "direction, as before training. Of encoders of one kind, the paper finds, the higher one probes better.",
             ),
         }
 

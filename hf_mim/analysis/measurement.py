@@ -114,6 +114,7 @@ class Measurement:
     title = ""
     normal = ""
     watches_attention = False
+    needs_prototypes = False
 
     def __init__(self, model, setting: Setting):
         self.setting, self.absent = setting, None

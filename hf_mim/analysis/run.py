@@ -13,17 +13,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from hf_mim.analysis import MEASUREMENTS
-from hf_mim.analysis.exact_attention import watched_attention
 from hf_mim.analysis.images import Choice, EncoderImages, choose_images
 from hf_mim.analysis.interaction_models import measure_interactions, plan_of
-from hf_mim.analysis.measurement import Layer, Measurement, Seen, Setting
+from hf_mim.analysis.measurement import Measurement
+from hf_mim.analysis.shared_pass import measure
 from hf_mim.modeling.configuration_mim import pair, unknown
 from hf_mim.modeling.encoder_base import Grid
-from hf_mim.modeling.encoder_native import grid_of
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
@@ -220,8 +218,26 @@ def load_subjects(sources: list[str], choice: Choice, data: DataArguments, argum
             twin = untrained_twin(model, arguments.seed).float()
             twins[key] = Subject(f"untrained {label}", twin, None, None, images[sees])
         subjects.append(Subject(label, model, source, twins[key].label, images[sees]))
-        model.encoder.token_grid(*subjects[-1].images.size)  # raises where the images do not fit
+        check_tokens(label, model, subjects[-1].images.size)
     return subjects + list(twins.values())
+
+
+@torch.inference_mode()
+def check_tokens(label: str, model: MIMModel, size: tuple[int, int]) -> None:
+    """Raises:
+    ValueError: images of this size do not fit the encoder, or its tokens are not those of a grid over the image.
+    """
+    rows, cols = model.encoder.token_grid(*size)
+    try:
+        length = model(torch.zeros(1, model.config.num_channels, *size)).last_hidden_state.shape[1]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{label} cannot be run on images of {size[0]}x{size[1]} pixels: {reason}") from error
+    if length != model.encoder.num_prefix_tokens + rows * cols:
+        raise ValueError(
+            f"{label} cannot be analysed: it gives {length} tokens, where a {rows}x{cols} grid and "
+            f"{model.encoder.num_prefix_tokens} tokens without a place were expected"
+        )
 
 
 def common_grid(grids: list[Grid]) -> Grid | None:
@@ -240,79 +256,9 @@ def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: C
         for subject in subjects:
             bar.update(task, description=subject.label)
             subject.model.to(device)
-            subject.measured = measure(
-                subject.model, subject.images, arguments, shared, lambda images: bar.advance(task, images)
-            )
+            advance = partial(bar.advance, task)
+            subject.measured = measure(subject.model, subject.images, arguments, shared, advance)
             subject.model.to("cpu")
-
-
-def measure(
-    model: MIMModel,
-    images: EncoderImages,
-    arguments: AnalyzeArguments,
-    shared: Grid | None,
-    advance=lambda images: None,
-) -> dict[str, Measurement]:
-    """Every measurement of one encoder: one pass over the images, after a plain one over those for prototypes."""
-    setting = Setting(
-        images=len(images.measured),
-        grid=model.encoder.token_grid(*images.size),
-        common_grid=shared,
-        classes=images.classes,
-        prototypes=class_prototypes(model, images, arguments.batch_size, advance),
-        examples=arguments.examples,
-        seed=arguments.seed,
-    )
-    names = arguments.measurements or MEASUREMENTS
-    measured = {name: MEASUREMENTS[name](model, setting) for name in names}
-    active = [measurement for measurement in measured.values() if measurement.absent is None]
-    watching, first = [measurement for measurement in active if measurement.watches_attention], 0
-    with torch.inference_mode(), watched_attention(model, watching):
-        for pixel_values, labels in images.batches(arguments.batch_size):
-            observe(model, pixel_values.to(model.device), labels, first, active)
-            first += len(pixel_values)
-            advance(len(pixel_values))
-    return measured
-
-
-def observe(model: MIMModel, pixel_values: Tensor, labels: Tensor | None, first: int, measurements: list) -> None:
-    """Runs the encoder on one batch and shows it to the measurements; `first` is the number of its first image."""
-    size, prefix = pixel_values.shape[2:], model.encoder.num_prefix_tokens
-    out = model(pixel_values, output_hidden_states=True)
-    for i, state in enumerate(out.hidden_states):
-        layer = patch_layer(state, prefix, size)
-        for measurement in measurements:
-            measurement.layer(i, layer)
-    tokens = out.last_hidden_state
-    final = Layer(tokens[:, prefix:], model.encoder.token_grid(*size))
-    seen = Seen(first, pixel_values, labels, tokens, final)
-    for measurement in measurements:
-        measurement.update(seen)
-
-
-def patch_layer(state: Tensor, prefix: int, size: tuple[int, int]) -> Layer:
-    """A hidden state, tokens (batch, prefix + patches, dim) or a map (batch, dim, rows, cols), as patch tokens."""
-    if state.ndim == 4:
-        return Layer(state.flatten(2).transpose(1, 2), tuple(state.shape[2:]))
-    patches = state[:, prefix:]
-    return Layer(patches, grid_of(patches.shape[1], *size))
-
-
-@torch.inference_mode()
-def class_prototypes(model: MIMModel, images: EncoderImages, batch_size: int, advance) -> Tensor | None:
-    """(classes, dim), float32: the mean of the mean patch token over the images set aside; None without labels."""
-    if images.others is None:
-        return None
-    prefix = model.encoder.num_prefix_tokens
-    sums = torch.zeros(len(images.classes), model.encoder.hidden_size, dtype=torch.float64, device=model.device)
-    counts = torch.zeros(len(images.classes), dtype=torch.float64, device=model.device)
-    for pixel_values, labels in images.prototype_batches(batch_size):
-        pooled = model(pixel_values.to(model.device)).last_hidden_state[:, prefix:].mean(dim=1)
-        labels = labels.to(model.device)
-        sums.index_add_(0, labels, pooled.double())
-        counts += torch.bincount(labels, minlength=len(counts))
-        advance(len(pixel_values))
-    return (sums / counts.clamp(min=1)[:, None]).float()
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
