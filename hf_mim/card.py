@@ -5,10 +5,13 @@ import math
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from safetensors import safe_open
+from yaml import YAMLError
 
 import hf_mim
+from hf_mim import card_results as results_of
+from hf_mim.card_results import clean, is_number
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoders import ENCODERS
@@ -21,7 +24,7 @@ from hf_mim.training import recipe as recipes
 TEMPLATE = Path(hf_mim.__file__).parent / "model_cards" / "template.md"
 PICTURES = {
     "reconstructions.png": "test images: original, masked, prediction, prediction with the visible patches",
-    "attention.png": "attention",
+    "attention.png": "where the poolers look: test images, and the weights of their patches",
     "loss.png": "the loss while training",
     "probe.png": "accuracy behind each pooler",
     "confusion.png": "which classes are taken for which",
@@ -34,13 +37,6 @@ PARTS = {
     "pooler": POOLERS,
 }
 SHIPPED = "a class-balanced subset of Fashion-MNIST (the data that ships with hf_mim)"
-SCORES = {
-    "knn_mean": ("k-NN, mean of the patches", "knn"),
-    "linear_mean": ("linear probe, mean of the patches", "linear"),
-    "knn_cls": ("k-NN, class token", None),
-    "linear_cls": ("linear probe, class token", None),
-}
-EVALUATED = {"train_images": "images to learn from", "test_images": "to test on"}
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 
 
@@ -56,25 +52,32 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
         ValueError, OSError: a file cannot be read, or is none of this project's.
     """
     config = MIMConfig.from_pretrained(folder)
-    recipe, metrics, probe = read_recipe(folder), read_json(folder / "metrics.json"), read_json(folder / "probe.json")
+    recipe = read_recipe(folder)
+    metrics, probe = (shareable(read_json(folder / f"{name}.json")) for name in ("metrics", "probe"))
     data = dataset_of(recipe.get("data"))
-    results = eval_results(metrics, data)
+    results = results_of.eval_results(metrics, data)
     card = ModelCard.from_template(
         card_data(config, recipe, repo, license, data, results),
         template_path=str(TEMPLATE),
         title=repo.split("/")[-1],
         repo=repo,
         summary=summary(config, metrics, data),
+        classifies=classifies(config),
+        auto_class="AutoModelForImageClassification" if classifies(config) else "AutoModel",
         prefix_tokens=plural(prefix_tokens(config), "vector") + " without a patch",
         pooler=f"`{config.pooler}`",
         channels=config.num_channels,
         pictures=[{"file": name, "words": words} for name, words in PICTURES.items() if (folder / name).is_file()],
         facts=[(name, clean(value)) for name, value in facts(folder, config, recipe, metrics, data) if value],
-        results=result_rows(metrics),
+        results=results_of.result_rows(metrics),
+        finetuned=results_of.finetuned_rows(metrics),
+        finetuned_counts=results_of.finetuned_counts(metrics),
         eval_data=data["words"],
-        eval_counts=eval_counts(metrics),
+        eval_counts=results_of.counts(metrics.get("evaluation") or {}),
         protocol=[clean(line) for line in metrics.get("evaluation", {}).get("protocol", {}).values()],
-        probe=probe_rows(probe),
+        probe=results_of.probe_rows(probe),
+        probe_counts=results_of.probe_counts(probe),
+        probe_protocol=results_of.probe_protocol(probe),
         limits=limits(config, recipe, metrics, data),
         papers=papers(folder, config),
     )
@@ -105,6 +108,7 @@ def shareable(value):
     """A value of a recipe or of JSON as it may be published: no tokens, and of local paths only the last name."""
     if isinstance(value, dict):
         secret = {key for key, inner in value.items() if isinstance(inner, str) and str(key).endswith("token")}
+        secret |= {"command"} & value.keys()  # as typed on this machine; the settings are beside it
         return {key: shareable(inner) for key, inner in value.items() if key not in secret}
     if isinstance(value, list):
         return [shareable(inner) for inner in value]
@@ -148,13 +152,16 @@ def prefix_tokens(config: MIMConfig) -> int:
         return make_encoder(config).num_prefix_tokens
 
 
+def classifies(config: MIMConfig) -> bool:
+    return "MIMForImageClassification" in (config.architectures or ())
+
+
 # ---- metadata --------------------------------------------------------------------------------------------------------
 def card_data(config: MIMConfig, recipe: dict, repo: str, license: str | None, data: dict, results) -> ModelCardData:
     start = recipe.get("model", {}).get("init_from")
-    classifies = "MIMForImageClassification" in (config.architectures or ())
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification" if classifies else "image-feature-extraction",
+        pipeline_tag="image-classification" if classifies(config) else "image-feature-extraction",
         license=license,
         base_model=start if start and "/" in start else None,
         datasets=[data["id"]] if data["id"] else None,
@@ -163,34 +170,7 @@ def card_data(config: MIMConfig, recipe: dict, repo: str, license: str | None, d
     )
 
 
-def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
-    """The accuracies of the trained encoder as the Hub's evaluation results."""
-    trained = metrics.get("trained", {}) if data["words"] else {}
-    return [
-        EvalResult(
-            task_type="image-classification",
-            task_name=f"Image classification, {title}, encoder frozen",
-            dataset_type=data["type"],
-            dataset_name=data["words"].replace("`", ""),
-            metric_type="accuracy",
-            metric_name=f"accuracy in percent, {title}",
-            metric_value=round(trained[key], 2),
-        )
-        for key, (title, _) in SCORES.items()
-        if is_number(trained.get(key))
-    ]
-
-
 # ---- the text --------------------------------------------------------------------------------------------------------
-def clean(value) -> str:
-    """A value on one line of a table, whatever it holds."""
-    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def plural(count: int, noun: str) -> str:
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
@@ -200,7 +180,7 @@ def summary(config: MIMConfig, metrics: dict, data: dict) -> str:
     height, width = pair(config.image_size)
     shape = f"{height}x{width} pixels and {plural(config.num_channels, 'channel')}"
     what = f"A {config.encoder} encoder for images of {shape}"
-    if "MIMForImageClassification" in (config.architectures or ()):
+    if classifies(config):
         return f"{what}, with a classifier of {plural(config.num_labels, 'class')}."
     if not is_number(metrics.get("steps")):  # nothing here says that it was trained
         return f"{what}."
@@ -212,25 +192,53 @@ def teacher_of(target_config: dict) -> str | None:
     return target_config.get("teacher") or (target_config.get("features") or {}).get("teacher")
 
 
+def teacher_row(folder: Path) -> str | None:
+    """The teacher, and what its own card says of its licence."""
+    teacher = teacher_of(read_json(folder / "config.json").get("target_config") or {})
+    if teacher is None:
+        return None
+    license = license_of(teacher)
+    return shareable(teacher) + (f", whose own card says: licence {license}" if license else "")
+
+
+def license_of(source: str) -> str | None:
+    """The licence of a model, a local folder or an id on the Hub, by its own card; None where nothing says it."""
+    try:
+        path = Path(source) / "README.md"
+        if not path.is_file():
+            path = hf_hub_download(source, "README.md")
+        data = ModelCard.load(path).data
+        said = data.get("license_name") or data.license
+        return said if isinstance(said, str) else None
+    except (OSError, ValueError, YAMLError):  # none, no access, no network, or no card that can be read
+        return None
+
+
 def facts(folder: Path, config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[tuple[str, object]]:
     """Rows of a table; a value that is not known is empty."""
     header = recipes.read_header(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     shapes = weight_shapes(folder)
     encoder = [shape for name, shape in shapes.items() if name.removeprefix("mim.").startswith("encoder.")]
     return [
-        ("recipe", "`recipe.yaml`, run by `hf-mim pretrain recipe.yaml`" if recipe else None),
+        ("recipe", f"`recipe.yaml`, run by `{command_of(recipe)}`" if recipe else None),
         ("method", header.get("paper")),
         *((name, part(config, name)) for name in PARTS),
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
         ("data", data["words"] and images(metrics, data)),
         ("started from", recipe.get("model", {}).get("init_from")),
-        ("teacher", teacher_of(config.target_config)),
+        ("teacher", teacher_row(folder)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),
         ("hardware", hardware(metrics)),
         ("seed", str(metrics["seed"]) if "seed" in metrics else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())),
     ]
+
+
+def command_of(recipe: dict) -> str:
+    """What runs a recipe again."""
+    start = recipe.get("model", {}).get("init_from") or "CHECKPOINT"
+    return f"hf-mim finetune {start} recipe.yaml" if "finetune" in recipe else "hf-mim pretrain recipe.yaml"
 
 
 def part(config: MIMConfig, name: str) -> str:
@@ -271,33 +279,11 @@ def hardware(metrics: dict) -> str | None:
     return ", ".join([*said, *([metrics["precision"]] if "precision" in metrics else [])])
 
 
-def result_rows(metrics: dict) -> list[dict]:
-    columns = [metrics.get(name, {}) for name in ("trained", "untrained", "raw_pixels")]
-    rows = []
-    for key, (title, raw) in SCORES.items():
-        cells = [columns[0].get(key), columns[1].get(key), columns[2].get(raw)]
-        if is_number(cells[0]):
-            texts = [f"{cell:.1f}" if is_number(cell) else "" for cell in cells]
-            rows.append({"name": title, **dict(zip(("trained", "untrained", "raw"), texts))})
-    return rows
-
-
-def eval_counts(metrics: dict) -> str:
-    found = metrics.get("evaluation", {})
-    counts = [f"{found[key]:,} {words}" for key, words in EVALUATED.items() if is_number(found.get(key))]
-    return ", ".join([*counts, *([clean(found["test"])] if found.get("test") else [])])
-
-
-def probe_rows(probe: dict) -> list[tuple[str, str]]:
-    found = probe.get("poolers", probe)
-    return [(clean(name), f"{value:.1f}") for name, value in found.items() if name in POOLERS and is_number(value)]
-
-
 def limits(config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[str]:
     height, width = pair(config.image_size)
     said = [f"Trained at {height}x{width} pixels. Other sizes load and run; how good they are was not measured here."]
-    rows = result_rows(metrics)
-    if not rows:
+    rows = results_of.result_rows(metrics)
+    if not rows and not results_of.finetuned_rows(metrics):
         return [*said, "No accuracy was measured in this run."]
     said.append("The accuracies are those of one run with one seed: their spread is not known.")
     if data["type"] == "fashion_mnist_subset":

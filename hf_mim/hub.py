@@ -11,7 +11,7 @@ from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from hf_mim.card import PICTURES, make_card, read_json, read_recipe, shareable
+from hf_mim.card import PICTURES, command_of, make_card, read_json, read_recipe, shareable
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training import recipe as recipes
 
@@ -131,8 +131,9 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     if (folder / "recipe.yaml").is_file():
         header = recipes.read_header(folder / "recipe.yaml")
         paper = f"\n\nPaper: {header['paper']}" if header.get("paper") else ""
-        comment = f"The resolved recipe of this model. To run it again:\nhf-mim pretrain recipe.yaml{paper}"
-        recipes.save(read_recipe(folder), scratch / "recipe.yaml", comment)
+        recipe = read_recipe(folder)
+        comment = f"The resolved recipe of this model. To run it again:\n{command_of(recipe)}{paper}"
+        recipes.save(recipe, scratch / "recipe.yaml", comment)
     for name in (*PICTURES, "README.md"):
         if (folder / name).is_file():
             shutil.copy(folder / name, scratch)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_mim import cli
-from hf_mim.card import PICTURES, make_card, read_recipe, shareable
+from hf_mim.card import PICTURES, license_of, make_card, read_recipe, shareable
 from hf_mim.hub import write_card
 
 
@@ -45,6 +45,23 @@ METRICS = {
 }
 
 
+PROBE = {
+    "model": "/home/somebody/run",
+    "command": "hf-mim probe /home/somebody/run",
+    "protocol": {"poolers": "Each pooler is trained.", "low_shot": "Few labels.", "interval": "Intervals: 95 percent."},
+    "data": {"dataset": "me/photos", "train_images": 900, "test_images": 300, "test": "split test"},
+    "seeds": [0, 1],
+    "poolers": {
+        "mean": {"accuracy": 70.5, "low": 69.0, "high": 72.0, "layer": 4, "parameters": 0},
+        "my <deep> one": {"accuracy": 71.04, "low": 70.0, "high": float("nan"), "layer": 3, "parameters": 1234},
+        "broken": {"accuracy": None},
+    },
+    "knn": {"mean": {"accuracy": 61.0, "low": 60.0, "high": 62.0}},
+    "untrained": {"poolers": {"mean": {"accuracy": 40.0, "low": 39.0, "high": 41.0}}},
+    "seconds": 3.0,
+}
+
+
 @pytest.fixture
 def folder(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "run")
@@ -55,7 +72,7 @@ def folder(tmp_path):
 def full(folder):
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
-    (folder / "probe.json").write_text(json.dumps({"mean": 70.5, "gem": 71.0, "note": "text", "unheard": 1.0}))
+    (folder / "probe.json").write_text(json.dumps(PROBE))
     for name in ("reconstructions.png", "attention.png"):
         Image.new("L", (4, 4)).save(folder / name)
     return folder
@@ -74,7 +91,12 @@ def test_a_full_card(full):
         "| k-NN, mean of the patches | 61.2 | 40.0 | 65.0 |",
         "1,000 images to learn from, 200 to test on, split test",
         "k-NN: 20.",
-        "| gem | 71.0 |",
+        "| `mean`, trained | 70.5 (69.0-72.0) | 40.0 (39.0-41.0) | layer 4, 0 parameters |",
+        "| `my &lt;deep> one`, trained | 71.0 |  | layer 3, 1,234 parameters |",
+        "| k-NN, mean of the patches | 61.0 (60.0-62.0) |  |  |",
+        "(`me/photos`, 900 images to learn from, 300 to test on, split test, seeds 0, 1)",
+        "- Each pooler is trained.",
+        "- Intervals: 95 percent.",
         "3 epochs, 1,234 steps, 1.5 minutes",
         "pretrained without labels by predicting what was hidden from it, on 5,000 images of `me/photos`.",
         "| seed | 7 |",
@@ -87,7 +109,7 @@ def test_a_full_card(full):
         'AutoModel.from_pretrained("me/tiny", trust_remote_code=True)',
     ):
         assert words in text, words
-    assert "unheard" not in text and "class token |" not in text and "loss.png" not in text
+    assert "broken" not in text and "class token |" not in text and "loss.png" not in text and "Few labels" not in text
     assert "hf_secret" not in str(card) and "/home" not in str(card)
     assert str(ModelCard(str(card)).data.to_dict()) == str(data.to_dict())  # the metadata is YAML that reads back
 
@@ -125,7 +147,9 @@ def test_what_leaves_this_machine_holds_no_paths_and_no_tokens(full, tmp_path, m
     (tmp_path / "my" / "photos").mkdir(parents=True)
     value = {"a": "/home/me/photos", "b": ["~/x/y.parquet", "my/photos", "me/photos"], "hub_token": "hf_secret"}
     value |= {"use_cls_token": True, "text": "split a/b of it", "d": "C:\\Users\\me", "e": "../up/x"}
+    value["command"] = "hf-mim probe /home/me/run"
     found = shareable(value)
+    assert "command" not in found
     assert "hub_token" not in found and found["use_cls_token"] is True
     assert found["a"] == "photos" and found["b"] == ["y.parquet", "photos", "me/photos"] and found["e"] == "x"
     assert found["text"] == "split a/b of it"
@@ -166,3 +190,47 @@ def test_the_teacher_of_a_wrapped_target_is_named():
 
     assert teacher_of({"teacher": "me/dino"}) == "me/dino" == teacher_of({"features": {"teacher": "me/dino"}})
     assert teacher_of({}) is None
+
+
+@pytest.mark.parametrize(
+    "said", ["license: apache-2.0", "license: other\nlicense_name: faircode", "tags: [x]", None, "a: ["]
+)
+def test_the_licence_of_a_teacher_is_that_of_its_own_card(said, folder, tmp_path):
+    teacher = tmp_path / "teachers" / "dino"
+    teacher.mkdir(parents=True)
+    if said is not None:
+        (teacher / "README.md").write_text(f"---\n{said}\n---\n# A model\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"target": "teacher_feature", "target_config": {"teacher": str(teacher), "dims": [8]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = make_card(folder, "me/tiny").text
+    licence = {"license: apache-2.0": "apache-2.0", "license: other\nlicense_name: faircode": "faircode"}.get(said)
+    words = f"| teacher | dino, whose own card says: licence {licence} |" if licence else "| teacher | dino |"
+    assert words in text and str(tmp_path) not in text
+
+
+def test_a_teacher_on_the_hub_that_cannot_be_asked(folder):
+    assert license_of("me/unheard-of-teacher") is None and license_of("not a/valid/id") is None
+
+
+def test_the_card_of_a_fine_tuned_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MIMForImageClassification"], "id2label": {"0": "cat", "1": "dog"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "recipe.yaml").write_text("model:\n  init_from: /home/me/run\ndata: {}\nfinetune:\n  layer_decay: 0.7\n")
+    test = {"images": 300, "from": "split test", "accuracy": 68.0, "f1_macro": 63.92, "top5_accuracy": 99.3}
+    (folder / "metrics.json").write_text(json.dumps({"test": test, "task": "classification", "seed": 42}))
+    card = make_card(folder, "me/tiny")
+    for words in (
+        "AutoModelForImageClassification.from_pretrained",
+        "gives `logits`",
+        "with a classifier of 2 classes.",
+        "| accuracy | 68.0 |\n| top-5 accuracy | 99.3 |\n| macro F1 | 63.9 |",
+        "(300 images, split test)",
+        "run by `hf-mim finetune run recipe.yaml`",
+    ):
+        assert words in card.text, words
+    assert card.data.pipeline_tag == "image-classification"
+    found = {result.metric_name: (result.metric_type, result.metric_value) for result in card.data.eval_results}
+    assert found["accuracy in percent"] == ("accuracy", 68.0) and found["macro F1 in percent"] == ("f1", 63.92)
+    assert "last_hidden_state" not in card.text and "No accuracy" not in card.text

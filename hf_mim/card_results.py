@@ -1,0 +1,132 @@
+"""The results of a model card: rows of its tables and evaluation results, from metrics.json and probe.json."""
+
+import math
+
+from huggingface_hub import EvalResult
+
+
+SCORES = {
+    "knn_mean": ("k-NN, mean of the patches", "knn"),
+    "linear_mean": ("linear probe, mean of the patches", "linear"),
+    "knn_cls": ("k-NN, class token", None),
+    "linear_cls": ("linear probe, class token", None),
+}
+EVALUATED = {"train_images": "images to learn from", "test_images": "to test on"}
+# What fine-tuning measures on the test images, in percent; the names on the Hub.
+FINETUNED = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "f1_macro": "macro F1"}
+POOLINGS = {"mean": "mean of the patches", "cls": "class token"}
+
+
+def clean(value) -> str:
+    """A value on one line of a table, whatever it holds."""
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def section(found: dict, *names: str) -> dict:
+    """What lies under these names, {} where something else or nothing does."""
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def counts(found: dict) -> str:
+    said = [f"{found[key]:,} {words}" for key, words in EVALUATED.items() if is_number(found.get(key))]
+    return ", ".join([*said, *([clean(found["test"])] if found.get("test") else [])])
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
+    """The accuracies of the trained encoder, or of the fine-tuned model, as the Hub's evaluation results."""
+    if not data["words"]:
+        return []
+    trained, test = section(metrics, "trained"), section(metrics, "test")
+    found = [
+        (f"Image classification, {title}, encoder frozen", "accuracy", f"accuracy in percent, {title}", trained[key])
+        for key, (title, _) in SCORES.items()
+        if is_number(trained.get(key))
+    ]
+    found += [
+        ("Image classification", kind, f"{title} in percent", test[kind])
+        for kind, title in FINETUNED.items()
+        if is_number(test.get(kind))
+    ]
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name=task,
+            dataset_type=data["type"],
+            dataset_name=data["words"].replace("`", ""),
+            metric_type="f1" if kind.startswith("f1") else "accuracy",
+            metric_name=name,
+            metric_value=round(value, 2),
+        )
+        for task, kind, name, value in found
+    ]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def result_rows(metrics: dict) -> list[dict]:
+    """Of the frozen encoder, beside the untrained one and the raw pixels."""
+    columns = [section(metrics, name) for name in ("trained", "untrained", "raw_pixels")]
+    rows = []
+    for key, (title, raw) in SCORES.items():
+        cells = [columns[0].get(key), columns[1].get(key), columns[2].get(raw)]
+        if is_number(cells[0]):
+            texts = [f"{cell:.1f}" if is_number(cell) else "" for cell in cells]
+            rows.append({"name": title, **dict(zip(("trained", "untrained", "raw"), texts))})
+    return rows
+
+
+def finetuned_rows(metrics: dict) -> list[tuple[str, str]]:
+    test = section(metrics, "test")
+    return [(title, f"{test[kind]:.1f}") for kind, title in FINETUNED.items() if is_number(test.get(kind))]
+
+
+def finetuned_counts(metrics: dict) -> str:
+    test = section(metrics, "test")
+    found = [f"{test['images']:,} images"] if is_number(test.get("images")) else []
+    return ", ".join([*found, *([clean(test["from"])] if test.get("from") else [])])
+
+
+def with_interval(entry) -> str:
+    """`76.6 (74.1-79.1)` of {"accuracy", "low", "high"}; "" where there is no accuracy."""
+    if not isinstance(entry, dict) or not is_number(entry.get("accuracy")):
+        return ""
+    ends = [entry.get(name) for name in ("low", "high")]
+    return f"{entry['accuracy']:.1f}" + (f" ({ends[0]:.1f}-{ends[1]:.1f})" if all(map(is_number, ends)) else "")
+
+
+def probe_rows(probe: dict) -> list[dict]:
+    """{"name", "trained", "untrained", "setting"} for every trained pooler, and below them k-NN and linear probe."""
+    untrained, rows = section(probe, "untrained"), []
+    for name, entry in section(probe, "poolers").items():
+        if with_interval(entry):
+            said = [f"layer {entry['layer']}"] if is_number(entry.get("layer")) else []
+            said += [f"{entry['parameters']:,} parameters"] if is_number(entry.get("parameters")) else []
+            beside = with_interval(section(untrained, "poolers").get(name))
+            row = {"trained": with_interval(entry), "untrained": beside, "setting": ", ".join(said)}
+            rows.append({"name": f"`{clean(name)}`, trained", **row})
+    for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
+        for pooling, words in POOLINGS.items():
+            cells = [with_interval(section(found, kind).get(pooling)) for found in (probe, untrained)]
+            if cells[0]:
+                row = {"trained": cells[0], "untrained": cells[1], "setting": ""}
+                rows.append({"name": f"{title}, {words}", **row})
+    return rows
+
+
+def probe_protocol(probe: dict) -> list[str]:
+    """What the rows mean, as far as they are there."""
+    shown = {"poolers", "interval", *(kind for kind in ("knn", "linear") if section(probe, kind))}
+    return [clean(line) for name, line in section(probe, "protocol").items() if name in shown]
+
+
+def probe_counts(probe: dict) -> str:
+    data, seeds = section(probe, "data"), probe.get("seeds")
+    name = clean(data["dataset"]) if data.get("dataset") else None
+    many = f"seeds {', '.join(map(str, seeds))}" if isinstance(seeds, list) and seeds else None
+    return ", ".join(part for part in (f"`{name}`" if name else None, counts(data) or None, many) if part)
