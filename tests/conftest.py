@@ -1,5 +1,6 @@
 """What holds for every test: no network, no display, no cache of the user's, and one torch thread per worker."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -23,5 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_finish():
+    # Trainer collects garbage when it starts, and looking through all that torch and transformers made takes a second.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure():
+    gc.unfreeze()
     shutil.rmtree(CACHE, ignore_errors=True)

@@ -49,47 +49,40 @@ def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) 
     count_labels(train, column, f"the split {train_name}")
     training = MIMDataset(train, config, data, True, seed)
     check_classes(training)
-    chosen, rest = np.arange(len(training)), None
+    chosen, most = np.arange(len(training)), data.max_eval_images
     name = next((n for n in sources.TEST_NAMES if n in splits and n not in (train_name, test_name)), None)
     if name is None:
         chosen, held = hold_out_labelled(training.labels.numpy())
-        rest, notes["validation"] = LabelledImages(training.without_augmentation(), held), f"held out from {train_name}"
+        held = held[metrics.subset_indices(len(held), most or len(held))]
+        validation = LabelledImages(training.without_augmentation(), held)
     else:
-        rest, notes["validation"] = other_split(splits[name], column, name, training, config, data), f"split {name}"
-    most = data.max_eval_images
-    words = test_name or "test"
-    testing = None if most == 0 else other_split(test, column, words, training, config, data)
-    return LabelledSplits(
-        LabelledImages(training, chosen),
-        at_most(rest, most),
-        None if testing is None else at_most(testing, most),
-        training.classes,
-        notes,
-    )
-
-
-def at_most(images: LabelledImages, most: int | None) -> LabelledImages:
-    if not most:
-        return images
-    return LabelledImages(images.dataset, images.indices[metrics.subset_indices(len(images), most)])
+        validation = other_split(splits[name], column, name, training, config, data)
+    notes["validation"] = f"held out from {train_name}" if name is None else f"split {name}"
+    testing = None if most == 0 else other_split(test, column, test_name or "test", training, config, data)
+    return LabelledSplits(LabelledImages(training, chosen), validation, testing, training.classes, notes)
 
 
 def other_split(split, column: str, name: str, training: MIMDataset, config, data) -> LabelledImages:
-    """Raises:
-    ValueError: a class of it is not among the training images.
+    """At most `data.max_eval_images` of a split, whole images.
+
+    Raises:
+        ValueError: an image has no label, or a class that is not among the training images.
     """
     count_labels(split, column, f"the split {name}")
-    values = set(split[column][:])
-    if not isinstance(split.features[column], datasets.ClassLabel):
+    values, feature = set(split[column][:]), split.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
         unseen = {str(value) for value in values} - set(training.classes)
     else:
-        unseen = {split.features[column].names[value] for value in values}
-        unseen -= {training.classes[number] for number in training.labels.unique()}
+        known = {training.classes[number] for number in training.labels.unique()}
+        unseen = {feature.names[value] for value in values} - known
     if unseen:
+        more = f", and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         raise ValueError(
-            f"class {sorted(unseen)[0]!r} is in the split {name} but not in the training images"
-            + (f", as {len(unseen) - 1} more" if len(unseen) > 1 else "")
+            f"class {sorted(unseen)[0]!r} is in the split {name} but not in the training images{more}: nothing could "
+            "be learned of it"
         )
+    if data.max_eval_images:
+        split = split.select(metrics.subset_indices(len(split), data.max_eval_images))
     return LabelledImages(MIMDataset(split, config, data, False, 0, training.classes))
 
 
