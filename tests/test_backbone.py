@@ -3,7 +3,15 @@
 import pytest
 import torch
 from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, perturb, tiny_config
-from transformers import AutoBackbone, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    AutoBackbone,
+    DetrConfig,
+    DetrForObjectDetection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.encoder_native import grid_of
@@ -175,6 +183,71 @@ def test_convnets_take_any_picture():
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 18, 26), (20, 3, 4)]
 
 
+# --- maps of several strides from an encoder of one ---------------------------------------------------------------
+
+PYRAMID = {
+    "encoder_config": {"num_hidden_layers": 4},
+    "image_size": 32,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "feature_pyramid": [4, 2, 1, 0.5],
+}
+
+
+def doubled(maps: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A transposed 2x2 convolution of stride 2, position by position."""
+    batch, _, rows, cols = maps.shape
+    out = torch.empty(batch, weight.shape[1], 2 * rows, 2 * cols, dtype=maps.dtype)
+    for row in range(2 * rows):
+        for col in range(2 * cols):
+            out[:, :, row, col] = maps[:, :, row // 2, col // 2] @ weight[:, :, row % 2, col % 2] + bias
+    return out
+
+
+def test_the_pyramid_scales_every_map_by_its_factor():
+    torch.manual_seed(0)
+    model = perturb(MIMBackbone(tiny_config(**PYRAMID))).double().eval()
+    plain = MIMBackbone(tiny_config(**{**PYRAMID, "feature_pyramid": None})).double().eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("pyramid")})
+    pixel_values = torch.randn(1, 3, 12, 20).double()  # 3 x 5 patches
+    maps = plain(pixel_values).feature_maps
+    p = dict(model.pyramid.named_parameters())
+    inner = doubled(maps[0], p["0.0.weight"], p["0.0.bias"])
+    centred = inner - inner.mean(dim=1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    normed = normed * p["0.1.weight"][:, None, None] + p["0.1.bias"][:, None, None]
+    gelu = normed * (1 + torch.erf(normed / 2**0.5)) / 2
+    wanted = [doubled(gelu, p["0.3.weight"], p["0.3.bias"]), doubled(maps[1], p["1.0.weight"], p["1.0.bias"]), maps[2]]
+    coarse = torch.stack([maps[3][:, :, i : i + 2, j : j + 2].amax((2, 3)) for i in (0, 2) for j in (0, 2, 4)], -1)
+    wanted.append(coarse.unflatten(-1, (2, 3)))
+    for found, expected in zip(model(pixel_values).feature_maps, wanted, strict=True):
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"feature_pyramid": [2, 1]}, "has 2 factors for 4 stages: stage1, stage2, stage3, stage4"),
+        ({"feature_pyramid": [3, 2, 1, 1]}, "powers of two like 4 or 0.5, not 3"),
+        ({"feature_pyramid": [4, 2, 1, 0]}, "not 0"),
+        ({"encoder": "convnet", "encoder_config": RESNET}, "stages of this one have several"),
+    ],
+)
+def test_a_pyramid_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MIMBackbone(tiny_config(**{**PYRAMID, **fields}))
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_without_prefix"])
+def test_the_pyramid_takes_bf16_and_a_batch_of_one(name):
+    fields = {**STAGES[name][0], **{k: v for k, v in PYRAMID.items() if k != "encoder_config"}}
+    fields["encoder_config"] = {**fields["encoder_config"], "num_hidden_layers": 4}
+    model = MIMBackbone(tiny_config(**fields, num_channels=1)).bfloat16().train()
+    maps = model(torch.randn(1, 1, 16, 24)).feature_maps
+    assert all(m.dtype == torch.bfloat16 and m.isfinite().all() for m in maps)
+    assert maps[0].shape[2:] == (4 * maps[2].shape[2], 4 * maps[2].shape[3])
+
+
 # --- checkpoints and users ---------------------------------------------------------------------------------------
 
 
@@ -229,3 +302,54 @@ def test_inside_upernet(name, tmp_path):
         # UperNet's own convolutions round differently where the loaded weights lie elsewhere in memory: also with
         # transformers' own backbones.
         assert torch.allclose(again(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-8)
+
+
+SMALL = {"num_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 4, "num_labels": 3}
+
+
+def mask2former(backbone_config):
+    """-> the model, its labels for two images, and the names of its outputs."""
+    widths = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "train_num_points": 16}
+    feedforward = {"encoder_feedforward_dim": 16, "dim_feedforward": 16}
+    config = Mask2FormerConfig(backbone_config=backbone_config, **SMALL, **widths, **feedforward)
+    shapes = [torch.zeros(2, 64, 96) for _ in range(2)]
+    for shape in shapes:
+        shape[0, :30], shape[1, 30:] = 1, 1
+    labels = {"mask_labels": shapes, "class_labels": [torch.tensor([0, 2])] * 2}
+    return Mask2FormerForUniversalSegmentation(config), labels, ("masks_queries_logits", "class_queries_logits")
+
+
+def detr(backbone_config):
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    small = {key: value for key, value in SMALL.items() if key != "num_attention_heads"}
+    config = DetrConfig(backbone_config=backbone_config, use_timm_backbone=False, d_model=16, **small, **heads)
+    boxes = torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.3, 0.3, 0.2, 0.2]])
+    labels = {"labels": [{"class_labels": torch.tensor([0, 2]), "boxes": boxes}] * 2}
+    return DetrForObjectDetection(config), labels, ("logits", "pred_boxes")
+
+
+@pytest.mark.parametrize("make", [mask2former, detr])
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_inside_mask2former_and_detr(name, make, tmp_path):
+    torch.manual_seed(0)
+    fields = {**PYRAMID, "image_size": 64, "encoder_config": {"num_hidden_layers": 4, "patch_size": 16}}
+    if name == "resnet":
+        fields = {**STAGES["resnet"][0], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    if make is detr:  # it reads the last map only
+        fields = {**fields, "out_features": ["stage4"]}
+        fields.pop("feature_pyramid", None)
+    model, labels, outputs = make(tiny_config(**fields))
+    (backbone,) = (module for module in model.modules() if isinstance(module, MIMBackbone))
+    pixel_values = torch.randn(2, 3, 64, 96)
+    loss = model(pixel_values, **labels).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        found, before = again(pixel_values), model(pixel_values)
+    for key in outputs:  # their convolutions round by where the weights lie in memory
+        assert torch.allclose(found[key], before[key], rtol=1e-4, atol=1e-6)
