@@ -179,18 +179,18 @@ def train_heads(
     source,
     labels: Tensor,
     classes: int,
-    groups: list[Group],
-    learning_rates: list[float],
+    rates: dict[Group, list[float]],
     schedule: Schedule,
     share: float,
     seed: int,
     advance=None,
 ) -> list[Trained]:
-    """Trains every pooler with every learning rate on a source's features.
+    """Trains the poolers of every group, each with all its learning rates, in one pass over a source's features.
 
     Args:
         source: of the training images; see `CachedSource`. Epoch e sees the view e modulo their number.
         labels: (images,), class numbers.
+        rates: the learning rates of each group.
         share: of the images held out for validation, which see view 0.
         seed: of the held-out images, the order and the parameters.
         advance: told the share of the work done, a number that adds up to 1.
@@ -202,7 +202,7 @@ def train_heads(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = {group: [group.make(classes, rate, seed) for rate in learning_rates] for group in groups}
+        heads = {group: [group.make(classes, rate, seed) for rate in of] for group, of in rates.items()}
     everything = [one for members in heads.values() for one in members]
     batch_size = max(2, min(schedule.batch_size, len(train) // FEWEST_STEPS))
     steps = len(train) // batch_size

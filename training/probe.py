@@ -168,47 +168,52 @@ def measure(run: Probe) -> dict:
 
 def probe_encoder(run: Probe, column: str, model, sides: dict) -> tuple[dict, list[Trained], dict]:
     """Scores of one encoder, the best head of each pooler, and the groups that they belong to."""
-    arguments, labels = run.arguments, run.images["train"].labels
-    groups = [Group(choice, layer, model, run.kept) for choice in run.choices for layer in run.layers]
-    rates, seeds = arguments.learning_rates, arguments.seeds
-    many = f"{len(groups) * len(rates)} heads"
-    trained = []
+    groups = {
+        (choice.name, layer): Group(choice, layer, model, run.kept) for choice in run.choices for layer in run.layers
+    }
+    trained = train_seeds(run, column, groups, sides["train"])
+    best = choose_settings(trained)
+    heads = {}
+    for one in (one for members in best.values() for one in members):
+        heads.setdefault(groups[one.name, one.layer], []).append(one)
+    right = test_heads(sides["test"], run.images["test"].labels, heads, run.arguments.batch_size)
+    with run.console.status(f"k-NN, linear probe and few labels, {column}"):
+        scores = probe_scores.score_features(sides, run.images, max(run.layers), model, run.arguments.seeds)
+    poolers = {name: probe_report.entry(members, right) for name, members in best.items()}
+    scores = {"poolers": poolers, **scores, "settings": probe_report.settings(trained)}
+    return scores, [members[0] for members in best.values()], groups
+
+
+def train_seeds(run: Probe, column: str, groups: dict, source) -> list[Trained]:
+    """Everything with the first seed, then the best setting of each pooler with the others."""
+    arguments, labels, trained = run.arguments, run.images["train"].labels, []
+    rates = dict.fromkeys(groups.values(), arguments.learning_rates)
     with progress(run.console) as bar:
-        for seed in seeds:
-            task = bar.add_task(f"training, {column}, {many}, seed {seed}", total=1)
+        for seed in arguments.seeds:
+            heads = sum(len(of) for of in rates.values())
+            task = bar.add_task(f"training, {column}, seed {seed}, {heads} heads", total=1)
             trained += train_heads(
-                sides["train"],
+                source,
                 labels,
                 len(run.splits.train_eval.classes),
-                groups,
                 rates,
                 run.schedule,
                 arguments.validation,
                 seed,
                 lambda share, task=task: bar.advance(task, share),
             )
-    by_setting = {(group.choice.name, group.layer): group for group in groups}
-    best = choose_settings(trained)
-    heads = {}
-    for one in (one for members in best.values() for one in members):
-        heads.setdefault(by_setting[one.name, one.layer], []).append(one)
-    right = test_heads(sides["test"], run.images["test"].labels, heads, arguments.batch_size)
-    with run.console.status(f"k-NN, linear probe and few labels, {column}"):
-        scores = probe_scores.score_features(sides, run.images, run.layers[-1], model, seeds)
-    poolers = {name: probe_report.entry(members, right) for name, members in best.items()}
-    scores = {"poolers": poolers, **scores, "settings": probe_report.settings(trained)}
-    return scores, [members[0] for members in best.values()], by_setting
+            if seed == arguments.seeds[0]:
+                best = [members[0] for members in choose_settings(trained).values()]
+                rates = {groups[one.name, one.layer]: [one.learning_rate] for one in best}
+    return trained
 
 
 def choose_settings(trained: list[Trained]) -> dict[str, list[Trained]]:
-    """{pooler: its heads, one for each seed, of the layer and learning rate with the best mean validation accuracy}."""
-    settings = {}
-    for one in trained:
-        settings.setdefault(one.setting, []).append(one)
+    """{pooler: its heads, one for each seed, of the layer and learning rate that did best on the held-out images of the
+    first seed}."""
     best = {}
-    for (name, _, _), members in settings.items():
-        accuracy = sum(one.accuracy for one in members) / len(members)
-        loss = sum(one.loss for one in members) / len(members)
-        if name not in best or (accuracy, -loss) > best[name][0]:
-            best[name] = ((accuracy, -loss), members)
-    return {name: members for name, (_, members) in best.items()}
+    for one in (one for one in trained if one.seed == trained[0].seed):
+        found = best.get(one.name)
+        if found is None or (one.accuracy, -one.loss) > (found.accuracy, -found.loss):
+            best[one.name] = one
+    return {name: [one for one in trained if one.setting == found.setting] for name, found in best.items()}

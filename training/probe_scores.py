@@ -15,7 +15,8 @@ POOLINGS = ("mean", "cls")  # that k-NN, linear probe and few labels see
 # What the figures mean, in the words of probe.json and the model card.
 PROTOCOL = {
     "poolers": "Each pooler is trained on frozen features, followed by a batch norm without parameters and a linear "
-    "classifier; layer, learning rate and epoch are chosen on images held out of the training images.",
+    "classifier; layer, learning rate and epoch are chosen on images held out of the training images, the first two "
+    "with the first seed.",
     **{name: metrics.PROTOCOL[name] for name in ("knn", "linear", "raw_pixels")},
     "low_shot": "Few labels: the linear probe on so many images of every class, or on a share of each, drawn anew "
     "with every seed.",

@@ -35,7 +35,8 @@ class ProbeArguments:
             `{deep: {pooler: abmilp, depth: 2}}` makes `deep` a pooler.
         layers: whose tokens to read; -1 is the last, 0 the embedding.
         learning_rates: each pooler tries all of them; None is three around a usual one.
-        seeds: of the held-out images, the order and the parameters; each trains everything anew.
+        seeds: of the held-out images, the order and the parameters. The first chooses each pooler's layer and learning
+            rate, the others train only those.
         views: 1 sees whole images. More are random crops and flips of them, which the epochs take in turn; they too are
             encoded once.
         epochs: at most.
@@ -62,8 +63,8 @@ class ProbeArguments:
     learning_rates: list[float] | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     views: int = 1
-    epochs: int = 30
-    patience: int = 6
+    epochs: int = 20
+    patience: int = 5
     batch_size: int = 256
     optimizer: str = "adamw"
     weight_decay: float = 0.0
