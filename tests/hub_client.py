@@ -78,13 +78,12 @@ for name, model, classifier, revision in jobs["sources"]:
         found["backbone"] = backbone.eval()(pixels).feature_maps[-1]
         extract = pipeline("image-feature-extraction", model=model, **at, **trust)
         found["extracted"] = torch.tensor(extract(image))
-        if name in ("repository", "folder"):
-            auto = transformers.AutoModelForImageClassification
-            found["logits"] = auto.from_pretrained(classifier, **trust).eval()(pixels).logits
-            scores = pipeline("image-classification", model=classifier, **trust)(image)
-            found["scores"] = torch.tensor([entry["score"] for entry in sorted(scores, key=lambda e: e["label"])])
-            adapter = jobs["adapters"] if name == "folder" else "me/adapter"
-            found["peft"] = PeftModel.from_pretrained(base, adapter).eval()(pixels).last_hidden_state
+        auto = transformers.AutoModelForImageClassification
+        found["logits"] = auto.from_pretrained(classifier, **at, **trust).eval()(pixels).logits
+        scores = pipeline("image-classification", model=classifier, **at, **trust)(image)
+        found["scores"] = torch.tensor([entry["score"] for entry in sorted(scores, key=lambda e: e["label"])])
+        adapter = jobs["adapters"] if name == "folder" else "me/adapter"
+        found["peft"] = PeftModel.from_pretrained(base, adapter, **at).eval()(pixels).last_hidden_state
     results[name] = found
 torch.save(results, jobs["out"])
 """

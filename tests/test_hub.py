@@ -1,5 +1,6 @@
 """Pushing to and loading from the Hub: the real client in fresh processes, against the server of hub_server.py."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from helpers import tiny_config
 from hub_client import LOAD, ROOT, SAME, Worker, environment
 from hub_server import OWNER, READER, Hub
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
@@ -64,7 +65,8 @@ def runs(place) -> dict[str, MIMForPreTraining]:
 
 @pytest.fixture(scope="module")
 def pushed(hub, worker, runs, place):
-    """me/tiny: `first` at the tag v1, then `second`; me/classifier and me/adapter by their own push_to_hub."""
+    """me/tiny: `first` at the tag v1, then `second`; me/classifier and me/adapter by their own push_to_hub, at the tag
+    v1 with doubled weights."""
     assert worker.good(["push", "first", "tiny", "--tag", "v1"]).strip() == f"{hub.url}/me/tiny"
     worker.good(["push", "second", "me/tiny", "--license", "mit"])
     torch.manual_seed(3)
@@ -77,14 +79,41 @@ def pushed(hub, worker, runs, place):
             if "lora_B" in name:
                 parameter.normal_()
     adapted.save_pretrained(place / "adapter")
-    worker.good(
-        "from transformers import AutoModelForImageClassification, AutoImageProcessor, AutoModel\n"
-        "from peft import PeftModel\n"
-        "AutoModelForImageClassification.from_pretrained('classifier').push_to_hub('me/classifier')\n"
-        "AutoImageProcessor.from_pretrained('classifier').push_to_hub('me/classifier')\n"
-        "PeftModel.from_pretrained(AutoModel.from_pretrained('second'), 'adapter').push_to_hub('me/adapter')\n"
-    )
-    return {**runs, "classifier": classifier, "adapter": adapted.eval()}
+    worker.good(PUSH_BOTH)
+    old = copy.deepcopy(classifier)
+    old_adapted = PeftModel.from_pretrained(MIMModel.from_pretrained(place / "first"), place / "adapter").eval()
+    double(old.classifier, "weight")
+    double(old_adapted, "lora_B")
+    new = {"classifier": classifier, "adapter": adapted.eval()}
+    return {**runs, **new, "old classifier": old, "old adapter": old_adapted}
+
+
+@torch.no_grad()
+def double(module: torch.nn.Module, part: str) -> None:
+    for name, parameter in module.named_parameters():
+        if part in name:
+            parameter.mul_(2)
+
+
+# The doubled weights first, under a tag; then as they are.
+PUSH_BOTH = """
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+classifier = AutoModelForImageClassification.from_pretrained("classifier")
+adapted = PeftModel.from_pretrained(AutoModel.from_pretrained("second"), "adapter")
+parts = [classifier.classifier.weight, *(p for name, p in adapted.named_parameters() if "lora_B" in name)]
+for factor in (2, 0.5):
+    for parameter in parts:
+        parameter.data *= factor
+    classifier.push_to_hub("me/classifier")
+    AutoImageProcessor.from_pretrained("classifier").push_to_hub("me/classifier")
+    adapted.push_to_hub("me/adapter")
+    for name in ("me/classifier", "me/adapter") if factor == 2 else ():
+        HfApi().create_tag(name, tag="v1")
+"""
 
 
 # ---- pushing ---------------------------------------------------------------------------------------------------------
@@ -194,12 +223,14 @@ def test_the_trainer_pushes_what_loads(hub, worker, place):
     assert "hub_token is refused" in said and "hf_secret" not in said
 
 
-def test_the_trainer_pushes_the_state_of_the_optimizer_if_asked(hub, worker):
-    wanted = ["training.hub_strategy=checkpoint", "training.hub_model_id=me/resumable", "training.output_dir=resumable"]
-    # By default a checkpoint is removed when the next one is saved, here before it could be sent.
-    worker.good(["pretrain", *SMALL, *wanted, "training.save_total_limit=2"])
-    files = hub.files("me/resumable")
-    assert {"modeling_mim.py", "model.safetensors", "last-checkpoint/optimizer.pt"} <= set(files)
+def test_the_state_of_the_optimizer_stays_here(hub, worker, place):
+    """It is a pickle: the strategies that would send it are refused by name."""
+    before = len(hub.log)
+    for strategy in ("checkpoint", "all_checkpoints"):
+        wanted = [f"training.hub_strategy={strategy}", "training.hub_model_id=me/state", "training.output_dir=state"]
+        said = worker.refused("pretrain", *SMALL, *wanted)
+        assert f"hub_strategy={strategy} would send the optimizer's state" in said and "every_save or end" in said
+    assert len(hub.log) == before and "me/state" not in hub.repos and not (place / "state").exists()
 
 
 def test_xet(hub, place):
@@ -235,16 +266,18 @@ def expected(models: dict, image: Image.Image) -> dict[str, dict[str, torch.Tens
         backbone = MIMBackbone(model.config).eval()
         backbone.load_state_dict(model.state_dict(), strict=False)
         found[name]["backbone"] = backbone(pixels).feature_maps[-1]
-    logits = models["classifier"](found["second"]["pixel_values"]).logits
-    powers = np.exp(logits[0].numpy() - logits[0].numpy().max())  # as the pipeline does it, in numpy
-    found["second"] |= {"logits": logits, "scores": torch.tensor(powers / powers.sum())}
-    found["second"]["peft"] = models["adapter"](found["second"]["pixel_values"]).last_hidden_state
+    for run, which in (("first", "old "), ("second", "")):
+        logits = models[f"{which}classifier"](found[run]["pixel_values"]).logits
+        powers = np.exp(logits[0].numpy() - logits[0].numpy().max())  # as the pipeline does it, in numpy
+        found[run] |= {"logits": logits, "scores": torch.tensor(powers / powers.sum())}
+        found[run]["peft"] = models[f"{which}adapter"](found[run]["pixel_values"]).last_hidden_state
+    assert not torch.equal(found["first"]["logits"], found["second"]["logits"])
     return found
 
 
 def load(hub: Hub, place: Path, home: str, blocked: bool, **env: str) -> dict[str, dict[str, torch.Tensor]]:
     """{source: {what: tensor}} from a fresh process."""
-    names = [["repository", "me/tiny", "me/classifier", None], ["revision", "me/tiny", None, "v1"]]
+    names = [["repository", "me/tiny", "me/classifier", None], ["revision", "me/tiny", "me/classifier", "v1"]]
     if not env:
         names.append(["folder", str(place / "second"), str(place / "classifier"), None])
     out = place / f"{home}-{len(env)}.pt"
@@ -272,6 +305,6 @@ def test_every_class_loads_from_everywhere_bit_for_bit(blocked, hub, pushed, pla
         assert set(found) == sources
         for source, tensors in found.items():
             reference = wanted["first" if source == "revision" else "second"]
-            assert set(tensors) == set(reference) - ({"logits", "scores", "peft"} if source == "revision" else set())
+            assert set(tensors) == set(reference)
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, reference[name]), (source, name)

@@ -20,9 +20,22 @@ def published_names() -> list[str]:
     return [*code, *weights, "config.json", "preprocessor_config.json", "README.md"]
 
 
+def check_hub_strategy(strategy: HubStrategy | str) -> None:
+    """Raises:
+    ValueError: it would send the states of optimizer and random numbers, which are pickles.
+    """
+    strategy = HubStrategy(strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"training.hub_strategy={strategy.value} would send the optimizer's state to the Hub, which is a pickle; "
+            "choose every_save or end, and resume from the checkpoints in the output folder"
+        )
+
+
 class PushMixin:
     """For a `Trainer` (before it in the bases). Its own pushes lack the code that loads the weights at checkpoints,
-    hold a pickle with the arguments, and a card that calls every model "fine-tuned"."""
+    hold a pickle with the arguments, and a card that calls every model "fine-tuned". Whatever `hub_strategy` says, no
+    optimizer's state is sent: it is a pickle."""
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **_
@@ -41,11 +54,6 @@ class PushMixin:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         names = [path for pattern in published_names() for path in Path(checkpoint_folder).glob(pattern)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            # The state of the optimizer was asked for too: Trainer sends it, with what is added here.
-            for path in names:
-                shutil.copy(path, self.args.output_dir)
-            return super()._push_from_checkpoint(checkpoint_folder)
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
-from hf_mim.training.pushing import PushMixin
+from hf_mim.training.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.saving import SafeCheckpointMixin, outlive_sigterm
 from hf_mim.training.transforms import normalize
 
@@ -74,6 +74,7 @@ class MIMTrainingArguments(TrainingArguments):
         if self.hub_token is not None:
             # It would be saved with the recipe.
             raise ValueError("training.hub_token is refused: log in with `hf auth login`, or set HF_TOKEN")
+        check_hub_strategy(self.hub_strategy)
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
         if any(not 0 < share < 1 for share in self.lr_drops or ()):
