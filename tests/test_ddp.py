@@ -39,15 +39,15 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path, changes):
         torch.testing.assert_close(gradients(tmp_path, batch, steps, **changes), large, rtol=1e-4, atol=2e-6)
 
 
-def launch(processes: int, folder, *words) -> str:
-    """Runs `pretrain` under accelerate and returns what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+def launch(processes: int, folder, *words, command=("pretrain",)) -> str:
+    """Runs a command under accelerate and returns what it printed."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
     # accelerate has no switch for several processes on one machine's CPU; without a GPU this one does it.
-    command += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "hf_mim", "pretrain", *words]
+    start += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
+    start += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "hf_mim", *command, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, f"training.output_dir={folder}"], env=environment, capture_output=True, text=True, timeout=300
+        [*start, f"training.output_dir={folder}"], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,0 +1,446 @@
+"""The command `finetune`, whole: what it writes, that it can be stopped and continued, and what it refuses."""
+
+import copy
+import io
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import NATIVE_VIT, RESNET, tiny_config
+from peft import PeftModel
+from rich.console import Console
+from test_ddp import launch
+from test_pretrain import equal
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTModel
+
+from hf_mim import MIMForImageClassification, MIMForPreTraining
+from hf_mim.hub import write_card
+from hf_mim.training import classification, evaluation
+from hf_mim.training import finetune as commands
+from hf_mim.training.finetune import finetune
+from hf_mim.training.finetune_trainer import FinetuneTrainer
+from hf_mim.training.saving import last_checkpoint
+
+
+TINY = [
+    "data.max_train_images=53",  # 5 are held out: 48 in 3 batches
+    "data.max_eval_images=40",
+    "training.num_train_epochs=2",
+    "training.per_device_train_batch_size=16",
+    "training.learning_rate=1e-2",
+    "training.logging_steps=1",
+    "training.bf16=false",
+]
+ALL = ["finetune.mixup=0.8", "finetune.cutmix=1", "finetune.randaugment=9", "finetune.random_erasing=0.5"]
+ALL += ["finetune.ema=0.8", "finetune.class_weights=balanced", "finetune.drop_path=0.3"]
+FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.json"}
+FILES |= {"confusion.png", "loss.png"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A pretrained checkpoint."""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    torch.manual_seed(0)
+    MIMForPreTraining(tiny_config(num_channels=1)).save_pretrained(folder)
+    return folder
+
+
+def run(source, folder, *overrides, name=None, base=TINY) -> str:
+    """Runs into `folder` and returns what was printed."""
+    out = io.StringIO()
+    overrides = [*base, *overrides, *([f"training.output_dir={folder}"] if folder else [])]
+    finetune(str(source), name, overrides, Console(file=out, width=250))
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without pictures, which the fixture `finished` and its tests have, a run takes half the time."""
+    monkeypatch.setattr(commands.pictures, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(evaluation, "draw_confusion", lambda *_: None)
+
+
+def spy_trainers(monkeypatch) -> list[FinetuneTrainer]:
+    made, init = [], FinetuneTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(FinetuneTrainer, "__init__", remember)
+    return made
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return MIMForImageClassification.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory) -> tuple[Path, str, FinetuneTrainer]:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        made = spy_trainers(patch)
+        return folder, run(source, folder), made[0]
+
+
+def test_a_run_leaves_everything_in_its_folder(finished, source):
+    folder, printed, _ = finished
+    assert {path.name for path in folder.iterdir()} >= FILES and not (folder / "training_args.bin").exists()
+    for name in ("confusion.png", "loss.png"):
+        assert min(PIL.Image.open(folder / name).size) > 300
+    for words in (f"output folder: {folder}", "48 training images", "5 to choose the best by (held out from train)"):
+        assert words in printed
+    assert "40 to test on (split test)" in printed and "step 3 of 6, validation: loss" in printed
+    assert f"# hf-mim finetune {source} {folder / 'recipe.yaml'}\n" in (folder / "recipe.yaml").read_text()
+
+
+def test_metrics_say_what_was_measured_on_what(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    assert metrics["validation"]["from"] == "held out from train" and metrics["validation"]["images"] == 5
+    assert metrics["test"]["from"] == "split test" and metrics["test"]["images"] == 40
+    matrix = np.array(metrics["test"]["confusion"])
+    assert matrix.shape == (10, 10) and matrix.sum() == 40
+    assert metrics["test"]["accuracy"] == pytest.approx(100 * matrix.diagonal().sum() / 40)
+    assert set(metrics["test"]) == {"from", "images", "accuracy", "top5_accuracy", "f1_macro", "loss", "confusion"}
+    assert metrics["classes"][0] == "T-shirt/top" and metrics["steps"] == 6 and metrics["best_step"] in (3, 6)
+
+
+def test_the_output_loads_as_a_classifier_with_the_same_logits(finished):
+    folder, _, trainer = finished
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert isinstance(model, MIMForImageClassification)
+    assert model.config.id2label[9] == "Ankle boot" and model.config.label2id["Ankle boot"] == 9
+    image = PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    assert equal(model.state_dict(), trainer.model.state_dict())
+    # A copy: weights that lie in memory as the file has them, at other addresses, may take another kernel.
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model).eval()(pixels).logits, trainer.model.eval()(pixels).logits)
+        torch.testing.assert_close(model.eval()(pixels).logits, trainer.model(pixels).logits, rtol=1e-6, atol=1e-7)
+
+
+def test_the_metrics_are_those_of_the_saved_model(finished):
+    folder, _, trainer = finished
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    test = trainer.eval_dataset
+    batch = trainer.data_collator(test.__getitems__(list(range(len(test)))))
+    with torch.no_grad():
+        logits = model(batch["pixel_values"]).logits.numpy()
+    found = evaluation.score(logits, batch["labels"].numpy())
+    metrics = json.loads((folder / "metrics.json").read_text())["validation"]
+    assert {name: metrics[name] for name in found} == pytest.approx(found, abs=1e-3)
+
+
+def test_a_card_can_be_written(finished, tmp_path):
+    text = write_card(finished[0], "me/classifier", tmp_path / "card", None).read_text()
+    assert "image-classification" in text and "with a classifier of 10 classes" in text
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    assert f"{metrics['test']['accuracy']:.1f}" in text and "hf-mim finetune" in text
+    assert (tmp_path / "card" / "confusion.png").is_file()
+
+
+def test_the_best_checkpoint_is_kept(source, tmp_path, monkeypatch):
+    accuracies, states = [30.0, 50.0, 40.0, 10.0], []
+
+    def score(logits, labels):
+        return {"accuracy": accuracies[min(len(states), 4) - 1] if states else 0.0, "f1_macro": 0.0}
+
+    evaluate = FinetuneTrainer.evaluate
+
+    def spy(self, *args, **kwargs):
+        with self.averaged():
+            states.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(FinetuneTrainer, "evaluate", spy)
+    for options in ([], ["finetune.ema=0.5"]):
+        states.clear()
+        folder = tmp_path / f"run{len(options)}"
+        run(source, folder, "training.num_train_epochs=4", *options)
+        assert len(states) == 4 and equal(weights(folder), states[1])
+        assert json.loads((folder / "metrics.json").read_text())["best_step"] == 6
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("options", [ALL, [*ALL, "finetune.lora=true", "finetune.lora_dropout=0.2"]])
+def test_a_resumed_run_is_the_run_without_a_break(source, tmp_path, monkeypatch, options):
+    options = [*options, "training.save_strategy=steps", "training.save_steps=2"]
+    options += ["training.gradient_accumulation_steps=2"]
+    run(source, tmp_path / "whole", *options)
+    step = FinetuneTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "broken", *options)
+    assert last_checkpoint(tmp_path / "broken").name == "checkpoint-3"
+    assert (tmp_path / "broken" / "model.safetensors").is_file() and not (tmp_path / "broken" / "metrics.json").exists()
+    torch.manual_seed(7)  # as another process would
+    printed = run(tmp_path / "broken", None, "training.resume=true", base=[])
+    assert "resuming from" in printed and "other settings" not in printed
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "broken")]
+    for key in ("validation", "test", "best_step", "final_loss"):
+        assert results[0][key] == results[1][key]
+
+
+def test_a_saved_recipe_gives_the_same_weights_again(finished, source, tmp_path):
+    run(source, tmp_path / "again", name=str(finished[0]), base=[])
+    assert equal(weights(finished[0]), weights(tmp_path / "again"))
+
+
+def test_bf16_is_float32_within_noise(finished, source, tmp_path):
+    run(source, tmp_path / "run", "training.bf16=true")
+    losses = [json.loads((folder / "metrics.json").read_text()) for folder in (finished[0], tmp_path / "run")]
+    # Products of 8 bits: the loss of six steps differs in the third digit.
+    assert losses[0]["final_loss"] == pytest.approx(losses[1]["final_loss"], rel=2e-2)
+    assert losses[0]["test"]["loss"] == pytest.approx(losses[1]["test"]["loss"], rel=2e-2)
+    assert losses[0]["final_loss"] != losses[1]["final_loss"] and losses[1]["precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_doubled_batch(source, tmp_path):
+    # Without drop path: what it drops follows from the random state of each process.
+    words = [*TINY, *ALL[:-1], "finetune.drop_path=0"]
+    found = []
+    for processes, batch in ((1, 16), (2, 8)):
+        batch = f"training.per_device_train_batch_size={batch}"
+        folder = tmp_path / str(processes)
+        printed = launch(processes, folder, *words, batch, command=("finetune", str(source)))
+        assert printed.count("total batch 16") == 1 and printed.count("accuracy") >= 2
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["processes"] == processes
+        found.append((metrics, weights(folder)))
+    for key in ("validation", "test"):
+        assert (
+            found[0][0][key]["confusion" if key == "test" else "accuracy"]
+            == found[1][0][key]["confusion" if key == "test" else "accuracy"]
+        )
+        assert found[0][0][key]["loss"] == pytest.approx(found[1][0][key]["loss"], rel=1e-4)
+    assert found[0][0]["final_loss"] == pytest.approx(found[1][0]["final_loss"], rel=1e-4)
+    for name, value in found[0][1].items():  # six steps of sums in another order
+        torch.testing.assert_close(value, found[1][1][name], rtol=1e-2, atol=1e-3)
+
+
+# ---- what is trained -----------------------------------------------------------------------------------------------
+def test_lora_trains_additions_pooler_and_head(source, tmp_path, monkeypatch):
+    before, made = [], spy_trainers(monkeypatch)
+    train = commands.train
+
+    def spy(run, trainer, save):
+        before.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        train(run, trainer, save)
+
+    monkeypatch.setattr(classification, "train", spy)
+    folder = tmp_path / "run"
+    printed = run(source, folder, "finetune.lora=true", "model.pooler=abmilp")
+    assert f"the adapter alone: {folder}/adapter" in printed
+    model = made[0].model
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[0][name])}
+    parts = ("lora_A", "lora_B", "pooler.modules_to_save.default.", "classifier.modules_to_save.default.")
+    assert changed and all(any(part in name for part in parts) for name in changed)
+    for part in parts:
+        assert any(part in name for name in changed)
+    # Every linear layer of both blocks has its addition, and nothing else.
+    assert sum("lora_B" in name for name in changed) == 8
+
+    pixels = torch.randn(3, 1, 16, 16)
+    base = MIMForImageClassification.from_pretrained(source, num_labels=10, pooler="abmilp")
+    adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    merged = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        own = model.eval()(pixels).logits
+        torch.testing.assert_close(adapted(pixels).logits, own, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(merged(pixels).logits, own, rtol=1e-4, atol=1e-5)  # W + BA is rounded
+        base = MIMForImageClassification.from_pretrained(source, num_labels=10, pooler="abmilp").eval()
+        assert (merged.mim(pixels).last_hidden_state - base.mim(pixels).last_hidden_state).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("encoder", ["vit", "convnet"])
+def test_a_frozen_encoder_stays_as_it_is(tmp_path, encoder):
+    changes = {"encoder": "convnet", "encoder_config": RESNET, "image_size": 32} if encoder == "convnet" else {}
+    pretrained = MIMForPreTraining(tiny_config(num_channels=1, **changes))
+    for name, buffer in pretrained.named_buffers():
+        if "running_mean" in name:  # of a trained network
+            buffer.normal_()
+    pretrained.save_pretrained(tmp_path / "model")
+    printed = run(tmp_path / "model", tmp_path / "run", "finetune.freeze=true", "finetune.drop_path=0")
+    assert "fine-tuning: pooler and head" in printed
+    before, after = pretrained.mim.encoder.state_dict(), weights(tmp_path / "run")
+    shared = {name for name in before if f"mim.encoder.{name}" in after}
+    assert len(shared) > 10 and all(torch.equal(before[name], after[f"mim.encoder.{name}"]) for name in shared)
+    assert after["classifier.weight"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [[], ["finetune.from_scratch=true"]])
+def test_a_model_of_transformers_is_wrapped(tmp_path, options):
+    torch.manual_seed(0)
+    native = {name: value for name, value in NATIVE_VIT.items() if name != "model_type"}
+    network = ViTModel(ViTConfig(image_size=16, **native))
+    network.save_pretrained(tmp_path / "vit")
+    printed = run(tmp_path / "vit", tmp_path / "run", "training.max_steps=1", "training.learning_rate=0", *options)
+    assert "this encoder has no drop path: finetune.drop_path is left out" in printed
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = network.eval()(pixels).last_hidden_state
+        same = torch.allclose(model.mim(pixels).last_hidden_state, expected, atol=1e-5)
+    assert same is not bool(options)
+
+
+def test_the_pooler_of_a_checkpoint_is_kept_and_its_head_for_the_same_classes(source, tmp_path):
+    run(source, tmp_path / "first", "model.pooler=abmilp")
+    first = weights(tmp_path / "first")
+    still = ["training.max_steps=1", "training.learning_rate=0"]
+    run(tmp_path / "first", tmp_path / "second", *still)
+    assert equal(first, weights(tmp_path / "second"))
+    folder = images(tmp_path / "data", {"cats": 12, "dogs": 12})
+    run(tmp_path / "first", tmp_path / "third", f"data.dataset={folder}", *still)
+    third = weights(tmp_path / "third")
+    assert third["classifier.weight"].shape == (2, 16)
+    assert all(torch.equal(first[name], third[name]) for name in first if not name.startswith("classifier."))
+    run(tmp_path / "first", tmp_path / "fourth", "model.pooler=mean", *still)
+    assert not any("pooler" in name for name in weights(tmp_path / "fourth"))
+
+
+def test_a_data_set_with_a_validation_split_holds_nothing_out(source, tmp_path):
+    for split, count in (("train", 12), ("test", 4), ("val", 3)):
+        images(tmp_path / "data" / split, {"cats": count, "dogs": count})
+    run(source, tmp_path / "run", f"data.dataset={tmp_path / 'data'}")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["num_train_images"] == 24 and "top5_accuracy" not in metrics["test"]
+    assert (metrics["validation"]["from"], metrics["validation"]["images"]) == ("split val", 6)
+    assert (metrics["test"]["from"], metrics["test"]["images"]) == ("split test", 8)
+
+
+def test_what_was_learned_generalises(source, tmp_path):
+    """Bright against dark images: a few steps tell them apart."""
+    folder = images(tmp_path / "data", {"bright": 40, "dark": 40}, base={"bright": 160, "dark": 20})
+    run(source, tmp_path / "run", f"data.dataset={folder}", "training.num_train_epochs=5", "data.max_train_images=80")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"] == 100
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+def images(folder: Path, classes: dict[str, int], base: dict | None = None) -> Path:
+    """A folder of grey images, one folder for each class."""
+    rng = np.random.default_rng(0)
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (16, 16), dtype=np.uint8) + np.uint8((base or {}).get(name, 0))
+            PIL.Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def table(folder: Path, labels: list, feature=None, split="train") -> Path:
+    """A parquet file of images with a column `label`."""
+    rows = [PIL.Image.fromarray(np.full((16, 16), i % 256, np.uint8)) for i in range(len(labels))]
+    features = {"image": datasets.Image(), **({"label": feature} if feature else {})}
+    made = datasets.Dataset.from_dict({"image": rows, "label": labels}, features=datasets.Features(features))
+    folder.mkdir(exist_ok=True)
+    made.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+INT, FLOAT, TEXT = (datasets.Value(kind) for kind in ("int64", "float32", "string"))
+NAMES = datasets.ClassLabel(names=[f"class {i}" for i in range(50)])
+REFUSED = {
+    "no labels": (lambda f: images(f, {"a": 30}), [], "one folder for each of at least two classes"),
+    "floats": (lambda f: table(f, [0.5] * 30, FLOAT), [], "column 'label' holds float32 values.*whole number or text"),
+    "floats, named": (lambda f: table(f, [0.5] * 30, FLOAT), ["data.label_column=label"], "float32 values"),
+    "lists": (lambda f: table(f, [[1, 2]] * 30, datasets.List(INT)), [], "several values an image"),
+    "some missing": (lambda f: table(f, ["a", "b", None] * 10, TEXT), [], "have no label in 'label'"),
+    "one class": (lambda f: table(f, ["a"] * 30, TEXT), [], "all 27 training images are of one class, 'a'"),
+    "few images": (lambda f: table(f, [i % 7 for i in range(40)], NAMES), [], "36 training images for 50 classes"),
+    "all different": (
+        lambda f: table(f, list(range(30)), INT),
+        [],
+        "one of each class: none can be held out|not in the",
+    ),
+    "unseen class": (
+        lambda f: table(table(f, ["a", "b"] * 9, TEXT), ["a", "c", "d"], TEXT, "test"),
+        [],
+        "class 'c' is in the split test but not in the training images, and 1 more",
+    ),
+    "unseen name": (
+        lambda f: table(table(f, [0, 1] * 30, NAMES), [0, 2], NAMES, "test"),
+        [],
+        "class 'class 2' is in the split test but not",
+    ),
+    "class weights": (None, ["finetune.class_weights=[1, 2]"], "2 numbers for 10 classes: T-shirt/top"),
+    "negative": (None, ["finetune.class_weights=[1,1,1,1,1,1,1,1,1,-1]"], "must be positive numbers or 0"),
+    "weights' name": (None, ["finetune.class_weights=balance"], "did you mean 'balanced'"),
+    "streaming": (None, ["data.streaming=true"], "leave out data.streaming"),
+    "lora layers": (None, ["finetune.lora=true", "finetune.lora_layers=[qvk]"], "did you mean 'qkv'"),
+    "lora and freeze": (None, ["finetune.lora=true", "finetune.freeze=true"], "finetune.freeze=true forbids"),
+    "key": (None, ["finetune.mixupp=1"], "did you mean 'mixup'"),
+    "type": (None, ["finetune.mixup=much"], "finetune.mixup must be a number"),
+    "range": (None, ["finetune.randaugment=11"], "from 0 to 10"),
+    "task": (None, ["task=clasification"], "did you mean 'classification'"),
+    "pooler": (None, ["model.pooler=mena"], "did you mean 'mean'"),
+    "decay": (None, ["finetune.layer_decay=1.5"], r"in \(0, 1\]"),
+    "shape": (None, ["model.encoder_config.hidden_size=32"], "do not fit this configuration: .* has another shape"),
+    "resume": (None, ["training.resume=true"], "holds no recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_writes_nothing(source, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    data, overrides, words = REFUSED[case]
+    base = [word for word in TINY if not data or "max_" not in word]
+    overrides = [*overrides, *([f"data.dataset={data(tmp_path / 'data')}"] if data else [])]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=words) as caught:
+        run(source, None, *overrides, base=base)
+    assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
+
+
+def test_the_wrong_kind_of_encoder_is_refused(tmp_path):
+    MIMForPreTraining(tiny_config(num_channels=1, encoder_config={"use_cls_token": False})).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(ValueError, match="pooler 'cls' needs an encoder with a class token"):
+        run(tmp_path / "a", tmp_path / "out", "model.pooler=cls")
+    resnet = {"encoder": "convnet", "encoder_config": RESNET, "image_size": 32}
+    MIMForPreTraining(tiny_config(num_channels=1, **resnet)).save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"linear layers, and the blocks of this encoder \(resnet\) have none"):
+        run(tmp_path / "b", tmp_path / "out", "finetune.lora=true")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match="no model at"):
+        run(tmp_path / "c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_other_commands_are_refused(source):
+    with pytest.raises(ValueError, match="mae is no recipe of finetune: hf-mim pretrain mae runs it.*finetune_small"):
+        run(source, None, name="mae", base=[])
+    with pytest.raises(ValueError, match="unknown recipe 'finetune_mea'"):
+        run(source, None, name="finetune_mea", base=[])
+    from hf_mim.training.pretrain import pretrain
+
+    with pytest.raises(ValueError, match="no recipe of pretrain: hf-mim finetune MODEL finetune_small runs it"):
+        pretrain("finetune_small")
+    with pytest.raises(ValueError, match="hf-mim pretrain has no section 'finetune'"):
+        pretrain("quick", ["finetune.lora=true"])
+
+
+def test_a_new_head_starts_with_equal_predictions(source, tmp_path):
+    run(source, tmp_path / "run", "training.max_steps=1", "training.learning_rate=0", "finetune.label_smoothing=0")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["final_loss"] == pytest.approx(
+        math.log(10), rel=1e-3
+    )
