@@ -109,7 +109,7 @@ def probe_rows(probe: dict) -> list[dict]:
             said += [f"{entry['parameters']:,} parameters"] if is_number(entry.get("parameters")) else []
             beside = with_interval(section(untrained, "poolers").get(name))
             row = {"trained": with_interval(entry), "untrained": beside, "setting": ", ".join(said)}
-            rows.append({"name": f"`{clean(name)}`, trained", **row})
+            rows.append({"name": f"trained classifier behind `{clean(name)}`", **row})
     for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
         for pooling, words in POOLINGS.items():
             cells = [with_interval(section(found, kind).get(pooling)) for found in (probe, untrained)]
@@ -127,6 +127,6 @@ def probe_protocol(probe: dict) -> list[str]:
 
 def probe_counts(probe: dict) -> str:
     data, seeds = section(probe, "data"), probe.get("seeds")
-    name = clean(data["dataset"]) if data.get("dataset") else None
+    name = f"`{clean(data['dataset'])}`" if data.get("dataset") else "the data that ships with hf_mim" if data else None
     many = f"seeds {', '.join(map(str, seeds))}" if isinstance(seeds, list) and seeds else None
-    return ", ".join(part for part in (f"`{name}`" if name else None, counts(data) or None, many) if part)
+    return ", ".join(part for part in (name, counts(data), many) if part)

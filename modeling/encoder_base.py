@@ -116,6 +116,16 @@ def choose(name: str, value: str, choices) -> str:
     return value
 
 
+def to_grey(pixel_values: Tensor, num_channels: int) -> Tensor:
+    """Three channels given to a model of one, (batch, 3, height, width) -> (batch, 1, height, width); anything else as
+    it is. The pipelines of transformers make every image RGB. The weights are those of PIL's `convert("L")`; equal
+    channels, a grey image made RGB, give exactly that channel, and normalising before or after is the same."""
+    if num_channels != 1 or pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        return pixel_values
+    red, green, blue = pixel_values.split(1, dim=1)
+    return red + 0.587 * (green - red) + 0.114 * (blue - red)
+
+
 def fill_hidden_pixels(pixel_values: Tensor, bool_masked_pos: Tensor, grid: Grid, fill: str) -> Tensor:
     """Replaces the hidden pixels of (batch, channels, height, width) by zero or by the image's own mean colour, taken
     over all its pixels (A2MIM, 2205.13943, section 4.1, and its released code). Visible pixels are unchanged."""

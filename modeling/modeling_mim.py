@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig, check_part, pair
 from .decoders import DECODERS
-from .encoder_base import EncoderOutput
+from .encoder_base import EncoderOutput, to_grey
 from .encoder_native import load_native
 from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
@@ -142,13 +142,15 @@ class MIMModel(MIMPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> MIMModelOutput:
-        """pixel_values (batch, channels, height, width), normalised; height and width may differ from the config's.
-        bool_masked_pos (batch, rows * cols) on `encoder.mask_grid(height, width)`, True = hidden.
+        """pixel_values (batch, channels, height, width), normalised; height and width may differ from the config's, and
+        RGB becomes grey for a model of one channel (see `to_grey`). bool_masked_pos (batch, rows * cols) on
+        `encoder.mask_grid(height, width)`, True = hidden.
 
         Raises:
             ValueError: the channels are not the config's, the size is no multiple of the patch, or the mask does not
                 fit the grid.
         """
+        pixel_values = to_grey(pixel_values, self.config.num_channels)
         self.check_inputs(pixel_values, bool_masked_pos)
         asked = self.config.output_attentions if output_attentions is None else output_attentions
         encoded = self.encoder(
