@@ -126,7 +126,7 @@ class FeatureHealth(Measurement):
                 rankme,
                 f"dimensions of at most {min(dims, images)}",
                 "Like the effective rank, but the mean counts too: it is much lower where all images share one "
-                "direction, as before training. Of encoders of one kind, the paper finds, the higher one probes better.",
+                "direction. The paper finds that encoders of one kind with a higher one probe better.",
             ),
         }
 
