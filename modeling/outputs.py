@@ -48,9 +48,10 @@ class MIMForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class MIMReconstruction(ModelOutput):
-    """Pictures (batch, 1 or 3, height, width) in [0, 1]: the images, the images without their hidden patches, what
-    the model predicts, and the prediction with the visible patches put back. `extra` holds further ones by caption,
-    "target" among them where the target is not the image itself; `note` says what must be known."""
+    """Pictures (batch, 1 or 3, height, width) in [0, 1], of the images' size or, where the target draws larger, all of
+    a whole multiple of it: the images, the images without their hidden patches, what the model predicts, and the
+    prediction with the visible patches put back. `extra` holds further ones by caption, "target" among them where the
+    target is not the image itself; `note` says what must be known."""
 
     original: Tensor | None = None
     masked: Tensor | None = None

@@ -12,17 +12,16 @@ def draw_reconstruction(
 ) -> MIMReconstruction:
     """Predictions (batch, rows * cols, dim) of a `MIMForPreTraining` for images (batch, channels, height, width) as
     pictures; `with_target` puts the target's own values beside them."""
-    height, width = pixel_values.shape[2:]
-    grid, target = model.mask_grid(height, width), model.target
+    grid, target = model.mask_grid(*pixel_values.shape[2:]), model.target
     prediction, extra = target.to_image(predicted, pixel_values, grid, bool_masked_pos), {}
     if with_target:
         target.bind(model.mim.encoder)
         wanted = target.values(pixel_values, grid)["patches"]
         extra = dict(target.comparison(predicted, wanted, pixel_values, grid, bool_masked_pos))
         prediction = extra.pop("prediction", prediction)
-    original = displayable(pixel_values, model.config.image_mean, model.config.image_std)
-    hidden = bool_masked_pos.view(-1, 1, *grid)
-    hidden = hidden.repeat_interleave(height // grid[0], 2).repeat_interleave(width // grid[1], 3)
+    size = tuple(prediction.shape[2:])
+    original = enlarged(displayable(pixel_values, model.config.image_mean, model.config.image_std), size)
+    hidden = enlarged(bool_masked_pos.view(-1, 1, *grid), size)
     return MIMReconstruction(
         original=original,
         masked=torch.where(hidden, 0.5, original),
@@ -32,3 +31,10 @@ def draw_reconstruction(
         extra=extra or None,
         note=target.image_note,
     )
+
+
+def enlarged(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(batch, channels, height, width) -> by whole factors to `size`."""
+    for axis, length in zip((2, 3), size):
+        images = images.repeat_interleave(length // images.shape[axis], dim=axis)
+    return images

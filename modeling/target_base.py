@@ -79,7 +79,8 @@ class Target(nn.Module):
     def to_image(
         self, values: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor | None = None
     ) -> Tensor:
-        """What a person should be shown of values (batch, rows * cols, dim): (batch, 1 or 3, height, width) in [0, 1].
+        """What a person should be shown of values (batch, rows * cols, dim): (batch, 1 or 3, height, width) in [0, 1],
+        of the images' size or a whole multiple of it.
 
         With a mask, nothing of the hidden pixels may be used.
         """

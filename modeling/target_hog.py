@@ -45,6 +45,9 @@ def tiled_gaussian(cell: Grid, size: Grid, device=None) -> Tensor:
     return waves[0][:, None] * waves[1]
 
 
+GLYPH = 8  # pixels, the least side of a cell in a picture: below, no direction can be seen
+
+
 class HOGTarget(Target):
     """HOG of each hidden patch (MaskFeat, section 3.2): channels x orientations x cells.
 
@@ -55,7 +58,7 @@ class HOGTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
-    image_note = f"{VISIBLE_NOTE} Each cell shows where its gradients point; the brighter a line, the more of them."
+    image_note = f"{VISIBLE_NOTE} Each cell shows the directions of its edges; the brighter a line, the more of them."
 
     def __init__(
         self,
@@ -89,16 +92,16 @@ class HOGTarget(Target):
         return {"patches": patches.reshape(batch, grid[0] * grid[1], -1)}
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
-        """Glyphs: in each cell a line along every edge direction, as bright as its share; mean over channels."""
+        """Glyphs: in each cell a line along every edge's direction, as bright as its share; mean over channels.
+        The picture is enlarged by a whole factor where that is needed for cells of `GLYPH` pixels."""
         batch, (rows, cols) = values.shape[0], self.cells
         cells = values.float().clamp(0, 1).view(batch, *grid, -1, self.orientations, rows, cols).mean(3)
         cells = cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.orientations, grid[0] * rows, grid[1] * cols)
-        scale = max(1, -(-16 // min(self.cell)))  # small cells are drawn larger, then averaged back
-        glyphs = edge_glyphs(tuple(step * scale for step in self.cell), self.orientations, values.device)
-        drawn = torch.einsum("bohw,oyx->bhywx", cells, glyphs).reshape(
-            batch, 1, pixel_values.shape[2] * scale, pixel_values.shape[3] * scale
-        )
-        return F.avg_pool2d(drawn, scale).clamp(0, 1)
+        scale = max(1, -(-GLYPH // min(self.cell)))
+        fine = tuple(2 * scale * step for step in self.cell)  # drawn twice as large and averaged back: smooth lines
+        glyphs = F.avg_pool2d(edge_glyphs(fine, self.orientations, values.device)[:, None], 2)[:, 0]
+        height, width = (scale * length for length in pixel_values.shape[2:])
+        return torch.einsum("bohw,oyx->bhywx", cells, glyphs).reshape(batch, 1, height, width).clamp(0, 1)
 
 
 def edge_glyphs(size: Grid, orientations: int, device=None) -> Tensor:

@@ -48,7 +48,7 @@ def test_a_true_prediction_gives_the_target_s_picture(target, tmp_path):
         torch.testing.assert_close(shown.prediction, wanted, atol=1e-5, rtol=0)
         torch.testing.assert_close(shown.combined, wanted, atol=1e-5, rtol=0)
     for picture in (shown.extra or {}).values():
-        assert picture.shape[0] == 2 and picture.shape[1] in (1, 3) and picture.shape[2:] == (32, 32)
+        assert picture.shape[0] == 2 and picture.shape[1] in (1, 3) and picture.shape[2:] == shown.masked.shape[2:]
         assert picture.min() >= 0 and picture.max() <= 1 and picture.std() > 0
     if target == "frequency":
         torch.testing.assert_close(*shown.extra.values(), atol=1e-5, rtol=0)
