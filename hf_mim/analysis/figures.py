@@ -12,20 +12,20 @@ import PIL.Image
 from markupsafe import Markup
 
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; shades for a white page and for a dark one.
+# Blue, orange, green, mauve and ink, which people with any colour vision tell apart; on a white page and on a dark one.
+# More encoders than colours differ by their markers.
 PALETTE = (
-    ("#0072b2", "#56b0e8"),
-    ("#d55e00", "#ff9147"),
-    ("#009e73", "#2fcf9f"),
-    ("#b1548b", "#e79dc6"),
-    ("#b57d00", "#f0c04a"),
-    ("#5b5b5b", "#c3c3c3"),
-    ("#3b8fbf", "#a3d8f7"),
+    ("#1f5fb4", "#6ea8f5"),
+    ("#d0480c", "#f08a45"),
+    ("#009c74", "#2ee6a0"),
+    ("#b57fb9", "#cfa3bf"),
+    ("#2a2836", "#eceaff"),
 )
+NEUTRAL = 4  # of the colours, for what belongs to no single encoder
 MARKERS = ("circle", "square", "triangle", "diamond")
 DASH = "6 4"  # of untrained encoders
 WIDTH, HEIGHT = 360, 230  # of a chart, in units that are about a pixel on a telephone
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 40
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 28, 40
 LOG_FROM = 300  # the ratio of the largest and the smallest positive value from which an axis is logarithmic
 
 
@@ -102,7 +102,7 @@ class Axis:
                 low = 0.0
             else:
                 low -= 0.06 * span
-            high += 0.06 * span
+            high += 0.06 * span if values[0] or max(values) > min(values) else 1.0
         self.low, self.high = low, high if high > low else low + 1
         self.ticks = ticks(self.low, self.high)
         if whole:
@@ -114,7 +114,7 @@ class Axis:
 
 
 def tick_words(tick: float) -> str:
-    return f"{tick:.0e}" if tick and (abs(tick) >= 1e5 or abs(tick) < 1e-3) else f"{tick:g}"
+    return f"{tick:.0e}" if tick and (abs(tick) >= 1e5 or abs(tick) < 1e-4) else f"{tick:g}"
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
@@ -226,31 +226,40 @@ def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[st
     Args:
         rows: {the number's name: {label: a scalar as of `measurement.py`}}.
     """
-    height, top = 46, 8
+    step, top = 9.0, 4.0
     found = [s for row in rows.values() for s in row.values() if s["value"] is not None]
     edges = [s[name] for s in found for name in ("value", "low", "high") if s[name] is not None]
-    bottom = top + height * len(rows)
-    across = Axis([*edges, 0.0] if min(edges, default=0) >= 0 else edges, 12, WIDTH - 12)
-    parts = [f'<path d="M{across(t):g} {top}V{bottom}" class="grid"/>' for t in across.ticks]
-    parts += [text(across(t), bottom + 14, tick_words(t)) for t in across.ticks]
-    parts.append(text(WIDTH / 2, bottom + 32, unit, kind="label"))
-    for i, (name, row) in enumerate(rows.items()):
-        y = top + height * i
-        parts.append(text(12, y + 11, name, "start", "label"))
-        step = min(8.0, 26 / max(len(row), 1))
-        for j, (label, scalar) in enumerate(row.items()):
-            if scalar["value"] is None:
-                continue
-            style, at = styles[label], y + 20 + step * (j + 0.5)
-            if scalar["low"] is not None:
-                span = f"M{across(scalar['low']):g} {at:g}H{across(scalar['high']):g}"
-                parts.append(f'<path d="{span}" class="c{style.colour} line"/>')
-            words = f"{label}, {name}: {interval(scalar['value'], scalar['low'], scalar['high'])}"
-            parts.append(marker(across(scalar["value"]), at, style, words))
+    across = Axis(edges, 12, WIDTH - 12)
+    parts, y, before = [], top, ""
+    for name, row in rows.items():
+        # Numbers called "a, x" and "a, y" share the heading "a".
+        group, _, own = name.rpartition(", ")
+        if group != before and group:
+            y += 18
+            parts.append(text(12, y, shorten(group, 58), "start", "label"))
+        before = group
+        y += 14 if group else 18
+        parts.append(text(12, y, shorten(own, 58), "start", "" if group else "label"))
+        y += 3
+        for label, scalar in row.items():
+            y += step
+            if scalar["value"] is not None:
+                parts.append(point(label, name, scalar, across, y - step / 2, styles[label]))
+    parts = [f'<path d="M{across(t):g} {top:g}V{y + 6:g}" class="grid"/>' for t in across.ticks] + parts
+    parts += [text(across(t), y + 20, tick_words(t)) for t in across.ticks]
+    parts.append(text(WIDTH / 2, y + 37, unit, kind="label"))
     spoken = "; ".join(
         f"{name}: " + ", ".join(f"{label} {say(s['value'])}" for label, s in row.items()) for name, row in rows.items()
     )
-    return svg(WIDTH, bottom + 38, parts, f"Chart of numbers with intervals, {title}. {spoken}")
+    return svg(WIDTH, y + 42, parts, f"Chart of numbers with intervals, {title}. {spoken}")
+
+
+def point(label: str, name: str, scalar: dict, across: Axis, y: float, style: Style) -> str:
+    words = f"{label}, {name}: {interval(scalar['value'], scalar['low'], scalar['high'])}".removeprefix(", ")
+    bar = ""
+    if scalar["low"] is not None:
+        bar = f'<path d="M{across(scalar["low"]):g} {y:g}H{across(scalar["high"]):g}" class="c{style.colour} line"/>'
+    return bar + marker(across(scalar["value"]), y, style, words)
 
 
 # ---- pictures of numbers -------------------------------------------------------------------------------------------

@@ -138,12 +138,12 @@ class Job:
         axes = {"x": list(plan.orders), "x_label": "share of the other parts that are present", "unit": ""}
         curve = {name: found[key].tolist() for name, key in (("mean", "J"), ("low", "low"), ("high", "high"))}
         strongest = plan.orders[int(found["J"].argmax())]
-        words = f"Two parts of an image interact most where {strongest:.0%} of the others are present"
+        words = f"Two parts of an image interact most where {100 * strongest:.0f} % of the others are present"
         scalars = {}
         if any(middle) and not all(middle):
             level, low, high = interaction.mean_strength(self.partial.found, middle, plan.seed)
-            words += f"; with {MIDDLE[0]:.0%} to {MIDDLE[1]:.0%} of them it is {level:.2f} ({low:.2f} to {high:.2f}) "
-            words += "times their average over all orders"
+            words += f"; with {100 * MIDDLE[0]:.0f} to {100 * MIDDLE[1]:.0f} % of them it is {level:.2f} "
+            words += f"({low:.2f} to {high:.2f}) times their average over all orders"
             scalars["middle"] = number("Strength at the middle orders", level, low, high, "of the mean over orders")
         unit = "log-odds"
         scalars |= {

@@ -12,15 +12,18 @@ from hf_mim.analysis.figures_png import draw_pngs
 
 # The first table, in this order: measurement, curves (the last value counts) or scalars, name, column, what it means.
 HEADLINES = (
-    ("health", "scalars", "effective_rank", "effective rank", "in how many directions the features of images vary"),
+    ("health", "scalars", "effective_rank", "effective rank", "directions in which features of images vary"),
     ("token_diversity", "curves", "residual", "token diversity", "how much tokens of an image differ, last block"),
-    ("consistency", "scalars", "image_accuracy", "images right", "class of the nearest prototype, mean token"),
-    ("consistency", "scalars", "token_accuracy_plain", "tokens right", "the same for every single token"),
-    ("attention_flow", "curves", "cls_cls", "[cls] to itself", "share of its attention, last block"),
-    ("attention_flow", "curves", "patch_self", "patch to itself", "share of its attention, last block"),
-    ("fourier", "curves", "highest", "high frequencies", "log amplitude against frequency zero, last block"),
-    ("interaction", "scalars", "middle", "middle interactions", "strength at the middle orders, against the mean"),
+    ("consistency", "scalars", "image_accuracy", "images right", "by the nearest class prototype"),
+    ("consistency", "scalars", "token_accuracy_plain", "tokens right", "every token by itself"),
+    ("attention_flow", "curves", "cls_cls", "[cls] to itself", "of its attention, last block"),
+    ("attention_flow", "curves", "patch_self", "patch to itself", "of its attention, last block"),
+    ("fourier", "curves", "highest", "high frequencies", "log amplitude, last block"),
+    ("interaction", "scalars", "middle", "middle interactions", "times the mean of all orders"),
 )
+# The curves that are shown at once where a measurement has many; the others fold out.
+FIRST = {"attention_flow": ("cls_cls", "cls_entropy", "patch_self", "patch_entropy", "cls_patch", "patch_magnitude")}
+MOST_FIRST = 6  # figures of a measurement that are shown at once
 MOST_ROWS = 14  # of a chart of intervals; more numbers are read better in the table
 
 
@@ -95,27 +98,20 @@ def headline(entry: dict, measurement: str, kind: str, name: str) -> dict | None
     return {"value": found["mean"][-1], "low": low, "high": high, "unit": found["unit"]}
 
 
-def headline_columns(encoders: dict) -> list[tuple[str, str, str]]:
-    """(title, what it means, unit) of every headline that at least one encoder has."""
-    columns = []
-    for measurement, kind, name, title, meaning in HEADLINES:
-        found = [headline(entry, measurement, kind, name) for entry in encoders.values()]
-        known = [entry for entry in found if entry is not None]
-        if known:
-            units = {entry["unit"] for entry in known}
-            columns.append((title, meaning, units.pop() if len(units) == 1 else ""))
-    return columns
+def headline_columns(encoders: dict) -> list[tuple[str, str]]:
+    """(title, what it means) of every headline that at least one encoder has."""
+    return [
+        (title, meaning)
+        for *where, title, meaning in HEADLINES
+        if any(headline(entry, *where) is not None for entry in encoders.values())
+    ]
 
 
 def headline_row(label: str, encoders: dict, styles: dict[str, Style]) -> dict:
-    entry, titles, cells = encoders[label], {column[0] for column in headline_columns(encoders)}, []
-    for measurement, kind, name, title, _ in HEADLINES:
+    entry, titles, cells = encoders[label], {title for title, _ in headline_columns(encoders)}, []
+    for *where, title, _ in HEADLINES:
         if title in titles:
-            found = headline(entry, measurement, kind, name) or {"value": None, "low": None, "high": None}
-            margin = (
-                None if found["low"] is None else max(found["high"] - found["value"], found["value"] - found["low"])
-            )
-            cells.append((say(found["value"]), None if margin is None else say(margin)))
+            cells.append(headline_cell(headline(entry, *where)))
     return {
         "label": label,
         "sample": figures.line_sample(styles[label]),
@@ -124,12 +120,26 @@ def headline_row(label: str, encoders: dict, styles: dict[str, Style]) -> dict:
     }
 
 
+def headline_cell(found: dict | None) -> tuple[str, str | None]:
+    """-> a number in words, shares in percent, and half of its interval."""
+    if found is None or found["value"] is None:
+        return "–", None
+    value, margin = found["value"], None
+    if found["low"] is not None and found["high"] is not None:
+        margin = max(found["high"] - value, value - found["low"])
+    if found["unit"] == "share":
+        return f"{100 * value:.1f} %", None if margin is None else f"{max(100 * margin, 0.1):.1f}"
+    return say(value), None if margin is None else say(margin)
+
+
 # ---- a measurement -------------------------------------------------------------------------------------------------
 def section(folder: Path, name: str, results: dict, styles: dict[str, Style]) -> dict:
     """What the template shows of a measurement."""
     entries = {label: entry["results"][name] for label, entry in results["encoders"].items()}
     present = {label: entry for label, entry in entries.items() if "absent" not in entry}
-    both = [*present.values(), results["between"].get(name, {})]
+    between = results["between"].get(name, {})
+    drawn = charts(name, present, between, styles)
+    first = len(FIRST.get(name, ())) or MOST_FIRST
     return {
         "name": name,
         "title": next(iter(entries.values()))["title"],
@@ -139,48 +149,70 @@ def section(folder: Path, name: str, results: dict, styles: dict[str, Style]) ->
             (label, figures.line_sample(styles[label]), entry.get("summary") or entry["absent"])
             for label, entry in entries.items()
         ],
-        "together": results["between"].get(name, {}).get("summary", ""),
-        "charts": charts(present, results["between"].get(name, {}), styles),
-        "heatmaps": [
-            {"title": heading(label, heatmap["title"]), "svg": figures.heat_chart(heatmap)}
-            for label, entry in zip([*present, ""], both)
-            for heatmap in entry.get("heatmaps", {}).values()
-        ],
+        "together": between.get("summary", ""),
+        "charts": drawn[:first],
+        "more": drawn[first:],
         "maps": maps(folder, results["examples"], present, styles),
         "notes": notes(present),
         "numbers": numbers(present),
     }
 
 
-def heading(label: str, title: str) -> str:
-    return f"{label}: {title}" if label else title
-
-
-def charts(present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[dict]:
-    """The line charts, and charts of the numbers that have intervals: {"title", "svg", "note"}."""
+def charts(name: str, present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[dict]:
+    """The figures of a measurement, those to show at once first: {"title", "svg", "note", "kind"}."""
     drawn = []
-    for name in dict.fromkeys(name for entry in present.values() for name in entry.get("curves", {})):
-        curves = {label: entry["curves"][name] for label, entry in present.items() if name in entry["curves"]}
+    names = dict.fromkeys(curve for entry in present.values() for curve in entry.get("curves", {}))
+    for curve in sorted(names, key=lambda curve: curve not in FIRST.get(name, names)):
+        curves = {label: entry["curves"][curve] for label, entry in present.items() if curve in entry["curves"]}
         title = next(iter(curves.values()))["title"]
         banded = any(curve["low"] for curve in curves.values())
-        note = "" if banded else "without an interval: one number for all images"
-        drawn.append({"title": title, "svg": figures.line_chart(title, curves, styles), "note": note, "tall": False})
-    groups: dict[str, dict] = {}
+        note = "shaded: 95 % confidence" if banded else "one number for all of them"
+        svg = figures.line_chart(title, curves, styles)
+        drawn.append({"title": capital(title), "svg": svg, "note": note, "kind": "line"})
+    return drawn + interval_charts(present, between, styles) + heat_charts(present, between)
+
+
+def interval_charts(present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[dict]:
+    """Charts of the numbers that have intervals, one per unit, and one of the numbers between encoders."""
+    units: dict[str, dict] = {}
     for label, entry in present.items():
         for scalar in entry.get("scalars", {}).values():
             if scalar["low"] is not None:
-                groups.setdefault(scalar["unit"], {}).setdefault(scalar["title"], {})[label] = scalar
-    for unit, rows in groups.items():
-        if 2 <= len(rows) <= MOST_ROWS:
-            svg = figures.interval_chart("of all numbers", rows, styles, unit)
-            drawn.append({"title": "Numbers with their intervals", "svg": svg, "note": "", "tall": len(rows) > 4})
-    scalars = between.get("scalars", {})
-    if 0 < len(scalars) <= MOST_ROWS:
-        rows = {scalar["title"]: {"": scalar} for scalar in scalars.values()}
-        plain = {"": Style(len(figures.PALETTE) - 2, "circle", False)}
-        svg = figures.interval_chart("between encoders", rows, plain, next(iter(scalars.values()))["unit"])
-        drawn.append({"title": "Between encoders", "svg": svg, "note": "", "tall": len(rows) > 4})
-    return drawn
+                units.setdefault(scalar["unit"], {}).setdefault(scalar["title"], {})[label] = scalar
+    shown = [(capital(unit or "Numbers"), rows, styles, unit) for unit, rows in units.items()]
+    pairs = between.get("scalars", {}).values()
+    plain = {"": Style(figures.NEUTRAL, "circle", False)}
+    shown.append(
+        ("Between encoders", {s["title"]: {"": s} for s in pairs}, plain, next((s["unit"] for s in pairs), ""))
+    )
+    return [
+        {
+            "title": title,
+            "svg": figures.interval_chart(title, rows, look, unit),
+            "note": "bars: 95 % confidence",
+            "kind": "tall" if len(rows) > 4 else "",
+        }
+        for title, rows, look, unit in shown
+        if 2 <= len(rows) <= MOST_ROWS
+    ]
+
+
+def heat_charts(present: dict[str, dict], between: dict) -> list[dict]:
+    note = "0: nothing in common, 1: the same up to rotation and scale"
+    return [
+        {
+            "title": f"{label}: {heatmap['title']}" if label else capital(heatmap["title"]),
+            "svg": figures.heat_chart(heatmap),
+            "note": note,
+            "kind": "",
+        }
+        for label, entry in [*present.items(), ("", between)]
+        for heatmap in entry.get("heatmaps", {}).values()
+    ]
+
+
+def capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def maps(folder: Path, examples: list[str], present: dict[str, dict], styles: dict[str, Style]) -> list[dict]:
@@ -195,7 +227,7 @@ def maps(folder: Path, examples: list[str], present: dict[str, dict], styles: di
             uris = [[figures.map_uri(block) for block in image] for image in entry["images"]]
             last = [blocks[-1] for blocks in uris]
             rows.append({"label": label, "sample": figures.line_sample(styles[label]), "last": last, "blocks": uris})
-        shown.append({"title": next(iter(found.values()))["title"], "pictures": pictures, "rows": rows})
+        shown.append({"title": capital(next(iter(found.values()))["title"]), "pictures": pictures, "rows": rows})
     return shown
 
 
