@@ -1,0 +1,171 @@
+"""Which pooler reads which encoder best: an autoencoder, a distilled and a supervised one, and an untrained one.
+
+    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 1000] [--minutes 25] [--out outputs/poolers]
+
+The encoders are ViTs of one size on the shipped images. `mae` is the recipe `quick`; `supervised` a classifier that
+reads the class token, trained for `--steps` steps of 64 images with the labels of all training images; `distilled` the
+recipe `maskdistill_small` for as many steps, with the supervised one of the same seed as its teacher, whose mean token
+its class token predicts too. Each is probed by `hf-mim probe` on the first `--images` training images (a tenth) and all
+test images, with that seed. What is done is skipped, and after `--minutes` the script stops by itself: run it again to go on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import markdown_table, write_section
+from methods import Labelled
+from rich.console import Console
+from transformers import Trainer, TrainingArguments, set_seed
+
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining
+from hf_mim.training import recipe as recipes
+from hf_mim.training.data import load_splits
+from hf_mim.training.pretrain import pretrain
+from hf_mim.training.probe import probe
+from hf_mim.training.sources import DataArguments
+from hf_mim.training.trainer import has_bf16
+
+
+ENCODERS = {
+    "mae": "masked autoencoder",
+    "distilled": "distilled",
+    "supervised": "supervised",
+    "untrained": "untrained",
+}
+POOLERS = ("cls", "mean", "max", "abmilp", "attention", "efficient")
+OURS, USUAL = "abmilp", "cls"
+
+
+# ---- encoders ------------------------------------------------------------------------------------------------------
+def make_encoder(name: str, seed: int, args) -> Path:
+    """The folder of an encoder, trained unless it is there."""
+    folder = args.out / f"{name}-seed{seed}"
+    if (folder / "config.json").exists():
+        return folder
+    quiet = Console(quiet=True)
+    settings = [f"training.seed={seed}", f"training.output_dir={folder}", "data.max_eval_images=0"]
+    settings += ["training.save_strategy='no'", "training.watch_every=0"]
+    if name == "mae":
+        steps = [f"training.max_steps={args.mae_steps}"] if args.mae_steps else []
+        pretrain("quick", [*settings, *steps], quiet)
+    elif name == "distilled":
+        teacher = make_encoder("supervised", seed, args)
+        target = [f"model.target_config.teacher={teacher}", "model.target_config.global_weight=1"]
+        pretrain("maskdistill_small", [*settings, *target, f"training.max_steps={args.steps}"], quiet)
+    elif name == "supervised":
+        train_supervised(folder, seed, args.steps)
+    else:
+        set_seed(seed)
+        MIMForPreTraining(MIMConfig(**recipes.resolve("quick")["model"])).save_pretrained(folder)
+    return folder
+
+
+def train_supervised(folder: Path, seed: int, steps: int) -> None:
+    set_seed(seed)
+    config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
+    arguments = TrainingArguments(
+        output_dir=str(folder.with_suffix(".run")),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup_steps=0.05,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=has_bf16(),
+        seed=seed,
+    )
+    model, data = MIMForImageClassification(config), load_splits(DataArguments(), config, seed).train
+    Trainer(model, arguments, train_dataset=Labelled(data, config), data_collator=lambda batch: batch[0]).train()
+    model.save_pretrained(folder)
+
+
+# ---- probing -------------------------------------------------------------------------------------------------------
+def probe_encoder(name: str, seed: int, args) -> dict:
+    """What `hf-mim probe` found; kept in a file."""
+    file = args.out / f"{name}-seed{seed}-{args.images}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    started, folder = time.process_time(), args.out / f"probe-{name}-seed{seed}-{int(time.time())}"
+    options = [f"probe.poolers=[{', '.join(POOLERS)}]", f"probe.seeds=[{seed}]", "probe.untrained=false"]
+    options += [f"data.max_train_images={args.images}", f"probe.epochs={args.epochs}"]
+    options += [f"data.max_eval_images={args.test_images}"] if args.test_images else []
+    options += [f"probe.cache={args.out / 'tokens'}", f"probe.output_dir={folder}"]
+    probe(str(make_encoder(name, seed, args)), options, Console(quiet=True))
+    found = json.loads((folder / "probe.json").read_text())
+    found = {"poolers": found["poolers"], "linear": found["linear"], "seconds": time.process_time() - started}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+def cell(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def report(results: dict[str, dict[int, dict]], args) -> str:
+    """Markdown: mean and standard deviation over the seeds that are there."""
+    rows = []
+    for name, title in ENCODERS.items():
+        found = list(results.get(name, {}).values())
+        if found:
+            accuracies = [cell([one["poolers"][pooler]["accuracy"] for one in found]) for pooler in POOLERS]
+            gains = [cell(gain_of(found, pooler)) for pooler in (OURS, "efficient")]
+            rows.append([title, *accuracies, *gains, len(found)])
+    header = ["encoder", *POOLERS, "abmilp less cls", "efficient less cls", "seeds"]
+    command = f"python benchmarks/poolers.py --seeds {' '.join(map(str, args.seeds))} --images {args.images}"
+    command += f" --steps {args.steps} --epochs {args.epochs}"
+    mae = f"{args.mae_steps:,} steps" if args.mae_steps else "the recipe's 20 epochs"
+    words = f"`{command}`\n\nAccuracy on the {args.test_images or 3000:,} test images, percent, of poolers trained on "
+    words += f"{args.images:,} of the 20,000 training images; mean and standard deviation over encoders and probes of "
+    words += f"different seeds. Budgets: `quick` {mae}, the others {args.steps:,} steps of 64 images."
+    return f"{words}\n\n{markdown_table(header, rows)}"
+
+
+def gain_of(found: list[dict], pooler: str) -> list[float]:
+    return [one["poolers"][pooler]["accuracy"] - one["poolers"][USUAL]["accuracy"] for one in found]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=2000, help="training images with a label")
+    parser.add_argument("--test-images", type=int, help="test on so many, always the same; by default all")
+    parser.add_argument("--steps", type=int, default=1000, help="of the supervised and the distilled encoder")
+    parser.add_argument("--mae-steps", type=int, help="of the autoencoder; by default the whole recipe")
+    parser.add_argument("--epochs", type=int, default=40, help="of the poolers, at most")
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/poolers"))
+    parser.add_argument("--page", help="put the table into this Markdown page")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> str:
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline, results = time.monotonic() + 60 * args.minutes, {}
+    for seed in args.seeds:  # a whole table of one seed first
+        for name in ENCODERS:
+            if time.monotonic() > deadline:
+                print("out of time: run it again to go on", flush=True)
+                break
+            results.setdefault(name, {})[seed] = found = probe_encoder(name, seed, args)
+            shown = {pooler: round(entry["accuracy"], 1) for pooler, entry in found["poolers"].items()}
+            print(f"{name}, seed {seed}: {shown}, {found['seconds']:.0f} s of the processor", flush=True)
+    text = report(results, args)
+    print(text)
+    if args.page:
+        write_section(args.page, "poolers", text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
