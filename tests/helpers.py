@@ -1,5 +1,10 @@
 """What several test files need: small configs, masks, images."""
 
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
 import torch
 from safetensors.torch import save_file
 
@@ -63,3 +68,25 @@ def target_options(name: str, folder, patch: int = 8) -> dict:
         save_file({"codes": torch.rand(5, 27 * (patch // 8) ** 2)}, folder / "codebook.safetensors")
         options = {**options, "codebook": str(folder / "codebook.safetensors")}
     return options
+
+
+def png(array, mode=None) -> bytes:
+    """The file of an array (height, width[, channels]), with mode "P" as indices of colours."""
+    file, image = io.BytesIO(), PIL.Image.fromarray(array)
+    if mode == "P":
+        image.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_pairs(images: Path, masks: Path, count: int, seed=0, size=(24, 32), channels=3, ids=3, ending="png"):
+    """Files p0.png, ... of pictures, every other one turned, and of their masks, which follow from the brightness."""
+    rng = np.random.default_rng(seed)
+    for folder in (images, masks):
+        folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        height, width = size if i % 2 else size[::-1]
+        found = rng.integers(ids, size=(height // 8, width // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        pixels = (found * 60 + rng.integers(20, size=found.shape)).astype(np.uint8)
+        PIL.Image.fromarray(np.dstack([pixels] * 3) if channels == 3 else pixels).save(images / f"p{i}.{ending}")
+        PIL.Image.fromarray(found).save(masks / f"p{i}.png")

@@ -46,7 +46,8 @@ def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
     size = input_size(encoder, wanted, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
     splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console)
-    model = make_segmenter(encoder, options, splits.classes, run.arguments.train_batch_size)
+    batch = min(run.arguments.train_batch_size, len(splits.train))
+    model = make_segmenter(encoder, options, splits.classes, batch)
     trainer = make_trainer(run, model, splits, size)
     describe(run, model, splits, size)
     started = time.perf_counter()
@@ -129,6 +130,8 @@ def make_segmenter(encoder: MIMModel, options: FinetuneArguments, classes: list[
     model = MIMUperNet(config)
     if not options.from_scratch:
         model.backbone.mim.load_state_dict(encoder.state_dict())
+    if factors is None:  # the last norm (Swin's) is no part of such stages, and DDP wants no parameter without gradient
+        model.backbone.mim.encoder.final_norm.requires_grad_(False)
     return model.train()
 
 
@@ -184,6 +187,15 @@ class SegmentationTrainer(FinetuneTrainer):
     """A `FinetuneTrainer` that evaluates masks at their own sizes. It keeps three numbers per image and class, not the
     predictions, which for a data set do not fit into memory."""
 
+    def get_train_dataloader(self):
+        # A last batch of one image would stop UperNet's batch norms. For training only: the argument is of both.
+        args, whole = self.args, self.args.train_batch_size * self.args.world_size
+        before, args.dataloader_drop_last = args.dataloader_drop_last, len(self.train_dataset) >= whole
+        try:
+            return super().get_train_dataloader()
+        finally:
+            args.dataloader_drop_last = before
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -204,8 +216,6 @@ def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
 def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]):
     arguments, config = run.arguments, model.backbone.config
     arguments.metric_for_best_model = run.recipe["training"].get("metric_for_best_model", "mean_iou")
-    if len(splits.train) >= arguments.train_batch_size * arguments.world_size:
-        arguments.dataloader_drop_last = True  # a last batch of one image would stop UperNet's batch norms
     flip = run.data.horizontal_flip
     return SegmentationTrainer(
         model=model,

@@ -37,7 +37,7 @@ class BadMask(ValueError):
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
-def decode_mask(value, name: str = "a mask") -> np.ndarray:
+def decode_mask(value, name: str = "without a name") -> np.ndarray:
     """Class ids (height, width), int64, as they are written: of a palette its indices, not its colours.
 
     Args:
@@ -50,7 +50,7 @@ def decode_mask(value, name: str = "a mask") -> np.ndarray:
         name = Path(value.get("path") or name).name
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if value is None:
-        raise BadMask(f"{name} is missing")
+        raise BadMask(f"mask {name} is missing")
     try:
         if isinstance(value, str | Path):
             value = Path(value).read_bytes()
@@ -60,7 +60,8 @@ def decode_mask(value, name: str = "a mask") -> np.ndarray:
         ids = np.array(value)
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise BadMask(f"cannot read mask {name}: {error}".partition("\n")[0]) from None
-    ids = ids[..., 0] if ids.ndim == 3 and (ids == ids[..., :1]).all() else ids.squeeze()
+    if ids.ndim == 3:  # equal channels, or a first axis of one
+        ids = ids[..., 0] if (ids == ids[..., :1]).all() else ids[0] if len(ids) == 1 else ids
     if ids.ndim != 2 or ids.dtype.kind not in "uib":
         found = f"{ids.dtype} {'x'.join(map(str, ids.shape))}"
         raise BadMask(f"mask {name} must hold whole numbers, one class id per pixel, and holds {found}")
