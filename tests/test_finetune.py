@@ -79,6 +79,11 @@ def spy_trainers(monkeypatch) -> list[FinetuneTrainer]:
     return made
 
 
+def logged_losses(folder: Path) -> list[float]:
+    state = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     return MIMForImageClassification.from_pretrained(folder).state_dict()
 
@@ -215,25 +220,18 @@ def test_bf16_is_float32_within_noise(finished, source, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_doubled_batch(source, tmp_path):
     # Without drop path: what it drops follows from the random state of each process.
-    words = [*TINY, *ALL[:-1], "finetune.drop_path=0"]
-    found = []
-    for processes, batch in ((1, 16), (2, 8)):
-        batch = f"training.per_device_train_batch_size={batch}"
-        folder = tmp_path / str(processes)
-        printed = launch(processes, folder, *words, batch, command=("finetune", str(source)))
-        assert printed.count("total batch 16") == 1 and printed.count("accuracy") >= 2
-        metrics = json.loads((folder / "metrics.json").read_text())
-        assert metrics["processes"] == processes
-        found.append((metrics, weights(folder)))
-    for key in ("validation", "test"):
-        assert (
-            found[0][0][key]["confusion" if key == "test" else "accuracy"]
-            == found[1][0][key]["confusion" if key == "test" else "accuracy"]
-        )
-        assert found[0][0][key]["loss"] == pytest.approx(found[1][0][key]["loss"], rel=1e-4)
-    assert found[0][0]["final_loss"] == pytest.approx(found[1][0]["final_loss"], rel=1e-4)
-    for name, value in found[0][1].items():  # six steps of sums in another order
-        torch.testing.assert_close(value, found[1][1][name], rtol=1e-2, atol=1e-3)
+    words = [*ALL[:-1], "finetune.drop_path=0"]
+    run(source, tmp_path / "one", *words)
+    batch = "training.per_device_train_batch_size=8"
+    printed = launch(2, tmp_path / "two", *TINY, *words, batch, command=("finetune", str(source)))
+    assert printed.count("total batch 16") == 1 and printed.count("output folder") == 2  # only one process prints
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2 and np.sum(two["test"]["confusion"]) == 40 and one["best_step"] == two["best_step"]
+    losses = [logged_losses(tmp_path / name) for name in ("one", "two")]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    # Adam turns gradients that are zero but for the order of a sum into small steps, which a loss hardly shows.
+    assert one["test"]["loss"] == pytest.approx(two["test"]["loss"], rel=1e-3)
 
 
 # ---- what is trained -----------------------------------------------------------------------------------------------

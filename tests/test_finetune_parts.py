@@ -343,7 +343,9 @@ def test_metrics_are_those_of_scikit_learn(classes):
     if classes > 5:
         top = sklearn.metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
         expected["top5_accuracy"] = 100 * top
-    assert evaluation.score(logits, labels) == pytest.approx(expected, abs=1e-9)
+    shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
+    expected["loss"] = sklearn.metrics.log_loss(labels, shares, labels=range(classes))
+    assert evaluation.score(logits, labels) == pytest.approx(expected, abs=1e-6)
     matrix = evaluation.confusion_matrix(logits, labels)
     np.testing.assert_array_equal(matrix, sklearn.metrics.confusion_matrix(labels, predictions, labels=range(classes)))
 

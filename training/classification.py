@@ -262,8 +262,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: LabelledSplits, s
         results[name] = {
             "images": len(dataset),
             "from": splits.notes[name],
-            **{key: round(value, 4) for key, value in evaluation.score(found.predictions, found.label_ids).items()},
-            "loss": round(found.metrics["test_loss"], 6),
+            **{key: round(value, 5) for key, value in evaluation.score(found.predictions, found.label_ids).items()},
         }
         matrix = evaluation.confusion_matrix(found.predictions, found.label_ids)
     if not trainer.is_world_process_zero():
