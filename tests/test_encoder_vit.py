@@ -281,3 +281,28 @@ def test_drop_path_keeps_the_mean_and_grows_with_depth():
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)
     assert (dropped.flatten(1).std(dim=1) == 0).all()  # whole images
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_mlp_computes_its_gelu_again_and_has_the_gradients_of_the_plain_form(dtype):
+    torch.manual_seed(0)
+    mlp = MLP(6, 12).to(dtype if dtype != torch.bfloat16 else torch.float32).train()
+    tokens = torch.randn(2, 5, 6, dtype=mlp.fc1.weight.dtype, requires_grad=True)
+    wanted = torch.randn(2, 5, 6, dtype=tokens.dtype)
+    grads = []
+    for plain in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = mlp.fc2(F.gelu(mlp.fc1(tokens))) if plain else mlp(tokens)
+        grads.append(torch.autograd.grad((out * wanted).sum(), [tokens, *mlp.parameters()]))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(mlp, tokens)
+
+
+def test_the_mlp_keeps_one_wide_tensor_for_its_backward_pass():
+    mlp, tokens, kept = MLP(6, 12).train(), torch.randn(2, 5, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        mlp(tokens)
+    assert kept.count(2 * 5 * 12) == 1 and kept.count(2 * 5 * 6) == 1
