@@ -51,8 +51,9 @@ class FeatureHealth(Measurement):
 
     title = "Feature health"
     normal = (
-        "Healthy features use many dimensions, have no dead ones, and no tokens whose norm stands out. What is usual "
-        "for each stands beside it; compare with the untrained encoder, whose features vary little between images."
+        "Healthy features use many dimensions, have no dead ones, and no tokens whose norm stands out. A sign of "
+        "trouble is any of these failing where the untrained encoder's does not; what is usual for each number is said "
+        "with it."
     )
 
     def __init__(self, model, setting: Setting):

@@ -1,7 +1,6 @@
 """The command `analyze`: several encoders, and each one untrained, measured on the same images in one pass each."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shlex
@@ -109,6 +108,8 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
     Raises:
         ValueError, OSError: something in the sources, the overrides or the data is wrong; nothing has been written.
     """
+    from hf_mim.analysis.report import write_report  # matplotlib takes a second
+
     console, started = console or Console(), time.perf_counter()
     data, arguments = read_overrides(list(overrides))
     folder = choose_folder(check_sources(sources), arguments.output_dir)
@@ -119,34 +120,20 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
     say(f"{len(choice.measured)} images, {choice.note} of {data.dataset or 'the Fashion-MNIST subset (shipped)'}")
     measure_all(subjects, arguments, console)
     folder.mkdir(parents=True, exist_ok=True)
-    first = subjects[0].images
     results = {
         "format": FORMAT,
         "command": shlex.join(["hf-mim", "analyze", *sources, *overrides]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": versions(),
-        "seed": arguments.seed,
-        "seconds": round(time.perf_counter() - started, 1),
-        "data": {
-            "dataset": data.dataset or "Fashion-MNIST subset (shipped)",
-            "from": choice.note,
-            "images": len(first.measured),
-            "prototype_images": len(first.others) if first.others is not None else 0,
-            "classes": first.classes,
-        },
-        "examples": save_examples(first, folder, arguments.examples),
-        "encoders": {subject.label: describe(subject) for subject in subjects},
-        "between": between(subjects),
+        **collect(subjects, choice, data, arguments, folder),
     }
     if (plan := plan_of(arguments.interaction, arguments.seed)) is not None:
+        write_json(results, folder / "report.json")  # now: this takes minutes, and may be stopped
         found = measure_interactions(subjects, plan, data, arguments, folder, console)
         for label, result in found.items():
             results["encoders"][label]["results"]["interaction"] = result
+    results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(results, folder / "report.json")
-    if importlib.util.find_spec("hf_mim.analysis.report"):
-        from hf_mim.analysis.report import write_report
-
-        write_report(folder, results)
+    write_report(folder, results)
     say(f"output folder: {folder}")
     return folder
 
@@ -262,6 +249,25 @@ def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: C
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
+def collect(subjects: list[Subject], choice: Choice, data: DataArguments, arguments, folder: Path) -> dict:
+    """What was measured, on what; writes the example images."""
+    first = subjects[0].images
+    return {
+        "versions": versions(),
+        "seed": arguments.seed,
+        "data": {
+            "dataset": data.dataset or "Fashion-MNIST subset (shipped)",
+            "from": choice.note,
+            "images": len(first.measured),
+            "prototype_images": len(first.others) if first.others is not None else 0,
+            "classes": first.classes,
+        },
+        "examples": save_examples(first, folder, arguments.examples),
+        "encoders": {subject.label: describe(subject) for subject in subjects},
+        "between": between(subjects),
+    }
+
+
 def describe(subject: Subject) -> dict:
     """An encoder's entry in the report."""
     config, encoder = subject.model.config, subject.model.encoder
