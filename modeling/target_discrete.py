@@ -47,10 +47,10 @@ class DiscreteTokenTarget(Target):
         self.wrapped = wrap_features("discrete_token", config, encoder, features)
         self.codebook_file, self.features, self.codes = codebook, dict(features), None
         self.counts = None  # how often each code was the value of a token in training, since `figures`
-        if num_codes is None:
-            num_codes = len(self.load_codes())
         self.num_codes = num_codes
-        self.outputs = {"patches": num_codes}
+        if num_codes is None:
+            self.num_codes = len(self.load_codes())
+        self.outputs = {"patches": self.num_codes}
 
     def options_to_save(self) -> dict:
         return {"num_codes": self.num_codes, "features": {**self.features, **self.wrapped.options_to_save()}}
@@ -59,7 +59,8 @@ class DiscreteTokenTarget(Target):
         """The codebook (number, dim), read once.
 
         Raises:
-            ValueError: there is none, or it is of another dimension than the features.
+            ValueError: there is none, it is of another dimension than the features, or of another number of codes than
+                the model predicts.
         """
         if self.codes is None:
             if self.codebook_file is None:
@@ -73,6 +74,11 @@ class DiscreteTokenTarget(Target):
                 raise ValueError(
                     f"the codebook {self.codebook_file} has codes of shape {tuple(codes.shape)}, the features have "
                     f"{dim} channels; fit one on the same features with hf-mim codebook"
+                )
+            if self.num_codes not in (None, len(codes)):
+                raise ValueError(
+                    f"the codebook {self.codebook_file} has {len(codes)} codes, and target_config.num_codes is "
+                    f"{self.num_codes}: a model predicts as many codes as it was made for"
                 )
             self.codes = codes  # a plain attribute: no part of the published weights
         return self.codes

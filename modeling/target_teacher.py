@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
@@ -113,6 +114,9 @@ class TeacherFeatureTarget(FeatureTarget):
         self.outputs = {"patches": sum(self.block_dims)}
         if global_weight:
             self.outputs["global"] = self.feature_dims[-1]
+        if feature_dims is None:  # the teacher is at hand: what does not fit is refused now, not at the first step
+            size = pair(config.image_size)
+            self.teacher.maps(torch.zeros(1, config.num_channels, *size), encoder.mask_grid(*size))
 
     def options_to_save(self) -> dict:
         return {"feature_dims": self.feature_dims}

@@ -183,8 +183,8 @@ def test_teachers_that_do_not_fit(vit_folder, resnet_folder, tmp_path):
         ({"layers": [2, 3]}, "choose match 'interpolate'"),
         ({"match": "stage"}, "choose other layers"),
     ):
-        with pytest.raises(ValueError, match=message):
-            student(teacher=resnet_folder, **options)(torch.randn(1, 3, 32, 32))
+        with pytest.raises(ValueError, match=message):  # when the model is made, before any training
+            student(teacher=resnet_folder, **options)
 
 
 def test_feature_colours_are_principal_components():
@@ -293,3 +293,7 @@ def test_codebooks_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             student("discrete_token", features=features, **options)
+    save_file({"codes": torch.randn(7, 48)}, tmp_path / "codes.safetensors")
+    model = student("discrete_token", features=features, codebook=str(tmp_path / "codes.safetensors"), num_codes=9)
+    with pytest.raises(ValueError, match="has 7 codes, and target_config.num_codes is 9"):
+        model(torch.randn(1, 3, 32, 32))

@@ -67,6 +67,15 @@ def test_codebook_is_written_and_fits_the_target(tmp_path, capsys):
     assert "too few for 5000 codes" in capsys.readouterr().err
 
 
+def test_codes_against_scikit_learn():
+    from sklearn.cluster import KMeans
+
+    features = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    kmeans = KMeans(9, n_init=1, random_state=0).fit(features.numpy())
+    found = nearest_code(features, torch.from_numpy(kmeans.cluster_centers_))
+    assert found.tolist() == kmeans.predict(features.numpy()).tolist() == kmeans.labels_.tolist()
+
+
 def test_usage_counts_dead_codes(tmp_path, capsys):
     codes = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0], [7.0, 7.0]])
     features = torch.cat([torch.zeros(10, 2), torch.ones(10, 2)])
