@@ -9,6 +9,8 @@ from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
+from hf_mim.training.finetune import training_arguments
+from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer import MIMTrainingArguments
 
 
@@ -38,6 +40,17 @@ def test_every_recipe_is_valid_and_says_what_it_is(name, tmp_path):
     assert header["title"] and header["paper"].startswith("arXiv:")
     assert header["command"].startswith("hf-mim pretrain") and header["cost"]
     assert name == "quick" or name in header["command"].split()
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(PRETRAINING)))
+def test_every_recipe_of_another_command_is_valid_and_says_what_it_is(name, tmp_path):
+    recipe = recipes.resolve(name, command="finetune")
+    FinetuneArguments(**recipe["finetune"])
+    arguments = training_arguments({**recipe["training"], "output_dir": str(tmp_path)}, "accuracy")
+    assert arguments.load_best_model_at_end and arguments.eval_strategy == arguments.save_strategy
+    header = recipes.read_header(recipes.find(name))
+    assert header["title"] and header.get("paper", "arXiv:").startswith("arXiv:") and header["cost"]
+    assert header["command"].startswith("hf-mim finetune ") and name in header["command"].split()
 
 
 @pytest.mark.parametrize(("size", "dim", "depth"), [("small", 384, 12), ("large", 1024, 24), ("huge", 1280, 32)])
