@@ -6,7 +6,8 @@ The encoders are ViTs of one size on the shipped images. `mae` is the recipe `qu
 reads the class token, trained for `--steps` steps of 64 images with the labels of all training images; `distilled` the
 recipe `maskdistill_small` for as many steps, with the supervised one of the same seed as its teacher, whose mean token
 its class token predicts too. Each is probed by `hf-mim probe` on the first `--images` training images (a tenth) and all
-test images, with that seed. What is done is skipped, and after `--minutes` the script stops by itself: run it again to go on.
+test images, with that seed. What is done is skipped, and after `--minutes` the script stops by itself: run it again to
+go on.
 """
 
 import argparse

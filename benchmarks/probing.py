@@ -3,9 +3,10 @@
     python benchmarks/probing.py --out docs/benchmarks.md
 
 The peer is the way of the release of Beyond [cls]: one pooler a run, and the frozen encoder in every epoch. Ours
-encodes every image once a view and then trains all poolers together on what is on disk. Both train the same heads with the same
-code, one learning rate each, in bfloat16 where the processor has it; pixels are ready in memory for both, so that
-decoding, which the peer repeats in every epoch, is not counted. One thread, the processor's time.
+encodes every image once a view and then trains all poolers together on what is on disk. Both train the same heads with
+the same code, one learning rate each; the encoder runs in bfloat16 where the processor has it. Pixels are ready in
+memory for both, so that decoding, which the peer repeats in every epoch, is not counted. One thread, the processor's
+time.
 
 In every round the arms take turns: the encoder and one pooler's step on 64 images for each pooler (the peer), the
 encoder and the writing of 64 images' features, and one epoch of all poolers on the features of all images on disk. The
