@@ -98,8 +98,11 @@ def test_between_encoders():
 
 
 def test_layers_that_do_not_vary_have_no_value():
-    result = measure([torch.ones(20, 3), features(20)[0]]).result()
-    assert result["heatmaps"]["layers"]["values"][0] == [None, None]
+    constant = measure([torch.ones(20, 3), features(20)[0]])
+    result = constant.result()
+    assert result["heatmaps"]["layers"]["values"][0] == [None, None] and "no CKA" in result["summary"]
+    flat = measure([torch.ones(20, 3)])
+    assert CKA.compare({"a": flat, "b": constant}) is None  # none of its last blocks can be compared
 
 
 def test_too_few_images():

@@ -306,12 +306,18 @@ def test_the_command_prints_its_folder_first_and_last(tmp_path, monkeypatch, cap
     assert (tmp_path / lines[0].removeprefix("output folder: ") / "report.json").is_file()
 
 
-def test_a_grid_that_is_none_is_refused():
+def test_encoders_that_cannot_be_analysed_are_refused():
     from hf_mim.analysis.run import check_tokens
 
     model = MIMModel(tiny_config(), add_pooling_layer=False).eval()
     other = copy.deepcopy(model)
     other.encoder.num_prefix_tokens = 5
     check_tokens("good", model, (16, 16))
+    broken = copy.deepcopy(model)
+    broken.encoder.layers[1].mlp.fc1.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="broken gives values that are not finite"):
+        check_tokens("broken", broken, (16, 16))
+    with pytest.raises(ValueError, match="18x16 is not divisible"):
+        check_tokens("good", model, (18, 16))
     with pytest.raises(ValueError, match="bad cannot be analysed: it gives 17 tokens, where a 4x4 grid and 5"):
         check_tokens("bad", other, (16, 16))

@@ -38,6 +38,10 @@ def ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return cross.sum(dim=0) / (own[0][:, None] * own[1])
 
 
+def said(value: Tensor) -> str:
+    return f"a CKA of {value:.2f}" if value == value else "no CKA (one of them does not vary between images)"
+
+
 def without_nan(values: list) -> list:
     return [[None if value != value else value for value in row] for row in values]
 
@@ -91,8 +95,8 @@ class CKA(Measurement):
         numbers = list(range(layers))
         return {
             "title": self.title,
-            "summary": f"What leaves the last block has a CKA of {values[-1, 0]:.2f} with what enters the first and of "
-            f"{values[-1, -2]:.2f} with what leaves the one before.",
+            "summary": f"What leaves the last block has {said(values[-1, 0])} with what enters the first and "
+            f"{said(values[-1, -2])} with what leaves the one before.",
             "normal": self.normal,
             "images": self.count,
             "heatmaps": {"layers": heatmap("between the blocks of this encoder", values, numbers, numbers)},
@@ -112,12 +116,13 @@ class CKA(Measurement):
                 sides = [list(range(side)) for side in values.shape]
                 heatmaps[name] = heatmap(f"between {one} and {other}", values, *sides, one, other)
                 scalars[name] = jackknife(f"last blocks of {one} and {other}", cross, own[one], own[other])
-        if not scalars:
+        known = [scalar for scalar in scalars.values() if scalar["value"] is not None]
+        if not known:
             return None
-        nearest = max(scalars.values(), key=lambda entry: entry["value"] or 0)
+        nearest = max(known, key=lambda scalar: scalar["value"])
         return {
             "title": cls.title,
-            "summary": f"Most alike are the {nearest['title']}, with a CKA of {nearest['value'] or 0:.2f}.",
+            "summary": f"Most alike are the {nearest['title']}, with a CKA of {nearest['value']:.2f}.",
             "normal": cls.normal,
             "images": next(iter(measured.values())).count,
             "heatmaps": heatmaps,

@@ -212,17 +212,19 @@ def load_subjects(sources: list[str], choice: Choice, data: DataArguments, argum
 @torch.inference_mode()
 def check_tokens(label: str, model: MIMModel, size: tuple[int, int]) -> None:
     """Raises:
-    ValueError: images of this size do not fit the encoder, or its tokens are not those of a grid over the image.
+    ValueError: images of this size do not fit the encoder, or its tokens are not finite, or not those of a grid.
     """
     rows, cols = model.encoder.token_grid(*size)
     try:
-        length = model(torch.zeros(1, model.config.num_channels, *size)).last_hidden_state.shape[1]
+        tokens = model(torch.zeros(1, model.config.num_channels, *size)).last_hidden_state
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{label} cannot be run on images of {size[0]}x{size[1]} pixels: {reason}") from error
-    if length != model.encoder.num_prefix_tokens + rows * cols:
+    if not tokens.isfinite().all():
+        raise ValueError(f"{label} gives values that are not finite; hf-mim doctor says more of a checkpoint")
+    if tokens.shape[1] != model.encoder.num_prefix_tokens + rows * cols:
         raise ValueError(
-            f"{label} cannot be analysed: it gives {length} tokens, where a {rows}x{cols} grid and "
+            f"{label} cannot be analysed: it gives {tokens.shape[1]} tokens, where a {rows}x{cols} grid and "
             f"{model.encoder.num_prefix_tokens} tokens without a place were expected"
         )
 
