@@ -1,19 +1,20 @@
 """Token morphing by indices against the same by a dense membership matrix, forward and backward.
 
-    python benchmarks/token_morphing.py [--batch 64] [--tokens 196] [--dim 768] [--rounds 5] [--threads 1] [--step]
+    python benchmarks/token_morphing.py [--batch 64] [--tokens 196] [--dim 768] [--rounds 5] [--step] [--out PAGE]
 
 Both arms match the same tokens (checked), average targets and predictions over the groups, and take the gradient of
-the size-weighted smooth L1. They alternate in one process; the table shows medians and the median of paired ratios.
-`--step` also times a training step of ViT-B at the same batch and prints the share of it that two morphing draws take.
+the size-weighted smooth L1. They alternate in one process on one thread; counted is the processor's time; the table
+shows medians and the median of paired ratios. `--step` also times a training step of ViT-B at the same batch and says
+which share of it two morphing draws take. `--out` puts all of it into a page.
 """
 
 import argparse
-import platform
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F
+from measure import machine, write_section
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.modeling.morphing import even_schedule, match_tokens
@@ -79,9 +80,9 @@ def check(values: torch.Tensor, predicted: torch.Tensor, schedule: list[int]) ->
 
 
 def timed(function) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     function()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def compare(ours, dense, rounds: int) -> tuple[float, float, float]:
@@ -102,18 +103,18 @@ def step_seconds(batch: int, rounds: int) -> float:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 64), ("tokens", 196), ("dim", 768), ("rounds", 5), ("threads", 1)):
+    for name, default in (("batch", 64), ("tokens", 196), ("dim", 768), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--step", action="store_true", help="also time a ViT-B step")
+    parser.add_argument("--out", help="a page to put the table into")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     values = torch.randn(args.batch, args.tokens, args.dim)
     predicted = torch.randn(args.batch, args.tokens, args.dim, requires_grad=True)
-    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}")
-    print(f"batch {args.batch}, {args.tokens} tokens, {args.dim} channels, {args.rounds} rounds; seconds and ratio")
-    print("| what | iterations | by indices | dense | dense / indices | equal assignments |")
-    print("|---|---|---|---|---|---|")
+    lines = [machine(), "", f"Batch {args.batch}, {args.tokens} tokens, {args.dim} channels, {args.rounds} rounds.", ""]
+    lines += ["| what | iterations | seconds by indices | dense | dense / indices | equal assignments |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
     rows = []
     for iterations in (2, 7, 14):
         schedule = even_schedule(args.tokens, args.tokens // 2, iterations)
@@ -122,13 +123,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             mine, theirs, ratio = compare(ours, dense, args.rounds)
             row = {"what": what, "iterations": iterations, "ours": mine, "dense": theirs, "ratio": ratio, "same": same}
             rows.append(row)
-            print(
-                f"| {what} | {iterations} | {mine:.3f} | {theirs:.3f} | {ratio:.2f} | {100 * same:.2f} % |", flush=True
-            )
+            figures = f"{mine:.3f} | {theirs:.3f} | {ratio:.2f} | {100 * same:.2f} %"
+            lines.append(f"| {what} | {iterations} | {figures} |")
     if args.step:
         step = step_seconds(args.batch, 2)
         morphing = 2 * statistics.mean(row["ours"] for row in rows if row["what"] == "whole" and row["iterations"] == 7)
-        print(f"two draws of 7 iterations take {100 * morphing / step:.1f} % of a ViT-B step of {step:.1f} s")
+        lines += ["", f"Two draws of 7 iterations take {100 * morphing / step:.1f} % of a ViT-B step of {step:.1f} s."]
+    print("\n".join(lines))
+    if args.out:
+        write_section(args.out, "token_morphing", "\n".join(lines))
     return rows
 
 
