@@ -30,6 +30,7 @@ from hf_mim.training.trainer import has_bf16
 
 
 NEITHER = -1  # the label of a cell without a labelled pixel
+RAW_SIDE = 8  # pixels of a patch, where they stand for its token: beyond, their linear probe costs gigabytes
 BATCH = 16  # images encoded at once
 READERS = {"linear": "linear", "knn": "k-NN"}
 PROTOCOL = {
@@ -39,7 +40,8 @@ PROTOCOL = {
     "knn": f"k-NN: a vote of the {NEIGHBOURS} nearest training patches by cosine, each weighing "
     f"exp(cosine / {TEMPERATURE}).",
     "pixels": "Pixels: the classes' scores of the patches, upsampled bilinearly to the mask, and the best of them.",
-    "raw_pixels": "Raw pixels: the normalised pixels of a patch, in the place of its token.",
+    "raw_pixels": "Raw pixels: the normalised pixels of a patch in the place of its token, averaged down to at most "
+    f"{RAW_SIDE} a side.",
 }
 
 
@@ -182,12 +184,10 @@ class Scenery:
 
 def read_tokens(pixel_values: Tensor, features: Features | None, layer: int, grid: tuple[int, int]) -> Tensor:
     """What is known of every patch, (batch, rows * cols, dim) float32 on the CPU: its token, or without `features` the
-    pixels in its cell, resampled to a multiple of the grid where it does not divide the image."""
+    pixels in its cell, averaged down to at most `RAW_SIDE` a side."""
     if features is None:
-        sides = [max(1, side // count) * count for side, count in zip(pixel_values.shape[2:], grid)]
-        if tuple(sides) != tuple(pixel_values.shape[2:]):
-            pixel_values = F.interpolate(pixel_values, size=sides, mode="bilinear", antialias=True)
-        return patchify(pixel_values, grid)
+        sides = [max(1, min(RAW_SIDE, side // count)) * count for side, count in zip(pixel_values.shape[2:], grid)]
+        return patchify(F.adaptive_avg_pool2d(pixel_values, sides), grid)
     prefix = features.model.encoder.num_prefix_tokens
     return features(pixel_values)[f"tokens/{layer}"][:, prefix:].float().cpu()
 
