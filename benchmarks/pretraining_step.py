@@ -4,13 +4,19 @@
 
 A step is forward, loss, backward and optimizer (AdamW, fused). All arms have the same architecture, weights, images
 and masks, and must give the same loss before anything is timed. They take turns in one process on one thread; what is
-compared are the ratios of the times within a round. bf16 is autocast, as the Trainer does it. Memory is measured in a
-fresh process for each arm (a fork that has imported everything and computed nothing): the highest resident memory over
-three steps, the first included (there is no warm-up), less the resident memory with model and optimizer built.
+compared are the ratios of the times within a round. bf16 is autocast, as the Trainer does it.
+
+Memory is measured in a fresh process for each arm (a fork that has imported everything and computed nothing), in two
+ways. "step" is what a step holds in tensors at most, activations and gradients, beyond weights and optimizer state:
+torch counts it, it is the same in every run, and on a GPU it is what decides which batch fits. "resident" is the
+highest resident memory of the process over three steps, less that with model and optimizer built: it includes the
+optimizer's state, which is the same for all, and what the C library's heap loses to holes, two percent more or less
+from run to run.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,6 +28,7 @@ import torch
 import yaml
 from measure import alternate, machine, markdown_table, paired_ratios, quartiles, spread, verdicts, write_section
 from peers import ARMS, Arm, equal_weights, make_batch
+from torch.profiler import ProfilerActivity, profile
 
 from hf_mim import MIMConfig
 from hf_mim.training.recipe import RECIPES
@@ -133,26 +140,31 @@ def resident() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def step_memory(size: str, dtype: str, name: str) -> float:
-    """MiB that three steps take at most beyond the built model. For a fresh process."""
+def step_memory(size: str, dtype: str, name: str) -> tuple[float, float]:
+    """-> MiB of tensors that a step holds at most, and resident MiB of three steps. For a fresh process."""
     _, make_config, count, _ = SIZES[size]
     config = make_config()
     step = make_step(ARMS[name](config, make_batch(config, count)), dtype)
     built = resident()
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - built
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - built
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)) / 2**20, highest
 
 
-def measure_memory(size: str, dtype: str, names: list[str], repeats: int = 3) -> dict[str, float]:
-    """MiB of each arm, the median over fresh processes. They are forks, which have imported everything but computed
-    nothing as long as this process has not: to be called before `measure_time`."""
+def measure_memory(size: str, dtype: str, names: list[str], repeats: int = 3) -> dict[str, tuple[float, float]]:
+    """`step_memory` of each arm, medians over fresh processes. They are forks, which have imported everything but
+    computed nothing as long as this process has not: to be called before `measure_time`."""
     memory = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
             with multiprocessing.get_context("fork").Pool(1) as pool:
                 memory[name].append(pool.apply(step_memory, (size, dtype, name)))
-    return {name: statistics.median(values) for name, values in memory.items()}
+    return {name: tuple(map(statistics.median, zip(*values))) for name, values in memory.items()}
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
@@ -169,13 +181,16 @@ def report(results: dict) -> str:
                     name,
                     spread([1000 * value for value in seconds], 1),
                     *(spread(ratio) if ratio else "" for ratio in ratios),
-                    f"{result['memory'][name]:.0f}",
-                    f"{result['memory'][name] / result['memory'][PEER]:.2f}",
+                    *(
+                        f"{ours:.0f} ({ours / peer:.2f})"
+                        for ours, peer in zip(*(result["memory"][n] for n in (name, PEER)))
+                    ),
                 ]
             )
-        header = ["", "ms a step", "transformers' time over it", "lightly's time over it", "memory, MiB"]
+        header = ["", "ms a step", "transformers' time over it", "lightly's time over it"]
+        header += ["step, MiB (over transformers')", "resident, MiB (over transformers')"]
         parts.append(f"### {what}, batch {count}, {dtype}: {result['rounds']} rounds\n")
-        parts.append(markdown_table([*header, "of transformers'"], rows) + "\n")
+        parts.append(markdown_table(header, rows) + "\n")
     return "\n".join([*parts, verdicts(goals(results))])
 
 
@@ -191,8 +206,9 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
         if size == "tiny":
             ratio = result["ratios"][f"{PEER} / {CROSS}"][1]
             found.append((f"{label}: the same with the cross_attention decoder", ratio, 1.5, True))
-        memory = result["memory"]
-        found.append((f"{label}: our memory over transformers'", memory[OURS] / memory[PEER], 0.95, False))
+        for i, kind in enumerate(("memory of a step", "resident memory")):
+            ratio = result["memory"][OURS][i] / result["memory"][PEER][i]
+            found.append((f"{label}: our {kind} over transformers'", ratio, 0.95, False))
     return found
 
 

@@ -22,7 +22,7 @@ def test_pretraining_step(tmp_path, capsys):
     assert set(result["seconds"]) == set(result["memory"]) == set(result["losses"])
     for low, middle, high in (*result["seconds"].values(), *result["ratios"].values()):
         assert 0 < low <= middle <= high
-    assert all(memory > 0 for memory in result["memory"].values())
+    assert all(step > 0 and resident > 0 for step, resident in result["memory"].values())
     assert capsys.readouterr().out.strip() in page.read_text()
 
 
