@@ -141,6 +141,7 @@ def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingA
     if section["eval_strategy"] == "steps":
         section.setdefault("eval_steps", section.get("save_steps", 500))
     section.setdefault("load_best_model_at_end", saves != SaveStrategy.NO and section["eval_strategy"] != "no")
+    section.setdefault("per_device_eval_batch_size", section.get("per_device_train_batch_size", 64))
     section.setdefault("greater_is_better", True)
     section.setdefault("metric_for_best_model", metric)
     if section["save_total_limit"] == 1:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -47,7 +48,9 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
         target_modules="|".join(re.escape(name) for name in chosen),  # a pattern of whole names
         modules_to_save=[name for name in trained if any(True for _ in model.get_submodule(name).parameters())],
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about a property of transformers that PEFT still asks for
+        adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
 
