@@ -68,7 +68,7 @@ class CKA(Measurement):
     def layer(self, index: int, layer: Layer) -> None:
         if index == len(self.waiting):
             self.waiting.append([])
-        self.waiting[index].append(layer.mean)
+        self.waiting[index].append(layer.mean.cpu())
 
     def update(self, seen) -> None:
         self.count += len(seen.pixel_values)
@@ -78,7 +78,7 @@ class CKA(Measurement):
     def _close(self, count: int) -> None:
         """Compares the first `count` of the images that wait."""
         together = [torch.cat(parts) for parts in self.waiting]
-        self.windows.append(torch.stack([centred_gram(features[:count]) for features in together]).cpu())
+        self.windows.append(torch.stack([centred_gram(features[:count]) for features in together]))
         self.waiting = [[features[count:]] for features in together]
 
     def finish(self) -> None:

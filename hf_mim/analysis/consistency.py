@@ -27,7 +27,7 @@ def neighbour_agreement(predicted: Tensor, grid: Grid) -> Tensor:
     cells = predicted.view(-1, *grid)
     down, right = cells[:, 1:] == cells[:, :-1], cells[:, :, 1:] == cells[:, :, :-1]
     pairs = max(down[0].numel() + right[0].numel(), 1)
-    return (down.sum(dim=(1, 2)) + right.sum(dim=(1, 2))).double() / pairs
+    return (down.sum(dim=(1, 2)) + right.sum(dim=(1, 2))) / pairs
 
 
 def merge_half(tokens: Tensor, matching: str, seeds: list[int]) -> Tensor:
@@ -84,7 +84,7 @@ class Consistency(Measurement):
     def update(self, seen) -> None:
         tokens, mean = seen.final.tokens, seen.final.mean
         labels, by_mean = seen.labels.to(tokens.device), self.classes_of(mean)
-        self.averages.add("image_accuracy", 0, (by_mean == labels).double())
+        self.averages.add("image_accuracy", 0, (by_mean == labels).float())
         numbers = range(seen.first, seen.first + len(tokens))
         seeds = [self.setting.seed * 1_000_003 + number for number in numbers]
         for merge in MERGES:
@@ -95,8 +95,8 @@ class Consistency(Measurement):
             cosines = F.cosine_similarity(merged, mean[:, None], dim=2)
             for name, values in (
                 ("neighbour_agreement", neighbour_agreement(predicted, seen.final.grid)),
-                ("image_agreement", (predicted == by_mean[:, None]).double().mean(dim=1)),
-                ("token_accuracy", (predicted == labels[:, None]).double().mean(dim=1)),
+                ("image_agreement", (predicted == by_mean[:, None]).float().mean(dim=1)),
+                ("token_accuracy", (predicted == labels[:, None]).float().mean(dim=1)),
                 ("global_cosine", cosines.mean(dim=1)),
             ):
                 self.averages.add(f"{name}_{merge}", 0, values)

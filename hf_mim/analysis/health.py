@@ -18,7 +18,7 @@ class Moments:
         self.count, self.total, self.products = 0, 0.0, 0.0
 
     def add(self, features: Tensor) -> None:
-        features = features.double()
+        features = features.cpu().double()
         self.count += len(features)
         self.total = self.total + features.sum(dim=0)
         self.products = self.products + features.T @ features
@@ -67,14 +67,14 @@ class FeatureHealth(Measurement):
         self.blocks[index].add(layer.mean)
         median = layer.norms.median(dim=1, keepdim=True).values.clamp(min=1e-12)
         relative = layer.norms / median
-        self.averages.add("norm_outliers", index, (relative > OUTLIER).double().mean(dim=1))
+        self.averages.add("norm_outliers", index, (relative > OUTLIER).float().mean(dim=1))
         self.averages.add("largest_norm", index, relative.amax(dim=1))
 
     def update(self, seen) -> None:
         self.final.add(seen.final.mean)
         # Around the image's mean and then around all: the difference of two large sums would lose a small variance.
         self.tokens += seen.final.tokens.shape[1]
-        self.squares = self.squares + seen.final.centred.square().mean(dim=1).double().sum(dim=0)
+        self.squares = self.squares + seen.final.centred.square().mean(dim=1).cpu().double().sum(dim=0)
 
     def deviations(self) -> Tensor:
         """(dim,), the standard deviation of every channel over all tokens of all images."""

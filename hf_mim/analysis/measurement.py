@@ -147,7 +147,7 @@ class Averages:
 
     def add(self, name: str, block: int, values: Tensor) -> None:
         """values (batch,), one number per image."""
-        values = values.double()
+        values = values.cpu().double()  # Apple's GPUs have no float64
         entry = self.sums[name].setdefault(block, [0, 0.0, 0.0])
         entry[0] += len(values)
         entry[1] += values.sum().item()
@@ -190,4 +190,4 @@ def first_images(seen: Seen, count: int) -> int:
 
 def nested(values: Tensor, digits: int = 5) -> list:
     """As nested lists, rounded: JSON that a person can read and a page can carry."""
-    return torch.round(values.double(), decimals=digits).tolist()
+    return torch.round(values.cpu().double(), decimals=digits).tolist()

@@ -82,12 +82,11 @@ def class_prototypes(model: MIMModel, images: EncoderImages, batch_size: int, ad
     if images.others is None:
         return None
     prefix = model.encoder.num_prefix_tokens
-    sums = torch.zeros(len(images.classes), model.encoder.hidden_size, dtype=torch.float64, device=model.device)
-    counts = torch.zeros(len(images.classes), dtype=torch.float64, device=model.device)
+    sums = torch.zeros(len(images.classes), model.encoder.hidden_size, dtype=torch.float64)
+    counts = torch.zeros(len(images.classes), dtype=torch.float64)
     for pixel_values, labels in images.prototype_batches(batch_size):
         pooled = model(pixel_values.to(model.device)).last_hidden_state[:, prefix:].mean(dim=1)
-        labels = labels.to(model.device)
-        sums.index_add_(0, labels, pooled.double())
+        sums.index_add_(0, labels, pooled.cpu().double())
         counts += torch.bincount(labels, minlength=len(counts))
         advance(len(pixel_values))
-    return (sums / counts.clamp(min=1)[:, None]).float()
+    return (sums / counts.clamp(min=1)[:, None]).float().to(model.device)
