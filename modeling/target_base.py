@@ -25,12 +25,14 @@ class Target(nn.Module):
     outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
     distance: (predicted, wanted) -> the loss of every value, an entry of `DISTANCES`.
     token_features: whether the values are features of tokens, which can be averaged.
+    alone: whether the values follow from the image alone, without a teacher, a codebook or the student.
     image_note: what a person who looks at `to_image` and `comparison` must know.
     """
 
     scope: str = "hidden"
     outputs: dict[str, int]
     token_features: bool = True
+    alone: bool = False
     image_note: str = VISIBLE_NOTE
 
     def options_to_save(self) -> dict:

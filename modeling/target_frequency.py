@@ -61,6 +61,7 @@ class FrequencyTarget(Target):
     """
 
     scope = "all"
+    alone = True
     image_note = (
         f"{VISIBLE_NOTE} Spectra are logarithms of amplitudes, the lowest frequency in the middle; that of the "
         "prediction is of its picture with the visible patches."

@@ -58,6 +58,7 @@ class HOGTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
+    alone = True
     image_note = f"{VISIBLE_NOTE} Each cell shows the directions of its edges; the brighter a line, the more of them."
 
     def __init__(

@@ -17,6 +17,8 @@ class PixelTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
+    alone = True
+
     def __init__(self, config, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
         super().__init__()
         height, width = pair(config.image_size)

@@ -86,3 +86,11 @@ def test_each_number_has_its_colour():
     index = torch.tensor([[0, 1, 1, 2]])
     picture = code_colours(index, 3, (2, 2), (4, 4))[0, :, ::2, ::2].flatten(1).T
     assert torch.equal(picture[1], picture[2]) and len(picture.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("target", [name for name, kind in TARGETS.items() if kind.alone])
+def test_targets_of_the_image_alone_need_nothing_else(target, tmp_path):
+    """Their pictures can be drawn wherever the checkpoint goes."""
+    model_of(target, tmp_path).save_pretrained(tmp_path / "saved")
+    model = MIMForPreTraining.from_pretrained(tmp_path / "saved").eval()
+    assert model.reconstruct(torch.randn(1, 3, 32, 32), with_target=True).prediction.std() > 0

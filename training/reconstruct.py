@@ -38,4 +38,6 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
     batch = ImageBatch(resize(pixels, size), [sample_rng(seed, 0, 0)])
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.draw_reconstructions(model.reconstruct(**inputs)).save(out)
+    # Beside what should have been predicted, where that needs no teacher, which may be far away or lost.
+    shown = model.reconstruct(**inputs, with_target=getattr(model.target, "alone", False))
+    pictures.draw_reconstructions(shown).save(out)
