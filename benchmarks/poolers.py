@@ -1,6 +1,6 @@
 """Which pooler reads which encoder best: an autoencoder, a distilled and a supervised one, and an untrained one.
 
-    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 1000] [--minutes 25] [--out outputs/poolers]
+    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 400] [--minutes 25] [--out outputs/poolers]
 
 The encoders are ViTs of one size on the shipped images. `mae` is the recipe `quick`; `supervised` a classifier that
 reads the class token, trained for `--steps` steps of 64 images with the labels of all training images; `distilled` the
@@ -26,7 +26,8 @@ from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining
 from hf_mim.training import recipe as recipes
 from hf_mim.training.data import load_splits
 from hf_mim.training.pretrain import pretrain
-from hf_mim.training.probe import probe
+from hf_mim.training.probe import encode, probe_poolers
+from hf_mim.training.probe_setup import set_up
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import has_bf16
 
@@ -37,7 +38,7 @@ ENCODERS = {
     "supervised": "supervised",
     "untrained": "untrained",
 }
-POOLERS = ("cls", "mean", "max", "abmilp", "attention", "efficient")
+POOLERS = ("cls", "mean", "abmilp", "efficient")
 OURS, USUAL = "abmilp", "cls"
 
 
@@ -90,18 +91,18 @@ def train_supervised(folder: Path, seed: int, steps: int) -> None:
 
 # ---- probing -------------------------------------------------------------------------------------------------------
 def probe_encoder(name: str, seed: int, args) -> dict:
-    """What `hf-mim probe` found; kept in a file."""
+    """What `hf-mim probe` finds of the poolers; kept in a file."""
     file = args.out / f"{name}-seed{seed}-{args.images}.json"
     if file.exists():
         return json.loads(file.read_text())
-    started, folder = time.process_time(), args.out / f"probe-{name}-seed{seed}-{int(time.time())}"
-    options = [f"probe.poolers=[{', '.join(POOLERS)}]", f"probe.seeds=[{seed}]", "probe.untrained=false"]
-    options += [f"data.max_train_images={args.images}", f"probe.epochs={args.epochs}"]
+    started, quiet = time.process_time(), Console(quiet=True)
+    options = [f"probe.poolers=[{', '.join(POOLERS)}]", f"probe.seeds=[{seed}]", f"probe.epochs={args.epochs}"]
+    options += [f"data.max_train_images={args.images}", f"probe.cache={args.out / 'tokens'}"]
     options += [f"data.max_eval_images={args.test_images}"] if args.test_images else []
-    options += [f"probe.cache={args.out / 'tokens'}", f"probe.output_dir={folder}"]
-    probe(str(make_encoder(name, seed, args)), options, Console(quiet=True))
-    found = json.loads((folder / "probe.json").read_text())
-    found = {"poolers": found["poolers"], "linear": found["linear"], "seconds": time.process_time() - started}
+    run = set_up(str(make_encoder(name, seed, args)), options, quiet)
+    sides = encode(run, {"trained": run.model})["trained"]
+    found = {"poolers": probe_poolers(run, "trained", run.model, sides)[0]}
+    found["seconds"] = time.process_time() - started
     file.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -140,9 +141,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=2000, help="training images with a label")
     parser.add_argument("--test-images", type=int, help="test on so many, always the same; by default all")
-    parser.add_argument("--steps", type=int, default=1000, help="of the supervised and the distilled encoder")
+    parser.add_argument("--steps", type=int, default=400, help="of the supervised and the distilled encoder")
     parser.add_argument("--mae-steps", type=int, help="of the autoencoder; by default the whole recipe")
-    parser.add_argument("--epochs", type=int, default=40, help="of the poolers, at most")
+    parser.add_argument("--epochs", type=int, default=20, help="of the poolers, at most")
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--out", type=Path, default=Path("outputs/poolers"))
     parser.add_argument("--page", help="put the table into this Markdown page")

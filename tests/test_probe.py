@@ -349,6 +349,13 @@ def test_ctrl_c_keeps_what_was_encoded(photos, checkpoint, tmp_path, capsys, mon
     assert sum(calls[10:]) == 1 + 1 + (72 - before) + 36
 
 
+def test_the_flag_uncached_is_the_setting(monkeypatch):
+    called = []
+    monkeypatch.setattr("hf_mim.training.probe.probe", lambda *arguments: called.append(arguments))
+    assert cli.main(["probe", "model", "probe.views=2", "--uncached"]) == cli.main(["probe", "model"]) == 0
+    assert called == [("model", ["probe.views=2", "probe.uncached=true"]), ("model", [])]
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 def parquet(path, labels, **features):
     images = [PIL.Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(len(labels))]

@@ -168,20 +168,23 @@ def measure(run: Probe) -> dict:
 
 def probe_encoder(run: Probe, column: str, model, sides: dict) -> tuple[dict, list[Trained], dict]:
     """Scores of one encoder, the best head of each pooler, and the groups that they belong to."""
-    groups = {
-        (choice.name, layer): Group(choice, layer, model, run.kept) for choice in run.choices for layer in run.layers
-    }
+    poolers, trained, groups = probe_poolers(run, column, model, sides)
+    with run.console.status(f"k-NN, linear probe and few labels, {column}"):
+        scores = probe_scores.score_features(sides, run.images, max(run.layers), model, run.arguments.seeds)
+    scores = {"poolers": poolers, **scores, "settings": probe_report.settings(trained)}
+    return scores, [members[0] for members in choose_settings(trained).values()], groups
+
+
+def probe_poolers(run: Probe, column: str, model, sides: dict) -> tuple[dict, list[Trained], dict]:
+    """Trains the poolers. -> {pooler: what is said of its best setting}, all heads, {(pooler, layer): group}"""
+    places = [(choice, layer) for choice in run.choices for layer in run.layers]
+    groups = {(choice.name, layer): Group(choice, layer, model, run.kept) for choice, layer in places}
     trained = train_seeds(run, column, groups, sides["train"])
-    best = choose_settings(trained)
-    heads = {}
+    best, heads = choose_settings(trained), {}
     for one in (one for members in best.values() for one in members):
         heads.setdefault(groups[one.name, one.layer], []).append(one)
     right = test_heads(sides["test"], run.images["test"].labels, heads, run.arguments.batch_size)
-    with run.console.status(f"k-NN, linear probe and few labels, {column}"):
-        scores = probe_scores.score_features(sides, run.images, max(run.layers), model, run.arguments.seeds)
-    poolers = {name: probe_report.entry(members, right) for name, members in best.items()}
-    scores = {"poolers": poolers, **scores, "settings": probe_report.settings(trained)}
-    return scores, [members[0] for members in best.values()], groups
+    return {name: probe_report.entry(members, right) for name, members in best.items()}, trained, groups
 
 
 def train_seeds(run: Probe, column: str, groups: dict, source) -> list[Trained]:
