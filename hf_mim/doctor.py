@@ -391,7 +391,8 @@ def compare_with_twin(trained: float, untrained: float, images: int) -> Check:
     if trained >= untrained - margin:
         return Check("better than untrained", "ok", seen)
     remedy = (
-        "training has destroyed more than it built: check that the images of this data set are normalised as in "
-        "training (image_mean, image_std, channels), then lower the learning rate or take an earlier checkpoint"
+        "training has destroyed more than it built. A run that has just begun looks so too: train it further. Else "
+        "check that these images are normalised as in training (image_mean, image_std, channels), then lower the "
+        "learning rate or take an earlier checkpoint"
     )
     return Check("better than untrained", "fault", seen, remedy)
