@@ -50,8 +50,8 @@ def test_every_row_is_a_recipe_whose_settings_fit():
 def test_the_teacher_that_is_a_student_s_run_comes_first():
     args = argparse.Namespace(seeds=[1, 0], students=["vit"], methods=None)
     cells = methods.cells(args)
-    assert cells[0] == ("vit", "hog", 0) and len(cells) == len(set(cells))
-    assert len(cells) == 2 * (len(methods.STUDENTS["vit"]) + len(methods.ABLATIONS["vit"]))
+    assert cells[0] == ("vit", "mae", 0) and len(cells) == len(set(cells))
+    assert len(cells) == 2 * len(methods.STUDENTS["vit"]) + len(methods.ABLATIONS["vit"])
     args.methods = ["mae"]
     assert methods.cells(args) == [("vit", "mae", 1), ("vit", "mae", 0)]
 
