@@ -80,7 +80,7 @@ class Fourier(Measurement):
         frequencies = [2 * k / shorter for k in range(shorter // 2 + 1)]
         last = max(self.averages.sums["highest"])
         first, final = (self.averages.mean("highest", index) for index in (0, last))
-        average, words = self.averages, f"log amplitude at {frequencies[-1]:.2g} pi, relative to frequency 0"
+        average, words = self.averages, "log amplitude at the highest frequency, relative to frequency 0"
         return {
             "title": self.title,
             "summary": f"The log amplitude at {frequencies[-1]:.2g} pi, relative to frequency zero, is {first:.2f} "
