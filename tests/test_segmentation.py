@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, U
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
-from hf_mim.training.finetune import finetune
+from hf_mim.training.finetune import finetune, read_recipe
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.iou import IGNORE, MeanIoU
 from hf_mim.training.mask_pictures import draw_masks
@@ -134,6 +134,12 @@ def run(pretrained, tmp_path_factory):
     words = [*TINY, "training.num_train_epochs=2", "finetune.ema=0.5", f"training.output_dir={folder}"]
     assert finetune(pretrained, "segmentation_small", words, QUIET) == folder
     return folder
+
+
+def test_the_task_alone_names_its_recipe():
+    _, recipe, _ = read_recipe("x", None, ["task=segmentation"])
+    assert recipe["finetune"]["task"] == "segmentation" and recipe["finetune"]["head_size"] == 32
+    assert "task" not in read_recipe("x", None, [])[1]["finetune"]
 
 
 def test_a_run_leaves_a_segmenter_its_scores_and_a_picture(run):

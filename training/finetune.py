@@ -23,7 +23,7 @@ from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainingArguments
 
 
-DEFAULT = "finetune_small"
+DEFAULTS = {"classification": "finetune_small", "segmentation": "segmentation_small"}  # recipes, by task
 
 
 @dataclass
@@ -53,7 +53,7 @@ def finetune(source: str, name: str | None = None, overrides: list[str] = (), co
     Args:
         source: a checkpoint of this project or a vision model of transformers, a folder or an id on the Hub; or the
             folder of a run to resume, with `training.resume=true`.
-        name: of a recipe, or a file or run folder with one; None is `finetune_small`, or the recipe of the run to
+        name: of a recipe, or a file or run folder with one; None is the small one of the task, or that of the run to
             resume.
         overrides: `section.key=value`; `task=segmentation` is short for `finetune.task=segmentation`.
         console: where to print; None is the terminal.
@@ -85,7 +85,8 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
         ValueError: as of `recipe.resolve`, or there is no run to resume.
     """
     overrides = [f"finetune.{word}" if word.startswith("task=") else word for word in overrides]
-    resume = recipes.parse_overrides(overrides).get("training", {}).get("resume", False)
+    changes = recipes.parse_overrides(overrides)
+    resume, task = changes.get("training", {}).get("resume", False), changes.get("finetune", {}).get("task")
     folder = Path(source).expanduser()
     continues = resume and name is None
     if continues:
@@ -94,7 +95,7 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
                 f"which run to resume? {source} holds no recipe.yaml: hf-mim finetune FOLDER training.resume=true"
             )
         name = source
-    name = name or DEFAULT
+    name = name or DEFAULTS.get(task, DEFAULTS["classification"])
     recipe = recipes.resolve(name, overrides, "finetune")
     if continues:
         source = recipe["model"].get("init_from") or source
