@@ -1,12 +1,18 @@
 """Multi-order interactions (hf_mim/analysis/interaction.py): games whose interactions are known, and real images."""
 
+import io
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_config
+from rich.console import Console
 from scipy.special import logit
 
+from hf_mim import MIMForImageClassification, MIMModel
+from hf_mim.analysis.images import EncoderImages, choose_images
 from hf_mim.analysis.interaction import (
     PAPER,
     Partial,
@@ -20,6 +26,10 @@ from hf_mim.analysis.interaction import (
     strengths,
     summarize,
 )
+from hf_mim.analysis.interaction_models import classifier_of, fit_probe, plan_of
+from hf_mim.analysis.run import analyze
+from hf_mim.training.checkpoint import load_encoder
+from hf_mim.training.sources import DataArguments
 
 
 FEW = Plan(images=1, pairs=8, contexts=50, orders=(0.0, 0.25, 0.5, 1.0), grid=(2, 3), reach=2)
@@ -182,3 +192,94 @@ def test_what_is_done_is_found_again_and_only_for_the_same_plan_and_model(tmp_pa
 def test_a_bad_plan_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Plan(**changes)
+
+
+# ---- of encoders ---------------------------------------------------------------------------------------------------
+TINY = ["analyze.images=12", "analyze.examples=1", "analyze.measurements=[health]", "analyze.interaction.images=3"]
+TINY += ["analyze.interaction.pairs=2", "analyze.interaction.contexts=2", "analyze.interaction.grid=[4, 4]"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    MIMModel(tiny_config(image_size=28, num_channels=1)).save_pretrained(folder)
+    return folder
+
+
+def analyze_into(folder, checkpoint, *overrides) -> tuple[dict, str]:
+    out = io.StringIO()
+    analyze([str(checkpoint)], [*TINY, f"analyze.output_dir={folder}", *overrides], Console(file=out, width=200))
+    return json.loads((folder / "report.json").read_text())["encoders"], out.getvalue()
+
+
+def test_an_analysis_goes_on_where_it_was_interrupted_and_ends_the_same(tmp_path, checkpoint, monkeypatch):
+    whole, printed = analyze_into(tmp_path / "whole", checkpoint)
+    assert "interactions: 528 masked images for 2 encoders, about" in printed and "done before" not in printed
+    add, added = Partial.add, []
+
+    def counting(partial, *arguments):
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        added.append(arguments[0])
+        add(partial, *arguments)
+
+    monkeypatch.setattr(Partial, "add", counting)
+    with pytest.raises(KeyboardInterrupt):
+        analyze_into(tmp_path / "broken", checkpoint)
+    assert added == [0, 1, 2, 0]
+    monkeypatch.setattr(Partial, "add", add)
+    again, printed = analyze_into(tmp_path / "broken", checkpoint, "analyze.batch_size=7")
+    assert "interactions: 176 masked images" in printed and "4 of 6 images were done before" in printed
+    for label, entry in whole.items():
+        one, other = (found["results"]["interaction"] for found in (entry, again[label]))
+        assert one["images"] == 3 and "linear probe" in one["summary"] and "3 images, 2 pairs each" in one["summary"]
+        assert np.mean(one["curves"]["strength"]["mean"]) == pytest.approx(1)
+        for name in ("mean", "low", "high"):
+            np.testing.assert_allclose(one["curves"]["strength"][name], other["curves"]["strength"][name], rtol=1e-3)
+    assert "Interaction strength" in (tmp_path / "broken" / "report.html").read_text()
+
+
+def test_the_probe_finds_classes_and_a_classifier_of_ours_is_used_as_it_is(tmp_path, checkpoint):
+    data, config = DataArguments(), tiny_config(image_size=28, num_channels=1, num_labels=10)
+    torch.manual_seed(0)
+    trained = MIMForImageClassification(config).eval()
+    trained.save_pretrained(tmp_path / "classifier")
+    images = EncoderImages(choose_images(data, 60, 300), config, data)
+    pixel_values, labels = next(images.batches(60))
+    encoder = load_encoder(str(tmp_path / "classifier"))
+    own, words = classifier_of(str(tmp_path / "classifier"), encoder, images)
+    torch.testing.assert_close(own(pixel_values), trained(pixel_values).logits)
+    assert "own head" in words
+    probe, words = classifier_of(str(checkpoint), load_encoder(str(checkpoint)), images)
+    assert "linear probe" in words and "300 images" in words
+    assert (probe(pixel_values).argmax(dim=1) == labels).float().mean() > 0.35  # chance is a tenth
+    weight, bias, count = fit_probe(encoder, images)
+    assert weight.shape == (10, 16) and bias.shape == (10,) and count == 300
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        (False, None),
+        (True, Plan(seed=3)),
+        ("paper", Plan(**PAPER, seed=3)),
+        ({"pairs": 4, "orders": [0, 0.5]}, Plan(pairs=4, orders=(0, 0.5), seed=3)),
+    ],
+)
+def test_an_option_says_the_plan(option, found):
+    assert plan_of(option, seed=3) == found
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("small", "must be true, false, paper or options, not 'small'"),
+        ({"pears": 3}, "did you mean 'pairs'"),
+        ({"pairs": "many"}, "analyze.interaction.pairs must be"),
+        ({"grid": 14}, "analyze.interaction.grid must be"),
+    ],
+)
+def test_a_bad_option_is_refused(option, words):
+    with pytest.raises(ValueError, match=words):
+        plan_of(option)

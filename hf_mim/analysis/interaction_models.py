@@ -91,7 +91,7 @@ def say_estimate(jobs: list["Job"], plan: Plan, console) -> None:
     minutes = sum(job.rows_left * job.seconds_per_row() for job in jobs) / 60
     done = sum(int(job.partial.done.sum()) for job in jobs)
     words = f"interactions: {left:,} masked images for {len(jobs)} encoders, about "
-    words += f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+    words += f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(60 * minutes))} seconds"
     words += f"; {done} of {len(jobs) * plan.images} images were done before" if done else ""
     words += f"; fewer with analyze.interaction.images={max(2, plan.images // 4)}" if minutes > MINUTES else ""
     console.print(words, highlight=False, soft_wrap=True)
