@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] in (["pretrain"], ["finetune"], ["probe"]):
+        if arguments[:1] in (["pretrain"], ["finetune"], ["probe"], ["analyze"]):
             tune_for_processor()
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     command = typer.main.get_command(app)
