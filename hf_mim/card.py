@@ -27,6 +27,7 @@ PICTURES = {
     "attention.png": "where the poolers look: test images, and the weights of their patches",
     "loss.png": "the loss while training",
     "probe.png": "accuracy behind each pooler",
+    "segmentation.png": "test images, their masks and those that the model finds",
     "confusion.png": "which classes are taken for which",
 }
 PARTS = {
@@ -35,6 +36,22 @@ PARTS = {
     "decoder": DECODERS,
     "target": TARGETS,
     "pooler": POOLERS,
+}
+# What a checkpoint does: its tag on the Hub, its Auto class, what that returns, and the parts that are in it.
+TASKS = {
+    "features": ("image-feature-extraction", "AutoModel", None, tuple(PARTS)),
+    "classification": (
+        "image-classification",
+        "AutoModelForImageClassification",
+        "one value per class of `model.config.id2label`",
+        ("encoder", "pooler"),
+    ),
+    "segmentation": (
+        "image-segmentation",
+        "AutoModelForSemanticSegmentation",
+        "a map of values for each class of `model.config.id2label`",
+        ("encoder",),
+    ),
 }
 SHIPPED = "a class-balanced subset of Fashion-MNIST (the data that ships with hf_mim)"
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
@@ -51,24 +68,26 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
     Raises:
         ValueError, OSError: a file cannot be read, or is none of this project's.
     """
-    config = MIMConfig.from_pretrained(folder)
+    whole = read_config(folder)
+    config, task = getattr(whole, "backbone_config", whole), task_of(whole)
+    size = size_words(folder, config)
     recipe = read_recipe(folder)
     metrics, probe = (shareable(read_json(folder / f"{name}.json")) for name in ("metrics", "probe"))
     data = dataset_of(recipe.get("data"))
     results = results_of.eval_results(metrics, data)
     card = ModelCard.from_template(
-        card_data(config, recipe, repo, license, data, results),
+        card_data(config, task, recipe, repo, license, data, results),
         template_path=str(TEMPLATE),
         title=repo.split("/")[-1],
         repo=repo,
-        summary=summary(config, metrics, data),
-        classifies=classifies(config),
-        auto_class="AutoModelForImageClassification" if classifies(config) else "AutoModel",
+        summary=summary(config, size, task, whole.num_labels, metrics, data),
+        auto_class=TASKS[task][1],
+        logits=TASKS[task][2],
         prefix_tokens=plural(prefix_tokens(config), "vector") + " without a patch",
         pooler=f"`{config.pooler}`",
         channels=config.num_channels,
         pictures=[{"file": name, "words": words} for name, words in PICTURES.items() if (folder / name).is_file()],
-        facts=[(name, clean(value)) for name, value in facts(folder, config, recipe, metrics, data) if value],
+        facts=[(name, clean(value)) for name, value in facts(folder, config, task, recipe, metrics, data) if value],
         results=results_of.result_rows(metrics),
         finetuned=results_of.finetuned_rows(metrics),
         finetuned_counts=results_of.finetuned_counts(metrics),
@@ -78,8 +97,8 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
         probe=results_of.probe_rows(probe),
         probe_counts=results_of.probe_counts(probe),
         probe_protocol=results_of.probe_protocol(probe),
-        limits=limits(config, recipe, metrics, data),
-        papers=papers(folder, config),
+        limits=limits(size, metrics, data),
+        papers=papers(folder, config, task),
     )
     # Jinja leaves the blank lines of what was absent.
     card.content = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
@@ -152,16 +171,45 @@ def prefix_tokens(config: MIMConfig) -> int:
         return make_encoder(config).num_prefix_tokens
 
 
-def classifies(config: MIMConfig) -> bool:
-    return "MIMForImageClassification" in (config.architectures or ())
+def read_config(folder: Path):
+    """The config of a checkpoint, of whichever model of this project.
+
+    Raises:
+        ValueError, OSError: there is none, or it is another project's.
+    """
+    fields = read_json(folder / "config.json")
+    if fields.get("model_type") == "upernet":
+        from hf_mim.modeling.modeling_upernet import MIMUperNetConfig
+
+        found = results_of.section(fields, "backbone_config").get("model_type")
+        if found != MIMConfig.model_type:
+            raise ValueError(f"{folder} holds an UperNet over {found!r}, and only one over 'mim' can be published here")
+        return MIMUperNetConfig.from_pretrained(folder)
+    return MIMConfig.from_pretrained(folder)
+
+
+def size_words(folder: Path, config: MIMConfig) -> str:
+    """`height x width` of the images that the model was made for: a segmentation model's are its processor's."""
+    said = results_of.section(read_json(folder / "preprocessor_config.json"), "size")
+    sides = (said.get("height"), said.get("width"))
+    height, width = sides if all(isinstance(side, int) for side in sides) else pair(config.image_size)
+    return f"{height}x{width}"
+
+
+def task_of(config) -> str:
+    if config.model_type == "upernet":
+        return "segmentation"
+    return "classification" if "MIMForImageClassification" in (config.architectures or ()) else "features"
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
-def card_data(config: MIMConfig, recipe: dict, repo: str, license: str | None, data: dict, results) -> ModelCardData:
+def card_data(
+    config: MIMConfig, task: str, recipe: dict, repo: str, license: str | None, data: dict, results
+) -> ModelCardData:
     start = recipe.get("model", {}).get("init_from")
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification" if classifies(config) else "image-feature-extraction",
+        pipeline_tag=TASKS[task][0],
         license=license,
         base_model=start if start and "/" in start else None,
         datasets=[data["id"]] if data["id"] else None,
@@ -176,12 +224,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
-def summary(config: MIMConfig, metrics: dict, data: dict) -> str:
-    height, width = pair(config.image_size)
-    shape = f"{height}x{width} pixels and {plural(config.num_channels, 'channel')}"
+def summary(config: MIMConfig, size: str, task: str, num_labels: int, metrics: dict, data: dict) -> str:
+    shape = f"{size} pixels and {plural(config.num_channels, 'channel')}"
     what = f"A {config.encoder} encoder for images of {shape}"
-    if classifies(config):
-        return f"{what}, with a classifier of {plural(config.num_labels, 'class')}."
+    if task != "features":
+        head = "a classifier" if task == "classification" else "UperNet for the segmentation"
+        return f"{what}, with {head} of {plural(num_labels, 'class')}."
     if not is_number(metrics.get("steps")):  # nothing here says that it was trained
         return f"{what}."
     return f"{what}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
@@ -192,9 +240,9 @@ def teacher_of(target_config: dict) -> str | None:
     return target_config.get("teacher") or (target_config.get("features") or {}).get("teacher")
 
 
-def teacher_row(folder: Path) -> str | None:
+def teacher_row(config: MIMConfig) -> str | None:
     """The teacher, and what its own card says of its licence."""
-    teacher = teacher_of(read_json(folder / "config.json").get("target_config") or {})
+    teacher = teacher_of(config.target_config)
     if teacher is None:
         return None
     license = license_of(teacher)
@@ -214,19 +262,21 @@ def license_of(source: str) -> str | None:
         return None
 
 
-def facts(folder: Path, config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[tuple[str, object]]:
+def facts(
+    folder: Path, config: MIMConfig, task: str, recipe: dict, metrics: dict, data: dict
+) -> list[tuple[str, object]]:
     """Rows of a table; a value that is not known is empty."""
     header = recipes.read_header(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     shapes = weight_shapes(folder)
-    encoder = [shape for name, shape in shapes.items() if name.removeprefix("mim.").startswith("encoder.")]
+    encoder = [shape for name, shape in shapes.items() if re.match(r"(backbone\.)?(mim\.)?encoder\.", name)]
     return [
         ("recipe", f"`recipe.yaml`, run by `{command_of(recipe)}`" if recipe else None),
         ("method", header.get("paper")),
-        *((name, part(config, name)) for name in PARTS),
+        *((name, part(config, name)) for name in TASKS[task][3]),
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
         ("data", data["words"] and images(metrics, data)),
         ("started from", recipe.get("model", {}).get("init_from")),
-        ("teacher", teacher_row(folder)),
+        ("teacher", teacher_row(config)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),
         ("hardware", hardware(metrics)),
@@ -279,9 +329,8 @@ def hardware(metrics: dict) -> str | None:
     return ", ".join([*said, *([metrics["precision"]] if "precision" in metrics else [])])
 
 
-def limits(config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[str]:
-    height, width = pair(config.image_size)
-    said = [f"Trained at {height}x{width} pixels. Other sizes load and run; how good they are was not measured here."]
+def limits(size: str, metrics: dict, data: dict) -> list[str]:
+    said = [f"Trained at {size} pixels. Other sizes load and run; how good they are was not measured here."]
     rows = results_of.result_rows(metrics)
     if not rows and not results_of.finetuned_rows(metrics):
         return [*said, "No accuracy was measured in this run."]
@@ -294,13 +343,13 @@ def limits(config: MIMConfig, recipe: dict, metrics: dict, data: dict) -> list[s
     return said
 
 
-def papers(folder: Path, config: MIMConfig) -> list[str]:
+def papers(folder: Path, config: MIMConfig, task: str) -> list[str]:
     """The recipe's paper, and those that the parts' own descriptions name: they were used too."""
     recipe = folder / "recipe.yaml"
     first = recipes.read_header(recipe).get("paper", "") if recipe.is_file() else ""
     found, seen = [clean(first)] if first else [], set(ARXIV.findall(first))
-    for name, entries in PARTS.items():
-        entry = entries.get(getattr(config, name))
+    for name in TASKS[task][3]:
+        entry = PARTS[name].get(getattr(config, name))
         for line in (getattr(entry, "__doc__", None) or "").splitlines()[:1]:
             # The first one: a part that several methods share names them all.
             new = [number for number in ARXIV.findall(line)[:1] if number not in seen]

@@ -12,8 +12,14 @@ SCORES = {
     "linear_cls": ("linear probe, class token", None),
 }
 EVALUATED = {"train_images": "images to learn from", "test_images": "to test on"}
-# What fine-tuning measures on the test images, in percent; the names on the Hub.
-FINETUNED = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "f1_macro": "macro F1"}
+# What fine-tuning measures on the test images, in percent: how the Hub calls it, and how people do.
+FINETUNED = {
+    "accuracy": ("accuracy", "accuracy"),
+    "top5_accuracy": ("accuracy", "top-5 accuracy"),
+    "f1_macro": ("f1", "macro F1"),
+    "mean_iou": ("mean_iou", "mean IoU"),
+    "pixel_accuracy": ("accuracy", "pixel accuracy"),
+}
 POOLINGS = {"mean": "mean of the patches", "cls": "class token"}
 
 
@@ -43,25 +49,23 @@ def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
     """The accuracies of the trained encoder, or of the fine-tuned model, as the Hub's evaluation results."""
     if not data["words"]:
         return []
-    trained, test = section(metrics, "trained"), section(metrics, "test")
+    trained = section(metrics, "trained")
+    frozen, segments = "Image classification, {}, encoder frozen", metrics.get("task") == "segmentation"
     found = [
-        (f"Image classification, {title}, encoder frozen", "accuracy", f"accuracy in percent, {title}", trained[key])
+        (frozen.format(title), "accuracy", f"accuracy in percent, {title}", trained[key])
         for key, (title, _) in SCORES.items()
         if is_number(trained.get(key))
     ]
-    found += [
-        ("Image classification", kind, f"{title} in percent", test[kind])
-        for kind, title in FINETUNED.items()
-        if is_number(test.get(kind))
-    ]
+    task = "Image segmentation" if segments else "Image classification"
+    found += [(task, *FINETUNED[kind], value) for kind, value in finetuned(metrics).items()]
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type="image-segmentation" if segments else "image-classification",
             task_name=task,
             dataset_type=data["type"],
             dataset_name=data["words"].replace("`", ""),
-            metric_type="f1" if kind.startswith("f1") else "accuracy",
-            metric_name=name,
+            metric_type=kind,
+            metric_name=name if "percent" in name else f"{name} in percent",
             metric_value=round(value, 2),
         )
         for task, kind, name, value in found
@@ -81,12 +85,25 @@ def result_rows(metrics: dict) -> list[dict]:
     return rows
 
 
+def finetuned(metrics: dict) -> dict[str, float]:
+    """What fine-tuning measured on the test images."""
+    found = metrics if metrics.get("task") == "segmentation" else section(metrics, "test")
+    return {kind: found[kind] for kind in FINETUNED if is_number(found.get(kind))}
+
+
 def finetuned_rows(metrics: dict) -> list[tuple[str, str]]:
-    test = section(metrics, "test")
-    return [(title, f"{test[kind]:.1f}") for kind, title in FINETUNED.items() if is_number(test.get(kind))]
+    """With intervals where there are any."""
+    rows = []
+    for kind, value in finetuned(metrics).items():
+        ends = section(metrics, "intervals").get(kind)
+        known = isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
+        rows.append((FINETUNED[kind][1], f"{value:.1f}" + (f" ({ends[0]:.1f}-{ends[1]:.1f})" if known else "")))
+    return rows
 
 
 def finetuned_counts(metrics: dict) -> str:
+    if metrics.get("task") == "segmentation":
+        return counts(section(metrics, "evaluation"))
     test = section(metrics, "test")
     found = [f"{test['images']:,} images"] if is_number(test.get("images")) else []
     return ", ".join([*found, *([clean(test["from"])] if test.get("from") else [])])

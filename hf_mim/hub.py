@@ -11,8 +11,7 @@ from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from hf_mim.card import PICTURES, command_of, make_card, read_json, read_recipe, shareable
-from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.card import PICTURES, command_of, make_card, read_config, read_json, read_recipe, shareable
 from hf_mim.training import recipe as recipes
 
 
@@ -115,7 +114,7 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
 
     Only names known here are taken from the folder, so that optimizer states, pickles and a user's other files stay.
     """
-    config = MIMConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.save_pretrained(scratch)  # with the code and the whole auto_map, whatever the folder has of them
     saved = read_json(scratch / "config.json")
     write_json(scratch / "config.json", shareable(saved))
@@ -124,7 +123,7 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     else:
         from hf_mim.training.data import processor_for
 
-        processor_for(config).save_pretrained(scratch)
+        processor_for(getattr(config, "backbone_config", config)).save_pretrained(scratch)
     for name in RESULTS:
         if (folder / name).is_file():
             write_json(scratch / name, shareable(read_json(folder / name)))

@@ -6,12 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import ResNetConfig
 
 from hf_mim import cli
 from hf_mim.card import PICTURES, license_of, make_card, read_recipe, shareable
-from hf_mim.hub import write_card
+from hf_mim.hub import stage, write_card
+from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,3 +238,42 @@ def test_the_card_of_a_fine_tuned_model(folder):
     found = {result.metric_name: (result.metric_type, result.metric_value) for result in card.data.eval_results}
     assert found["accuracy in percent"] == ("accuracy", 68.0) and found["macro F1 in percent"] == ("f1", 63.92)
     assert "last_hidden_state" not in card.text and "No accuracy" not in card.text
+
+
+def test_the_card_of_a_segmentation_model(tmp_path):
+    torch.manual_seed(0)
+    backbone = tiny_config(out_features=["stem", "stage1", "stage2"])
+    config = MIMUperNetConfig(backbone_config=backbone, hidden_size=8, use_auxiliary_head=False, num_labels=3)
+    MIMUperNet(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 24, "width": 32}}))
+    metrics = {"task": "segmentation", "mean_iou": 41.2, "pixel_accuracy": 80.0, "seed": 1}
+    metrics |= {"intervals": {"mean_iou": [40.0, 42.4]}, "evaluation": {"test_images": 20, "test": "split test"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "recipe.yaml").write_text("data:\n  dataset: me/scenes\nfinetune:\n  task: segmentation\n")
+    card = make_card(tmp_path, "me/scenes-model")
+    for words in (
+        "AutoModelForSemanticSegmentation.from_pretrained",
+        "images of 24x32 pixels and 3 channels, with UperNet for the segmentation of 3 classes.",
+        "| mean IoU | 41.2 (40.0-42.4) |\n| pixel accuracy | 80.0 |",
+        "(20 to test on, split test)",
+        "run by `hf-mim finetune CHECKPOINT recipe.yaml`",
+        "| encoder |",
+    ):
+        assert words in card.text, words
+    assert (
+        "| masking |" not in card.text and "0.00 M" not in card.text and card.data.pipeline_tag == "image-segmentation"
+    )
+    assert [(r.task_type, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("image-segmentation", "mean_iou", 41.2),
+        ("image-segmentation", "accuracy", 80.0),
+    ]
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    files = stage(tmp_path, "me/scenes-model", None, staged)
+    saved = json.loads(files["config.json"].read_text())
+    assert saved["model_type"] == "upernet" and saved["architectures"] == ["MIMUperNet"]
+    assert {"modeling_upernet.py", "modeling_mim.py", "poolers.py"} <= set(files)
+    saved["backbone_config"] = ResNetConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="an UperNet over 'resnet'"):
+        make_card(tmp_path, "me/scenes-model")
