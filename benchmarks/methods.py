@@ -328,6 +328,7 @@ def read_arguments(arguments: list[str] | None):
 
 def main(arguments: list[str] | None = None) -> str:
     args = read_arguments(arguments)
+    torch.set_num_threads(1)  # small models gain little by more, and cells of several students can run side by side
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     if not args.table:

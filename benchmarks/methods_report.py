@@ -14,7 +14,7 @@ Table = dict[str, dict[str, list[dict]]]  # student -> method -> the cells of it
 
 def report(students: Table, ablations: Table, teachers: dict[str, dict | None]) -> str:
     """Everything as markdown."""
-    parts = [machine(), "### Teachers", teacher_table(teachers)]
+    parts = [f"{machine()} Processor seconds are those of training and scoring.", "### Teachers", teacher_table(teachers)]
     for student, methods in students.items():
         parts += [f"### Student {NAMES[student]}: accuracy of the frozen encoder, percent", score_table(methods)]
     parts += ["### What the targets are like", target_table(students)]
@@ -88,6 +88,7 @@ def ablation_table(students: Table, ablations: Table) -> str:
 def write_page(page: Path, text: str, students: Table) -> None:
     """Puts the tables between markers of the page, whose other words stay, and the figure beside it."""
     picture = page.with_suffix(".png")
+    page.parent.mkdir(parents=True, exist_ok=True)
     drawn = any(cells for methods in students.values() for cells in methods.values())
     if drawn:
         draw(students, picture)
