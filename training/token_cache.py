@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-# Bytes of rows after which pages that were read are given back: mapped pages count as the process's memory.
-MAPPED_MOST = 2**28
+# Bytes of rows, of each file, after which pages that were read are given back: they count as the process's memory.
+MAPPED_MOST = 2**25
 FORMAT = 1  # raised when what is in the files changes
 
 
