@@ -27,9 +27,11 @@ from hf_mim.training import metrics, pictures
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
+from hf_mim.training.profiling import ProfileCallback
 from hf_mim.training.saving import StopCallback, last_checkpoint
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.teacher import teacher_of
+from hf_mim.training.throughput import mean_throughput
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
 from hf_mim.training.watch import TeacherWatch, Watch
 
@@ -223,6 +225,9 @@ def train(run: Run) -> MIMTrainer:
             say = partial(run.console.print, highlight=False, soft_wrap=True)
             trainer.add_callback(TeacherWatch(trainer, run.splits, say))
         save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
+        if run.arguments.profile:
+            trainer.add_callback(ProfileCallback(trainer, run.folder, partial(run.console.print, highlight=False)))
+    trainer.count_flops()
     try:
         with stop:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
@@ -287,6 +292,7 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "images_per_second": round(speed, 1),
+        **mean_throughput(trainer.state.log_history),
         "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
         "bad_images": bad_images(run.splits),
         "seed": run.arguments.seed,

@@ -16,11 +16,13 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.saving import SafeCheckpointMixin, outlive_sigterm
+from hf_mim.training.throughput import Throughput, flops_per_image, peak_flops
 from hf_mim.training.transforms import normalize
 
 
 # What wrappers put before a parameter's name.
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+NOTABLE_WAIT = 0.1  # share of the time waiting for data from which the progress says so
 LINES = 20  # how many progress lines a run prints where there is no terminal
 
 
@@ -48,6 +50,7 @@ class MIMTrainingArguments(TrainingArguments):
         resume: go on in `output_dir` from its last complete checkpoint, exactly as if there had been no break; from
             the beginning where there is none.
         watch_every: steps, or a share of the training below 1, between looks at it (see `Watch`); 0 never looks.
+        profile: record a few steps, and write where their time goes (see `ProfileCallback`).
     """
 
     base_learning_rate: float = field(default=1.5e-4, metadata={"help": "Learning rate for a total batch of 256."})
@@ -56,6 +59,7 @@ class MIMTrainingArguments(TrainingArguments):
     lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     watch_every: float = field(default=0.25, metadata={"help": "Steps or a share of the training; 0 is never."})
+    profile: bool = field(default=False, metadata={"help": "Write where the time of a few steps goes."})
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
@@ -115,6 +119,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if hasattr(self.train_dataset, "seek"):
             self.args.ignore_data_skip = True  # the stream goes to its place itself
             self.train_dataset.batch_size = self.args.train_batch_size
+        self.throughput = Throughput(self.args.total_batch_size)
         self.pixels = None
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
@@ -146,6 +151,22 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
             # Kept for the next step: fresh pages of memory would cost a processor more than the arithmetic.
             self.pixels = torch.empty(images.shape, device=images.device)
         return {**inputs, "pixel_values": normalize(images, config.image_mean, config.image_std, out=self.pixels)}
+
+    def get_batch_samples(self, *args, **kwargs):
+        return self.throughput.fetch(partial(super().get_batch_samples, **kwargs), *args)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs |= self.throughput.read(self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    def count_flops(self) -> None:
+        """From now on the log says what a pretraining model computes and, where the device's peak is known, uses."""
+        device = self.args.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = peak_flops(name, self.args.bf16)
+        self.throughput.flops = flops_per_image(self.model, self.args.bf16)
+        self.throughput.peak = peak and peak * self.args.n_gpu * self.args.world_size
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.target is not None:
@@ -251,19 +272,20 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, console: Console):
         self.console, self.bar, self.loss, self.images_per_second = console, None, None, 0.0
+        self.wait = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.started, self.printed = state.global_step, time.perf_counter(), 0
         if not self.console.is_terminal:
             return
-        texts = [TextColumn(text) for text in (*self.COLUMNS, "{task.fields[speed]} images/s")]
+        texts = [TextColumn(text) for text in (*self.COLUMNS, "{task.fields[speed]}")]
         left = (TimeRemainingColumn(compact=True), TextColumn("left"))
         self.bar = Progress(texts[0], BarColumn(), *texts[1:], *left, console=self.console, refresh_per_second=4)
         self.task = self.bar.add_task("training", total=state.max_steps, completed=self.first, loss="-", speed="-")
         self.bar.start()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.loss = (logs or {}).get("loss", self.loss)
+        self.loss, self.wait = (logs or {}).get("loss", self.loss), (logs or {}).get("data_wait", self.wait)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
@@ -274,17 +296,20 @@ class TrainingProgress(TrainerCallback):
         self.images_per_second = steps * args.total_batch_size / max(seconds, 1e-9)
         if self.bar is not None:
             loss = "-" if self.loss is None else f"{self.loss:.4f}"
-            self.bar.update(self.task, completed=state.global_step, loss=loss, speed=f"{self.images_per_second:,.0f}")
+            self.bar.update(self.task, completed=state.global_step, loss=loss, speed=self._speed())
         elif state.global_step * LINES // state.max_steps > self.printed:
             self.printed = state.global_step * LINES // state.max_steps
             self._print(state, (state.max_steps - state.global_step) * seconds / steps)
 
     def _print(self, state, left: float):
         loss = "" if self.loss is None else f"  loss {self.loss:.4f}"
-        speed = f"  {self.images_per_second:,.0f} images/s"
         step = f"step {state.global_step:,} of {state.max_steps:,}"
-        self.console.print(f"{step}{loss}{speed}  {left // 60:.0f}:{left % 60:02.0f} left", highlight=False)
+        self.console.print(f"{step}{loss}  {self._speed()}  {left // 60:.0f}:{left % 60:02.0f} left", highlight=False)
         sys.stdout.flush()
+
+    def _speed(self) -> str:
+        waits = f", {self.wait:.0%} of the time waiting for data" if self.wait > NOTABLE_WAIT else ""
+        return f"{self.images_per_second:,.0f} images/s{waits}"
 
     def close(self):
         """Gives the terminal back, also after an error."""

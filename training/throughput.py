@@ -1,0 +1,93 @@
+"""How fast a run is: images per second, the share of time it waits for data, and how much of the device it uses."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_mim.modeling.configuration_mim import pair
+
+
+# Dense bfloat16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the device's name.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(name: str, bf16: bool) -> float | None:
+    """FLOP/s that a device can do at most in the arithmetic that is used; None where it is not known."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None) if bf16 else None
+
+
+def flops_per_image(model, bf16: bool = False) -> float:
+    """FLOPs of forward and backward pass of one image through encoder and decoder of a `MIMForPreTraining`, at its
+    config's size, mask ratio and number of masks: matrix products, attention and convolutions, two for a multiplication
+    and addition. The target is not counted, nor what is computed twice to save memory. Model and random state are left
+    as they are.
+    """
+    training, config = model.training, model.config
+    pixel_values = torch.zeros(1, config.num_channels, *pair(config.image_size), device=model.device, dtype=model.dtype)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()  # batch norms must not learn from it
+    try:
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)  # some attentions need it
+        with torch.random.fork_rng(devices), autocast, FlopCounterMode(display=False) as counter:
+            logits = model(pixel_values, return_loss=False).logits
+            torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True)
+    finally:
+        model.train(training)
+    return float(counter.get_total_flops())
+
+
+class Throughput:
+    """Counts between two calls of `read`.
+
+    Args:
+        images_per_step: of all devices together.
+        flops: per image, or None.
+        peak: FLOP/s of all devices together, or None.
+    """
+
+    def __init__(self, images_per_step: int, flops: float | None = None, peak: float | None = None):
+        self.images_per_step, self.flops, self.peak = images_per_step, flops, peak
+        self.waited, self.step, self.started = 0.0, None, 0.0
+
+    def fetch(self, function, *args):
+        """Calls `function`, whose time is waiting for data."""
+        started = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def read(self, step: int) -> dict[str, float]:
+        """-> `images_per_second`, `data_wait` (share of the time) and, where they are known, `gflops_per_image` and
+        `mfu` (share of the peak) since the call before; nothing at the first call, nor without a step between."""
+        now, before, found = time.perf_counter(), self.step, {}
+        seconds = now - self.started
+        if before is not None and step > before and seconds > 0:
+            speed = (step - before) * self.images_per_step / seconds
+            found = {"images_per_second": round(speed, 1), "data_wait": round(min(1.0, self.waited / seconds), 4)}
+            if self.flops:
+                found["gflops_per_image"] = round(self.flops / 1e9, 3)
+            if self.flops and self.peak:
+                found["mfu"] = round(speed * self.flops / self.peak, 4)
+        self.waited, self.step, self.started = 0.0, step, now
+        return found
+
+
+def mean_throughput(history: list[dict]) -> dict[str, float]:
+    """Means of `data_wait`, `gflops_per_image` and `mfu` over a run's log, for `metrics.json`."""
+    found = {name: [e[name] for e in history if name in e] for name in ("data_wait", "gflops_per_image", "mfu")}
+    return {name: round(sum(values) / len(values), 4) for name, values in found.items() if values}
