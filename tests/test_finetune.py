@@ -176,15 +176,16 @@ def test_the_best_checkpoint_is_kept(source, tmp_path, monkeypatch):
         assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("options", [ALL, [*ALL, "finetune.lora=true", "finetune.lora_dropout=0.2"]])
+LORA = ["finetune.lora=true", "finetune.lora_dropout=0.2", "training.save_strategy=steps", "training.save_steps=2"]
+
+
+@pytest.mark.parametrize("options", [ALL, [*ALL, *LORA, "training.gradient_accumulation_steps=2"]])
 def test_a_resumed_run_is_the_run_without_a_break(source, tmp_path, monkeypatch, options):
-    options = [*options, "training.save_strategy=steps", "training.save_steps=2"]
-    options += ["training.gradient_accumulation_steps=2"]
     run(source, tmp_path / "whole", *options)
-    step = FinetuneTrainer.training_step
+    step, stop = FinetuneTrainer.training_step, 3 if "finetune.lora=true" in options else 4  # in the middle of an epoch
 
     def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 2:
+        if self.state.global_step == stop - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args, **kwargs)
 
@@ -192,7 +193,7 @@ def test_a_resumed_run_is_the_run_without_a_break(source, tmp_path, monkeypatch,
         patch.setattr(FinetuneTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "broken", *options)
-    assert last_checkpoint(tmp_path / "broken").name == "checkpoint-3"
+    assert last_checkpoint(tmp_path / "broken").name == f"checkpoint-{stop}"
     assert (tmp_path / "broken" / "model.safetensors").is_file() and not (tmp_path / "broken" / "metrics.json").exists()
     torch.manual_seed(7)  # as another process would
     printed = run(tmp_path / "broken", None, "training.resume=true", base=[])
@@ -201,6 +202,12 @@ def test_a_resumed_run_is_the_run_without_a_break(source, tmp_path, monkeypatch,
     results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "broken")]
     for key in ("validation", "test", "best_step", "final_loss"):
         assert results[0][key] == results[1][key]
+    history = [
+        json.loads((last_checkpoint(tmp_path / name) / "trainer_state.json").read_text())["log_history"]
+        for name in ("whole", "broken")
+    ]
+    evaluated = [[(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry] for log in history]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 2
 
 
 def test_a_saved_recipe_gives_the_same_weights_again(finished, source, tmp_path):

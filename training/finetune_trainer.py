@@ -126,6 +126,12 @@ class FinetuneCallback(TrainerCallback):
             best = Path(args.output_dir) / Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(best) if best.is_dir() else None
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Stopped in the middle of an epoch: what an evaluation finds here would be no candidate for the best in a run
+        # without a break, and the checkpoint is written already.
+        if state.global_step < state.max_steps and abs(state.epoch - round(state.epoch)) > 1e-6:
+            control.should_evaluate = control.should_save = False
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer.model)
