@@ -99,15 +99,22 @@ def grid_of(tokens: int, height: float, width: float) -> Grid:
     return min(pairs, key=lambda grid: abs(math.log(grid[0] * width / (grid[1] * height))))
 
 
+def plain(config):
+    """A config whose modules compute attention by the plain implementation, which returns its weights."""
+    if config._attn_implementation == "eager":
+        return config
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
+
+
 @contextmanager
 def plain_attention(modules: list[nn.Module]):
-    """Inside, these modules compute attention by the plain implementation, which returns its weights, whatever that of
-    their model is."""
+    """Inside, these modules compute attention by the plain implementation, whatever that of their model is."""
     configs = [module.config for module in modules]
     try:
         for module in modules:
-            module.config = copy.deepcopy(module.config)
-            module.config._attn_implementation = "eager"
+            module.config = plain(module.config)
         yield
     finally:
         for module, config in zip(modules, configs):
@@ -235,10 +242,11 @@ class NativeEncoder(Encoder):
             return self.network(pixel_values, **options), None
         last, weights = self.last_attention(), []
         if output_attentions == "last" and last is not None:
+            # For good: gradient checkpointing runs the block again in the backward pass.
+            last.config = plain(last.config)
             hook = last.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
             try:
-                with plain_attention([last]):
-                    return self.network(pixel_values, **options), tuple(weights)
+                return self.network(pixel_values, **options), tuple(weights)
             finally:
                 hook.remove()
         with plain_attention([module for module in self.network.modules() if hasattr(module, "config")]):

@@ -516,6 +516,20 @@ def test_only_the_last_block_leaves_the_fused_attention(encoder, options, monkey
     assert len(calls) == 1  # of two blocks
 
 
+@pytest.mark.parametrize("encoder, options", [("vit", {}), ("native", DINOV2)])
+def test_cls_attention_is_learned_through_under_gradient_checkpointing(encoder, options):
+    model = MIMModel(tiny_config(encoder=encoder, encoder_config=options, pooler="cls_attention")).train()
+    pixel_values, found = torch.randn(2, 3, 16, 16), []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixel_values).pooler_output.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.gradient_checkpointing_enable()
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
 # --- around other models, saved, frozen ------------------------------------------------------------------------------
 
 
