@@ -272,7 +272,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
     BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1)).save_pretrained("bert")
     one, bad = str(write_images(tmp_path / "one", 1)), ("run", "data.dataset=./none")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "report.json").touch()
+    (tmp_path / "old" / "report.html").touch()
     before = {path.name for path in tmp_path.iterdir()}
     for words, expected in (
         ((), "checkpoint"),

@@ -214,6 +214,7 @@ def analyze_into(folder, checkpoint, *overrides) -> tuple[dict, str]:
 
 
 def test_an_analysis_goes_on_where_it_was_interrupted_and_ends_the_same(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr("hf_mim.analysis.interaction_models.PROBE_IMAGES", 100)
     whole, printed = analyze_into(tmp_path / "whole", checkpoint)
     assert "interactions: 528 masked images for 2 encoders, about" in printed and "done before" not in printed
     add, added = Partial.add, []
@@ -229,6 +230,7 @@ def test_an_analysis_goes_on_where_it_was_interrupted_and_ends_the_same(tmp_path
         analyze_into(tmp_path / "broken", checkpoint)
     assert added == [0, 1, 2, 0]
     monkeypatch.setattr(Partial, "add", add)
+    assert not (tmp_path / "broken" / "report.html").exists()
     again, printed = analyze_into(tmp_path / "broken", checkpoint, "analyze.batch_size=7")
     assert "interactions: 176 masked images" in printed and "4 of 6 images were done before" in printed
     for label, entry in whole.items():

@@ -80,9 +80,14 @@ def measure_interactions(subjects: list, plan: Plan, data, arguments, folder: Pa
     columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} masked images")
     with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
         task = bar.add_task("", total=sum(job.rows_left for job in jobs))
-        for job in jobs:
-            bar.update(task, description=f"interactions: {job.label}")
-            job.run(lambda rows: bar.advance(task, rows))
+        try:
+            for job in jobs:
+                bar.update(task, description=f"interactions: {job.label}")
+                job.run(lambda rows: bar.advance(task, rows))
+        except KeyboardInterrupt:
+            words = f"stopped; the same command with analyze.output_dir={folder} goes on where it was"
+            console.print(words, highlight=False, soft_wrap=True)
+            raise
     return {job.label: job.result() for job in jobs}
 
 
@@ -112,7 +117,8 @@ class Job:
         self.classify, self.classifier = classifier_of(subject.source, subject.model, images)
         self.right = accuracy_of(self.classify, images)
         digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
-        identity = f"{interaction.weights_of(subject.model)} {digest} {self.labels} {self.classifier}"
+        # With the label: two encoders of equal weights must not write one file.
+        identity = f"{self.label} {interaction.weights_of(subject.model)} {digest} {self.labels} {self.classifier}"
         self.partial = Partial(folder, plan, identity)
 
     @property

@@ -176,7 +176,7 @@ def choose_folder(sources: list[str], wanted: str | None) -> Path:
     folder = Path(wanted or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output folder {folder} is a file")
-    if (folder / "report.json").exists():
+    if (folder / "report.html").exists():  # report.json alone is of a run that was stopped, and can go on
         raise ValueError(f"{folder} holds another report; choose another analyze.output_dir, or remove it")
     return folder
 
