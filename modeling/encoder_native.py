@@ -148,7 +148,9 @@ class NativeEncoder(Encoder):
         self.hidden_size = getattr(native, "hidden_size", None) or getattr(native, "hidden_sizes", [None])[-1]
         if self.hidden_size is None:
             raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
-        names = {name.rsplit(".", 1)[-1]: p for name, p in self.network.named_parameters()}
+        # A pooling head may have a query of this name (AIMv2).
+        own = {name: p for name, p in self.network.named_parameters() if not name.startswith("head.")}
+        names = {name.rsplit(".", 1)[-1]: p for name, p in own.items()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
         self.num_prefix_tokens = sum(prefixes)
         self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:3])
@@ -251,7 +253,13 @@ class NativeEncoder(Encoder):
                 hook.remove()
         with plain_attention([module for module in self.network.modules() if hasattr(module, "config")]):
             out = self.network(pixel_values, **options, output_attentions=True)
-        return out, out.attentions if output_attentions is True else (out.attentions or ())[-1:]
+        found = out.attentions or (None,)
+        if any(weights is None for weights in found):
+            raise ValueError(
+                f"the transformers model {self.native.model_type!r} returns no attentions as it was built; if it can, "
+                "it does with attn_implementation='eager'"
+            )
+        return out, found if output_attentions is True else found[-1:]
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """As of `ViTEncoder`, after the final norm where it has the width of every stage."""

@@ -638,6 +638,12 @@ def test_what_an_encoder_cannot_give():
         )
     with pytest.raises(ValueError, match="pooler 'cls_attention' needs an encoder with a class token.*'mean'"):
         tiny_config(encoder="native", encoder_config=SWIN, pooler="cls_attention")
+    data2vec = {**NATIVE_VIT, "model_type": "data2vec-vision"}
+    fields = {"encoder": "native", "encoder_config": data2vec, "pooler": "cls_attention"}
+    with pytest.raises(ValueError, match="'data2vec-vision' returns no attentions.*attn_implementation='eager'"):
+        MIMModel(tiny_config(**fields))(torch.randn(1, 3, 16, 16))
+    weights = MIMModel(tiny_config(**fields, attn_implementation="eager"))(torch.randn(1, 3, 16, 16)).pooler_weights
+    assert weights.shape == (1, 16) and torch.allclose(weights.sum(), torch.ones(()))
     pooler, dim = pooler_of("cls_attention")
     with pytest.raises(ValueError, match="needs the attentions of the encoder's last block, and got none"):
         pooler(torch.randn(1, 18, dim), 3, GRID)
