@@ -1,5 +1,6 @@
 """The figures of the report as PNG files, for slides and papers: one per measurement."""
 
+import textwrap
 from pathlib import Path
 
 from hf_mim.analysis.figures import DASH, PALETTE, Style
@@ -7,6 +8,7 @@ from hf_mim.analysis.figures import DASH, PALETTE, Style
 
 MARKS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D"}
 SIDE = (4.2, 3.0)  # inches, of one chart
+LETTERS = 44  # of the title, above one chart
 DPI = 150
 
 
@@ -57,7 +59,8 @@ def draw(path: Path, entries: dict[str, dict], between: dict, styles: dict[str, 
         )
     images = next((entry["images"] for entry in entries.values() if "images" in entry), 0)
     title = next((entry["title"] for entry in entries.values() if "title" in entry), "")
-    figure.suptitle(plain(f"{title}: {images:,} images, bands are 95 % confidence intervals"), fontsize="medium")
+    words = f"{title}: {images:,} images, bands are 95 % confidence intervals"
+    figure.suptitle(plain(textwrap.fill(words, LETTERS * cols)), fontsize="medium")
     figure.savefig(path)
     return True
 
