@@ -253,7 +253,7 @@ class NativeEncoder(Encoder):
                 hook.remove()
         with plain_attention([module for module in self.network.modules() if hasattr(module, "config")]):
             out = self.network(pixel_values, **options, output_attentions=True)
-        found = out.attentions or (None,)
+        found = getattr(out, "attentions", None) or (None,)
         if any(weights is None for weights in found):
             raise ValueError(
                 f"the transformers model {self.native.model_type!r} returns no attentions as it was built; if it can, "
