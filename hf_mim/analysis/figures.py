@@ -162,10 +162,8 @@ def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) ->
     """
     first = next(iter(curves.values()))
     across = Axis([x for curve in curves.values() for x in curve["x"]], LEFT, WIDTH - RIGHT, whole=True)
-    values = [v for c in curves.values() for name in ("mean", "low", "high") for v in c[name] or [] if v is not None]
-    up = Axis(values or [0.0, 1.0], HEIGHT - BOTTOM, TOP)
-    unit = f" ({first['unit']})" if first["unit"] and first["unit"] != first["y_label"] else ""
-    words = first["y_label"] + unit + (", logarithmic" if up.log else "")
+    up = Axis(values_of(curves) or [0.0, 1.0], HEIGHT - BOTTOM, TOP)
+    words = y_words(first) + (", logarithmic" if up.log else "")
     parts = frame(across, up, first["x_label"], words)
     # Untrained first: the trained ones are what is looked at, and lie above.
     order = sorted(curves, key=lambda label: not styles[label].untrained)
@@ -173,6 +171,17 @@ def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) ->
     parts += [line(label, curves[label], across, up, styles[label]) for label in order]
     spoken = "; ".join(f"{label}: {trend(curve)}" for label, curve in curves.items())
     return svg(WIDTH, HEIGHT, parts, f"Line chart, {title}, by {first['x_label']}. {spoken}")
+
+
+def values_of(curves: dict[str, dict]) -> list[float]:
+    """Everything that has to fit on the axis."""
+    return [v for c in curves.values() for name in ("mean", "low", "high") for v in c[name] or [] if v is not None]
+
+
+def y_words(curve: dict) -> str:
+    """The words of its axis, with the unit where they do not say it."""
+    unit = curve["unit"]
+    return curve["y_label"] + (f" ({unit})" if unit and unit not in curve["y_label"] else "")
 
 
 def trend(curve: dict) -> str:

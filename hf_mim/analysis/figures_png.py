@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from hf_mim.analysis.figures import DASH, PALETTE, Style
+from hf_mim.analysis.figures import DASH, PALETTE, Axis, Style, values_of, y_words
 
 
 MARKS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D"}
@@ -87,9 +87,12 @@ def draw_curves(axes, curves: dict[str, dict], styles: dict[str, Style]) -> None
                 curve["x"], *(no_none(curve[edge]) for edge in ("low", "high")), color=colour, alpha=0.18, lw=0
             )
     first = next(iter(curves.values()))
-    unit = f" ({first['unit']})" if first["unit"] and first["unit"] != first["y_label"] else ""
     axes.set_title(plain(first["title"]), fontsize="small", loc="left")
-    axes.set(xlabel=plain(first["x_label"]), ylabel=plain(first["y_label"] + unit))
+    axes.set(xlabel=plain(first["x_label"]), ylabel=plain(textwrap.fill(y_words(first), 30)))
+    if Axis(values_of(curves) or [0.0, 1.0], 0, 1).log:
+        axes.set_yscale("log")
+    if all(x == int(x) for curve in curves.values() for x in curve["x"]):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

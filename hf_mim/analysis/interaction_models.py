@@ -23,8 +23,8 @@ TITLE = "Interaction strength"
 NORMAL = (
     "Networks tend to have their strongest interactions where very few or nearly all other parts are present, and weak "
     "ones in between (Deng et al.); masked image modeling is reported to raise the middle orders (A2MIM). Curves that "
-    "lie within each other's bands are not different. A sign of trouble is a trained encoder whose curve is that of its "
-    "untrained twin."
+    "lie within each other's bands are not different. A sign of trouble is a trained encoder whose curve is that of "
+    "its untrained twin."
 )
 PROBE_IMAGES = 1000  # labelled images that the linear probe is fitted on
 MIDDLE = (0.25, 0.75)  # the orders that are called middle
