@@ -91,14 +91,15 @@ STUDENTS = {
 # One thing changed of a method above; with the first seed only.
 ABLATIONS = {
     "vit": {
-        "a2mim, batch spectra": ("a2mim_vit_small", ["model.target_config.average_spectra=true"]),
+        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL, "model.encoder_config.final_norm=false"]),
+        "a2mim+frequency, batch spectra": ("a2mim_vit_small", ["model.target_config.average_spectra=true"]),
         "dtm, fixed schedule": ("dtm_small", morphed(VIT, ", num_merged: 24, num_iterations: 7")),
         "dtm, random merging": ("dtm_small", morphed(VIT, ", matching: random")),
     },
     "resnet": {
         "zero fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN, "model.encoder_config.pixel_fill=zero"]),
         "mean fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN]),
-        "a2mim, batch spectra": (A2MIM, ["model.target_config.average_spectra=true"]),
+        "a2mim+frequency, batch spectra": (A2MIM, ["model.target_config.average_spectra=true"]),
     },
 }
 STEPS = {"vit": 1000, "resnet": 250}

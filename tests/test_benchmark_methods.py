@@ -17,14 +17,14 @@ from hf_mim.training import recipe as recipes
 def test_a_reduced_run(tmp_path, monkeypatch):
     out, page = tmp_path / "out", tmp_path / "results.md"
     arguments = ["--steps", "2", "--images", "60", "--seeds", "0", "--students", "vit", "--out", str(out)]
-    arguments += ["--methods", "untrained", "dtm, vit teacher", "a2mim, batch spectra"]
+    arguments += ["--methods", "untrained", "dtm, vit teacher", "a2mim, no final norm"]
     monkeypatch.setattr(methods, "TEACHERS", {"vit": ("quick", 2)})
     shown = methods.main(arguments)
     assert "| untrained |" in shown and "| dtm, vit teacher |" in shown and "| mae |" not in shown
     scores = json.loads((out / "vit-dtm-vit-teacher-seed0-2.json").read_text())
     assert 0 < scores["knn"] <= 100 and {"linear_1", "linear_10", "linear_100", "target_std"} <= set(scores)
     assert (out / "runs" / "vit-dtm-vit-teacher-0-2" / "model.safetensors").is_file()  # for other comparisons
-    assert json.loads((out / "vit-a2mim-batch-spectra-seed0-2.json").read_text())["hidden_l1"] > 0
+    assert json.loads((out / "vit-a2mim-no-final-norm-seed0-2.json").read_text())["hidden_l1"] > 0
     page.write_text("Words of mine.\n\n<!-- methods -->\nold\n<!-- end of methods -->\n\nMore words.\n")
     monkeypatch.setattr(methods, "run_cell", lambda *args: pytest.fail("a finished cell ran again"))
     assert methods.main(arguments) == shown
