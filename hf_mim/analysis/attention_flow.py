@@ -10,6 +10,7 @@ from hf_mim.analysis.measurement import Averages, Measurement, nested
 
 
 EPS = 1e-6
+CACHED = 2**18  # numbers, 1 MiB
 # name -> title, label of the y axis, unit
 CLS_CURVES = {
     "cls_cls": ("[cls] to itself", "mass of attention", "share"),
@@ -80,32 +81,36 @@ class AttentionFlow(Measurement):
             self.absent = str(error)
 
     def attention(self, block: int, weights: Tensor) -> None:
-        # Image by image: one image's matrices stay in the processor's cache through all the passes over them.
-        found = [self._statistics(block, image) for image in weights]
+        # A few images at a time: their matrices stay in the processor's cache through all the passes over them.
+        at_once = len(weights) if weights.is_cuda else max(1, CACHED // weights[0].numel())
+        found = [self._statistics(part) for part in weights.split(at_once)]
         for name in found[0]:
-            self.averages.add(name, block, torch.stack([image[name] for image in found]))
+            self.averages.add(name, block, torch.cat([part[name] for part in found]))
         wanted = max(0, min(len(weights), self.setting.examples - self.seen))
         if self.has_cls and wanted:
             self._keep_maps(block, weights[:wanted, :, 0, self.prefix :])
 
-    def _statistics(self, block: int, weights: Tensor) -> dict[str, Tensor]:
-        """weights (heads, length, length) of one image -> scalars, means over heads."""
+    def _statistics(self, weights: Tensor) -> dict[str, Tensor]:
+        """weights (images, heads, length, length) -> (images,) each, means over heads."""
         first, found = self.prefix, {}
         mass, entropy, to_patches = row_statistics(weights, first)
-        own = to_patches[:, first:].diagonal(dim1=1, dim2=2)
-        found["patch_self"] = own.mean()
-        found["patch_self_adj"] = (own / mass[:, first:]).mean()
-        found["patch_entropy"] = entropy[:, first:].mean()
+        own = to_patches[:, :, first:].diagonal(dim1=2, dim2=3)
+        found["patch_self"] = own.mean(dim=(1, 2))
+        found["patch_self_adj"] = (own / mass[:, :, first:]).mean(dim=(1, 2))
+        found["patch_entropy"] = entropy[:, :, first:].mean(dim=(1, 2))
         if self.has_cls:
-            to_itself = weights[:, 0, 0]
-            found["cls_cls"], found["cls_cls_adj"] = to_itself.mean(), (to_itself / mass[:, 0]).mean()
-            found["cls_patch"], found["cls_entropy"] = to_patches[:, 0].mean(), entropy[:, 0].mean()
-            found["patch_cls"] = weights[:, first:, 0].mean()
+            to_itself = weights[:, :, 0, 0]
+            found["cls_cls"], found["cls_cls_adj"] = to_itself.mean(dim=1), (to_itself / mass[:, :, 0]).mean(dim=1)
+            found["cls_patch"], found["cls_entropy"] = (
+                to_patches[:, :, 0].mean(dim=(1, 2)),
+                entropy[:, :, 0].mean(dim=1),
+            )
+            found["patch_cls"] = weights[:, :, first:, 0].mean(dim=(1, 2))
         if self.registers:
             to_registers = weights[..., int(self.has_cls) : first].sum(dim=-1)
-            found["patch_register"] = to_registers[:, first:].mean()
+            found["patch_register"] = to_registers[:, :, first:].mean(dim=(1, 2))
             if self.has_cls:
-                found["cls_register"] = to_registers[:, 0].mean()
+                found["cls_register"] = to_registers[:, :, 0].mean(dim=1)
         return found
 
     def _keep_maps(self, block: int, looks: Tensor) -> None:
