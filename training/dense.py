@@ -360,12 +360,12 @@ def results_table(found: dict, scenes: Scenery) -> Table:
     rows = [
         ("mean_iou", "mean IoU", "pixels"),
         ("pixel_accuracy", "accuracy", "pixels"),
-        ("mean_iou", "IoU", "patches"),
+        ("mean_iou", "patch IoU", "patches"),
     ]
     for name, words in READERS.items():
         for key, title, of in rows:
             cells = [cell(readers[name][of], key) for readers in found.values()]
-            table.add_row(f"{words}, {title}, {of}", *cells)
+            table.add_row(f"{words}, {title}", *cells)
     return table
 
 
