@@ -53,6 +53,7 @@ def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
     started = time.perf_counter()
     finetune.train(run, trainer, lambda: save(run, trainer))
     write_results(run, trainer, splits, time.perf_counter() - started)
+    trainer.accelerator.wait_for_everyone()
     return run.folder
 
 
