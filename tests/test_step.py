@@ -1,0 +1,93 @@
+"""A training step does not wait for the device, and compiles once."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_mim import MIMForPreTraining
+from hf_mim.modeling.masking import sample_masks
+
+
+# Each makes the host wait until the device has a result, or gives a tensor whose size only the device knows.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+TARGETS = {
+    "pixel": {},
+    "hog": {},
+    "frequency": {},
+    "moving_average": {},
+    "token_morphing": {"features": {"name": "pixel"}},
+}
+
+
+class CountWaiting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        by_mask = "index" in name and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for arg in args if isinstance(arg, list) for i in arg
+        )
+        if by_mask or any(word in name for word in WAITING):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def make_step(target="pixel", **changes):
+    torch.manual_seed(0)
+    config = tiny_config(image_size=32, target=target, target_config=TARGETS[target], **changes)
+    model = MIMForPreTraining(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    grid = model.mask_grid(32, 32)
+
+    def step(network, seed: int, counter=None):
+        torch.manual_seed(seed)
+        pixels = torch.randn(2, 3, 32, 32)
+        masks = sample_masks(config, grid, [np.random.default_rng(seed + i) for i in range(2)])
+        with counter or contextlib.nullcontext():
+            network(
+                pixel_values=pixels, bool_masked_pos=masks, generator=torch.Generator().manual_seed(seed)
+            ).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return model, step
+
+
+def test_the_counter_finds_what_waits():
+    with CountWaiting() as counter:
+        values = torch.arange(4.0)
+        values.sum().item()
+        values[values > 1]
+    assert len(counter.found) >= 2
+
+
+@pytest.mark.parametrize("style", ["drop", "token", "add"])
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_a_step_does_not_wait_for_the_device(target, style):
+    model, step = make_step(target, encoder_config={"mask_style": style})
+    step(model, 0)  # tables are made in the first step
+    # The sizes of the groups are drawn on the host, from its own generator: two numbers in each of two schedules.
+    drawn = ["aten._local_scalar_dense.default"] * 4 if target == "token_morphing" else []
+    counter = CountWaiting()
+    step(model, 1, counter)
+    assert counter.found == drawn
+
+
+@pytest.mark.parametrize("style", ["drop", "token"])
+def test_a_compiled_step_is_not_compiled_again(style):
+    model, step = make_step(encoder_config={"mask_style": style})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in range(2):
+        step(compiled, seed)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(2, 5):
+            step(compiled, seed)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
