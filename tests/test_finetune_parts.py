@@ -198,6 +198,23 @@ def test_what_is_evaluated_is_the_average(tmp_path):
     assert np.abs(found.predictions - own.numpy()).max() > 1e-3
 
 
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoder", [SWIN, NATIVE_VIT, DINOV2])
+def test_a_checkpoint_gives_back_every_weight(tmp_path, encoder):
+    """transformers saves Swin's weights under other names than the model has."""
+    model = classifier(encoder="native", encoder_config=encoder)
+    trainer = make(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    for load in (lambda: trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2")), trainer._load_best_model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        load()
+        assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
 # ---- mixing and the loss -------------------------------------------------------------------------------------------
 def collate(batches: list[list[int]], options: dict, data=None, epoch=0):
     data = data or labelled()

@@ -114,10 +114,30 @@ class SafeCheckpointMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
+        self._load_renamed(folder)
         if self.target is not None and (folder / MOVING_STATE).is_file():
             self.target.load_moving_state(load_file(folder / MOVING_STATE))
         if (folder / STREAM_STATE).is_file() and hasattr(self.train_dataset, "seek"):
             self.train_dataset.seek(**json.loads((folder / STREAM_STATE).read_text()))
+
+    # transformers saves the weights of some models (Swin) under older names. `from_pretrained` knows them, but Trainer
+    # does not: it leaves what it does not find in the file as it is, with a warning.
+    _renamed = False
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        self._renamed = bool(load_result.missing_keys and load_result.unexpected_keys)
+        if not self._renamed:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(Path(self.state.best_model_checkpoint))
+
+    def _load_renamed(self, folder: Path) -> None:
+        if self._renamed:
+            self._renamed = False
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.load_state_dict(type(model).from_pretrained(folder, config=model.config).state_dict())
 
     # A stream finds its place itself, without decoding what it skips; Trainer would fetch every batch again. But
     # Trainer then restores the random state before it opens the loader, which draws a number: it must do so after.
