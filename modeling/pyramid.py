@@ -3,10 +3,15 @@
 import math
 
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of a map (batch, channels, height, width)."""
+
+    def init_parameters(self):
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

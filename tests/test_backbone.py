@@ -224,6 +224,21 @@ def test_the_pyramid_scales_every_map_by_its_factor():
         assert torch.allclose(found, expected, atol=1e-10)
 
 
+def test_a_pyramid_over_a_pretrained_encoder_is_initialised(tmp_path):
+    torch.manual_seed(0)
+    plain = {key: PYRAMID[key] for key in ("encoder_config", "image_size")}
+    saved = perturb(MIMForPreTraining(tiny_config(**plain)))
+    saved.save_pretrained(tmp_path)
+    wanted = {key: PYRAMID[key] for key in ("out_features", "feature_pyramid")}
+    model, info = MIMBackbone.from_pretrained(tmp_path, **wanted, output_loading_info=True)
+    assert info["missing_keys"] and all(key.startswith("pyramid.") for key in info["missing_keys"])
+    state, own = model.state_dict(), saved.mim.encoder.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in model.mim.encoder.state_dict().items())
+    assert (state["pyramid.0.1.weight"] == 1).all() and (state["pyramid.0.1.bias"] == 0).all()
+    for name in ("0.0", "0.3", "1.0"):
+        assert abs(state[f"pyramid.{name}.weight"].std() - 0.02) < 0.003 and (state[f"pyramid.{name}.bias"] == 0).all()
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
