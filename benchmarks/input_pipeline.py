@@ -64,12 +64,12 @@ def make_dataset(files: list[bytes]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": [{"bytes": file, "path": None} for file in files]}, features=features)
 
 
-def pil_transforms(config: MIMConfig) -> transforms.Compose:
+def pil_transforms(config: MIMConfig, size: tuple[int, int] = SIZE) -> transforms.Compose:
     """As of transformers' run_mae.py."""
     return transforms.Compose(
         [
             transforms.Lambda(lambda image: image.convert("RGB") if image.mode != "RGB" else image),
-            transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(size, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(mean=config.image_mean, std=config.image_std),

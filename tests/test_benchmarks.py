@@ -6,6 +6,7 @@ import input_pipeline
 import measure
 import numpy as np
 import peers
+import pretraining_run
 import pretraining_step
 import pytest
 import torch
@@ -56,6 +57,16 @@ def test_input_pipeline(tmp_path, capsys):
     assert 30 < result["kilobytes"] < 70
     assert set(result["images_per_second"]) == {"PIL transforms", "hf_mim", "hf_mim, decoded cache"}
     assert "images per second and core" in page.read_text()
+
+
+@pytest.mark.slow
+def test_pretraining_run(tmp_path):
+    page = tmp_path / "benchmarks.md"
+    words = ["--size", "test", "--images", "8", "--batch", "4", "--steps", "3", "--rounds", "1", "--float32"]
+    speeds = pretraining_run.main([*words, "--out", str(page)])
+    assert set(speeds) == {pretraining_run.OURS, pretraining_run.CROSS, pretraining_run.PEER}
+    assert all(len(values) == 1 and values[0] > 0 for values in speeds.values())
+    assert "images per second over transformers'" in page.read_text()
 
 
 def test_sections_of_a_page_are_replaced_one_by_one(tmp_path):
