@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import CONVNEXT, DINOV2, RESNET, SWIN, png, tiny_config, write_pairs
+from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, png, tiny_config, write_pairs
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation
@@ -193,6 +193,20 @@ def test_a_resumed_run_ends_with_the_same_weights(pretrained, tmp_path):
     finetune(str(parts), None, ["training.resume=true"], QUIET)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_frozen_encoder_stays_as_it_is(pretrained, tmp_path):
+    words = [*TINY, "training.max_steps=1", "finetune.freeze=true", f"training.output_dir={tmp_path / 'out'}"]
+    weights = load_file(finetune(pretrained, "segmentation_small", words, QUIET) / "model.safetensors")
+    before = MIMModel.from_pretrained(pretrained, add_pooling_layer=False).state_dict()
+    assert all(torch.equal(weights[f"backbone.mim.{key}"], value) for key, value in before.items())
+
+
+def test_an_encoder_without_drop_path_says_so():
+    options = {**NATIVE_VIT, "num_hidden_layers": 4}
+    encoder = MIMModel(tiny_config(encoder="native", encoder_config=options), add_pooling_layer=False)
+    with pytest.raises(ValueError, match="no drop path: set finetune.drop_path=null"):
+        make_segmenter(encoder, FinetuneArguments(drop_path=0.1), ["a", "b"], batch=2)
 
 
 def test_a_convnet_on_colour_photographs_of_several_sizes(tmp_path):

@@ -117,7 +117,12 @@ def make_segmenter(encoder: MIMModel, options: FinetuneArguments, classes: list[
     if options.drop_path is not None:
         fields["encoder_config"] = {**fields["encoder_config"], "drop_path_rate": options.drop_path}
     names, factors = choose_stages(encoder, options.pyramid)
-    backbone = MIMConfig.from_dict({**fields, "out_features": names, "feature_pyramid": factors})
+    try:
+        backbone = MIMConfig.from_dict({**fields, "out_features": names, "feature_pyramid": factors})
+    except ValueError as error:
+        if "'drop_path_rate'" not in str(error):
+            raise
+        raise ValueError("this encoder has no drop path: set finetune.drop_path=null") from None
     config = MIMUperNetConfig(
         backbone_config=backbone,
         hidden_size=options.head_size,
