@@ -16,7 +16,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mim import MIMForPreTraining, MIMModel, cli
 from hf_mim.conversion import convert
-from hf_mim.doctor import Check, compare_with_twin, doctor, examine, look_at_weights, read_weights, state_of_table
+from hf_mim.doctor import compare_with_twin, doctor, examine
+from hf_mim.doctor_weights import Check, look_at_weights, read_weights, state_of_table
 from hf_mim.training.pretrain import pretrain
 from hf_mim.training.sources import SHIPPED
 
@@ -196,6 +197,7 @@ def test_chance_alone_raises_no_alarm_and_a_true_loss_does():
     shares = 100 * rng.binomial(images, 0.6, size=(1000, 2)) / images + 2 * rng.normal(size=(1000, 2)) / np.sqrt(2)
     alarms = [compare_with_twin(*pair, images).state == "fault" for pair in shares]
     assert np.mean(alarms) < 0.01
+    assert compare_with_twin(0.0, 20.0, 20).state == "skipped"  # nothing could be told from so few
     assert (
         compare_with_twin(30.0, 60.0, images).state == "fault" and compare_with_twin(60.0, 30.0, images).state == "ok"
     )

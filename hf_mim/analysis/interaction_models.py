@@ -74,6 +74,7 @@ def measure_interactions(subjects: list, plan: Plan, data, arguments, folder: Pa
     jobs = []
     with console.status("interactions: fitting the classifiers"):
         for subject in subjects:
+            subject.model.to(device())
             images = EncoderImages(choice, subject.model.config, data, arguments.image_size)
             jobs.append(Job(subject, plan, images, arguments.batch_size, folder / "interaction"))
     say_estimate(jobs, plan, console)
@@ -102,6 +103,10 @@ def say_estimate(jobs: list["Job"], plan: Plan, console) -> None:
     console.print(words, highlight=False, soft_wrap=True)
 
 
+def device():
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 class Job:
     """The interactions of one encoder.
 
@@ -113,7 +118,7 @@ class Job:
         plan = dataclasses.replace(plan, images=min(plan.images, len(images.measured)))
         self.label, self.plan, self.batch_size = subject.label, plan, max(batch_size, 64)
         pixel_values, labels = next(images.batches(plan.images))
-        self.pixel_values, self.labels = pixel_values, labels.tolist()
+        self.pixel_values, self.labels = pixel_values.to(device()), labels.tolist()
         self.classify, self.classifier = classifier_of(subject.source, subject.model, images)
         self.right = accuracy_of(self.classify, images)
         digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
@@ -184,13 +189,16 @@ def number(title: str, value: float, low: float | None = None, high: float | Non
 
 # ---- the classifier ------------------------------------------------------------------------------------------------
 def classifier_of(source: str | None, model: MIMModel, images: EncoderImages):
-    """-> (normalised images (rows, channels, height, width) -> logits (rows, classes)), and what it is, in words.
+    """-> (normalised images (rows, channels, height, width) -> logits (rows, classes) on the CPU), and what it is.
 
     A checkpoint of `MIMForImageClassification` with these classes has its own; for others a linear probe is fitted.
     """
     own = None if source is None else own_classifier(source, len(images.classes))
     if own is not None:
-        return (lambda pixel_values: own(pixel_values).logits), "classified by the checkpoint's own head"
+        own.to(device())
+        return (
+            lambda pixel_values: own(pixel_values.to(device())).logits.cpu()
+        ), "classified by the checkpoint's own head"
     weight, bias, count = fit_probe(model, images)
     prefix = model.encoder.num_prefix_tokens
 
@@ -229,5 +237,5 @@ def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, i
 @torch.inference_mode()
 def accuracy_of(classify, images: EncoderImages) -> float:
     """Percent of the images that are measured."""
-    right = [(classify(pixels).argmax(dim=1).cpu() == labels).float() for pixels, labels in images.batches(64)]
+    right = [(classify(pixels).argmax(dim=1) == labels).float() for pixels, labels in images.batches(64)]
     return 100 * torch.cat(right).mean().item()
