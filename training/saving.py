@@ -82,10 +82,10 @@ class SafeCheckpointMixin:
         self.accelerator.wait_for_everyone()
         if self._to_push is not None:
             self._push_from_checkpoint(str(folder / name))
+        best = self.state.best_model_checkpoint
+        if best is not None:  # in every process: it was looked for where the new one was being written
+            best = self.state.best_model_checkpoint = str(folder / Path(best).name)
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            if best is not None:  # it was looked for where the new one was being written
-                best = self.state.best_model_checkpoint = str(folder / Path(best).name)
             rotate_checkpoints(str(folder), self.args.save_total_limit, best)
 
     def _check_finite(self, folder: Path) -> None:
