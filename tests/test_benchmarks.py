@@ -10,6 +10,7 @@ import pretraining_run
 import pretraining_step
 import pytest
 import torch
+import training_cost
 
 
 def test_pretraining_step(tmp_path, capsys):
@@ -87,3 +88,14 @@ def test_ratios_are_taken_within_rounds():
     measure.alternate({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warmup=0)
     assert order == ["a", "b", "c", "b", "c", "a"]
     np.testing.assert_allclose(measure.quartiles([1, 2, 3, 4, 5]), (2, 3, 4))
+
+
+def test_training_cost(tmp_path):
+    page = tmp_path / "scaling.md"
+    (found,) = training_cost.main(["--recipes", "a2mim_resnet50", "--out", str(page)])
+    # 4.1 billion multiplications of a ResNet-50 at 224 pixels, forward and twice backward, and a light decoder.
+    assert found["student"] == pytest.approx(3 * 2 * 4.1e9, rel=0.1) and found["teacher"] == 0
+    speed = 0.4 * 989e12 / found["student"]
+    assert found["hours"] == pytest.approx(training_cost.IMAGES * 300 / speed / 3600)
+    assert "| `a2mim_resnet50` |" in page.read_text()
+    assert training_cost.teacher_flops("facebook/dino-vitb16") == pytest.approx(2 * 17.6e9, rel=0.02)
