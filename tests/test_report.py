@@ -154,6 +154,12 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert np.ptp(np.diff(found)) < 1e-9 * high + 1e-12
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4, 12, 13, 24, 48])
+def test_blocks_are_whole_numbers(blocks):
+    found = figures.ticks(0, blocks, whole=True)
+    assert all(tick == int(tick) for tick in found) and 2 <= len(found) <= 7
+
+
 def test_a_twin_has_the_colour_of_its_encoder_and_is_dashed():
     encoders = {
         "a": {"untrained": False, "twin": "u"},

@@ -71,14 +71,15 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
 
 
 # ---- axes ----------------------------------------------------------------------------------------------------------
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most` and at least two where they differ."""
+def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`, about `most`, and at least two where they differ; `whole` numbers only."""
     span = high - low
     if not span > 0:
         return [low]
-    rough = span / most
+    rough = max(span / most, 1.0) if whole else span / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(power * factor for factor in factors if power * factor >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -104,9 +105,8 @@ class Axis:
                 low -= 0.06 * span
             high += 0.06 * span if values[0] or max(values) > min(values) else 1.0
         self.low, self.high = low, high if high > low else low + 1
-        self.ticks = ticks(self.low, self.high)
-        if whole:
-            self.ticks = sorted({tick for tick in self.ticks if tick in values or tick != int(tick)}) or [low]
+        blocks = whole and all(value == int(value) for value in values)
+        self.ticks = ticks(self.low, self.high, 8 if blocks else 5, blocks)
 
     def __call__(self, value: float) -> float:
         place = (math.log10(max(value, 1e-300)) if self.log else value) - self.low

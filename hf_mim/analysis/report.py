@@ -24,6 +24,7 @@ HEADLINES = (
 # The curves that are shown at once where a measurement has many; the others fold out.
 FIRST = {"attention_flow": ("cls_cls", "cls_entropy", "patch_self", "patch_entropy", "cls_patch", "patch_magnitude")}
 MOST_FIRST = 6  # figures of a measurement that are shown at once
+MOST_SAID = 4  # sentences on encoders that are shown at once; of more, those on untrained ones fold out
 MOST_ROWS = 14  # of a chart of intervals; more numbers are read better in the table
 
 
@@ -56,7 +57,7 @@ def render(folder: Path, results: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"say": say, "integer": lambda number: f"{number:,}"}
+    environment.filters |= {"integer": lambda number: f"{number:,}", "size": size_words}
     trained = [label for label in encoders if not styles[label].untrained]
     return environment.get_template("report.html").render(
         results=results,
@@ -68,6 +69,10 @@ def render(folder: Path, results: dict) -> str:
         sections=[section(folder, name, results, styles) for name in measurement_names(results)],
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     )
+
+
+def size_words(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 5e4 else f"{parameters / 1e3:.1f} thousand"
 
 
 def by_twin(encoders: dict) -> list[str]:
@@ -140,15 +145,18 @@ def section(folder: Path, name: str, results: dict, styles: dict[str, Style]) ->
     between = results["between"].get(name, {})
     drawn = charts(name, present, between, styles)
     first = len(FIRST.get(name, ())) or MOST_FIRST
+    said = {
+        label: (label, figures.line_sample(styles[label]), entry.get("summary") or entry["absent"])
+        for label, entry in entries.items()
+    }
+    folded = len(said) > MOST_SAID
     return {
         "name": name,
         "title": next(iter(entries.values()))["title"],
         "normal": next((entry["normal"] for entry in present.values()), ""),
         "images": next((entry["images"] for entry in present.values()), 0),
-        "summaries": [
-            (label, figures.line_sample(styles[label]), entry.get("summary") or entry["absent"])
-            for label, entry in entries.items()
-        ],
+        "summaries": [line for label, line in said.items() if not folded or not styles[label].untrained],
+        "folded": [line for label, line in said.items() if folded and styles[label].untrained],
         "together": between.get("summary", ""),
         "charts": drawn[:first],
         "more": drawn[first:],
