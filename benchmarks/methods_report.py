@@ -14,7 +14,11 @@ Table = dict[str, dict[str, list[dict]]]  # student -> method -> the cells of it
 
 def report(students: Table, ablations: Table, teachers: dict[str, dict | None]) -> str:
     """Everything as markdown."""
-    parts = [f"{machine()} Processor seconds are those of training and scoring.", "### Teachers", teacher_table(teachers)]
+    parts = [
+        f"{machine()} Processor seconds are those of training and scoring.",
+        "### Teachers",
+        teacher_table(teachers),
+    ]
     for student, methods in students.items():
         parts += [f"### Student {NAMES[student]}: accuracy of the frozen encoder, percent", score_table(methods)]
     parts += ["### What the targets are like", target_table(students)]
