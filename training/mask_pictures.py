@@ -47,17 +47,14 @@ def draw_masks(
         blocks: how many blocks of rows lie next to each other.
     """
     palette, columns = colours(len(classes)), {"true": masks, **predictions}
-    shown = [np.repeat(image[:1], 3, axis=0) if len(image) != 3 else image for image in images]
-    shown = [image.transpose(1, 2, 0) for image in shown]
+    shown = [(image if len(image) == 3 else image[[0, 0, 0]]).transpose(1, 2, 0) for image in images]
     tiles = [[to_tile(image) for image in shown]]
     tiles += [
         [to_tile(overlay(i, ids, palette)) for i, ids in zip(shown, maps, strict=True)] for maps in columns.values()
     ]
     present = sorted({int(i) for maps in columns.values() for ids in maps for i in np.unique(ids)} - {IGNORE})
-    font = PIL.ImageFont.load_default(FONT)
-    legend = [(classes[i], tuple(palette[i].tolist())) for i in present[:NAMED]]
-    blocks = min(blocks, len(images))
-    rows = -(-len(images) // blocks)
+    font, blocks = PIL.ImageFont.load_default(FONT), min(blocks, len(images))
+    legend, rows = [(classes[i], tuple(palette[i].tolist())) for i in present[:NAMED]], -(-len(images) // blocks)
     width, height = (max(tile.size[axis] for column in tiles for tile in column) for axis in (0, 1))
     block_width, top = len(tiles) * (width + GAP) + 3 * GAP, FONT + 3 * GAP
     total = blocks * block_width - GAP
@@ -71,12 +68,17 @@ def draw_masks(
             draw.text((x + width / 2, top - GAP), caption, "black", font, anchor="ms")
             for row, tile in enumerate(tiles[column][block * rows : (block + 1) * rows]):
                 canvas.paste(tile, (x, top + row * (height + GAP)))
+    draw_legend(draw, lines, bottom, font)
+    return canvas
+
+
+def draw_legend(draw, lines: list[list[tuple[float, str, tuple]]], bottom: int, font) -> None:
+    """Draws the lines of `wrap_legend` from `bottom` down."""
     for line, entries in enumerate(lines):
         y = bottom + GAP + line * (FONT + GAP)
         for x, name, colour in entries:
             draw.rectangle((2 * GAP + x, y, 2 * GAP + x + FONT, y + FONT), fill=colour)
             draw.text((2 * GAP + x + FONT + GAP, y), name, "black", font)
-    return canvas
 
 
 def wrap_legend(entries: list[tuple[str, tuple]], font, width: float) -> list[list[tuple[float, str, tuple]]]:
