@@ -277,7 +277,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
     for words, expected in (
         ((), "checkpoint"),
         (("analyze.images=5",), "which encoder?"),
-        (("./nowhere",), "no model at ./nowhere"),
+        (("./nowhere",), "no checkpoint at ./nowhere"),
         (("bert",), "'bert' model, which takes no images"),
         (("run", "./run/"), "./run/ is given twice"),
         (("run", "analyze.image_size=30"), "30x30 is not divisible by the patch 4x4; 32x32 would be"),

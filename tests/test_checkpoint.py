@@ -41,8 +41,9 @@ def test_what_is_no_image_encoder_is_refused(tmp_path):
     BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert' model, which takes no images"):
         load_encoder(str(tmp_path))
-    with pytest.raises(ValueError, match="no model at"):
-        load_encoder(str(tmp_path / "nothing"))
+    for source in (str(tmp_path / "nothing"), "./nothing", "a/b/c"):
+        with pytest.raises(ValueError, match=f"no checkpoint at {source}: there is no such folder"):
+            load_encoder(source)
 
 
 def test_the_untrained_twin_differs_and_leaves_the_random_state(tmp_path):

@@ -1,10 +1,21 @@
 """Loading what was trained before, with errors that say what was found instead."""
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+
+
+def check_source(source: str) -> None:
+    """Raises:
+    ValueError: it is written as a path, and there is nothing there; the Hub would only say that it is no name.
+    """
+    written_as_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if written_as_path and not Path(source).exists():
+        raise ValueError(f"no checkpoint at {source}: there is no such folder")
 
 
 def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
@@ -17,6 +28,7 @@ def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
     Raises:
         ValueError: there is no checkpoint, or it is of another model type.
     """
+    check_source(checkpoint)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
         reason, cause = "there is no config.json", None
@@ -63,13 +75,14 @@ def load_encoder(source: str) -> MIMModel:
     Raises:
         ValueError: there is no model, or it is no image encoder.
     """
+    check_source(source)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no model at {source}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"no checkpoint at {source}: {str(error).strip().splitlines()[0]}") from error
     kind = fields.get("model_type")
     if kind is None:
-        raise ValueError(f"no model at {source}: there is no config.json that names a model type")
+        raise ValueError(f"no checkpoint at {source}: there is no config.json that names a model type")
     if kind == "timm_wrapper":
         raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
     if kind == MIMConfig.model_type:
