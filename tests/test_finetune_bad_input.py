@@ -98,7 +98,7 @@ def test_the_wrong_kind_of_encoder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"linear layers, and the blocks of this encoder \(resnet\) have none"):
         run(tmp_path / "b", tmp_path / "out", "finetune.lora=true")
     (tmp_path / "c").mkdir()
-    with pytest.raises(ValueError, match="no model at"):
+    with pytest.raises(ValueError, match="no checkpoint at"):
         run(tmp_path / "c", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -65,6 +65,26 @@ def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTrainin
         raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None
 
 
+def model_type_of(source: str) -> str:
+    """`mim`, or the model type of a model of transformers.
+
+    Raises:
+        ValueError: there is no model, or it is one of timm.
+    """
+    check_source(source)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        # With its cause: the command explains what the Hub said from there.
+        raise ValueError(f"no checkpoint at {source}: {str(error).strip().splitlines()[0]}") from error
+    kind = fields.get("model_type")
+    if kind is None:
+        raise ValueError(f"no checkpoint at {source}: there is no config.json that names a model type")
+    if kind == "timm_wrapper":
+        raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
+    return kind
+
+
 def load_encoder(source: str) -> MIMModel:
     """The frozen encoder of a checkpoint of this project or of a vision model of transformers, in eval mode and without
     a pooler. It sees whole images, also where the model's own class would hide patches (ViTMAE).
@@ -75,16 +95,7 @@ def load_encoder(source: str) -> MIMModel:
     Raises:
         ValueError: there is no model, or it is no image encoder.
     """
-    check_source(source)
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no checkpoint at {source}: {str(error).strip().splitlines()[0]}") from error
-    kind = fields.get("model_type")
-    if kind is None:
-        raise ValueError(f"no checkpoint at {source}: there is no config.json that names a model type")
-    if kind == "timm_wrapper":
-        raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
+    kind = model_type_of(source)
     if kind == MIMConfig.model_type:
         model = MIMModel.from_pretrained(source, add_pooling_layer=False, use_safetensors=True)
     else:

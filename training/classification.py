@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.encoder_native import load_native
@@ -19,7 +18,7 @@ from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.training import evaluation
 from hf_mim.training import recipe as recipes
 from hf_mim.training.augment import ClassificationCollator
-from hf_mim.training.checkpoint import load_config
+from hf_mim.training.checkpoint import load_config, model_type_of
 from hf_mim.training.data import processor_for
 from hf_mim.training.finetune import FinetuneRun, train, write_results
 from hf_mim.training.finetune_arguments import FinetuneArguments
@@ -89,15 +88,7 @@ def classifier_config(run: FinetuneRun) -> tuple[MIMConfig, dict | None]:
 
 def config_builder(source: str):
     """-> a function from changes to a `MIMConfig`, and the weights of a model of transformers or None."""
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model at {source}: {str(error).strip().splitlines()[0]}") from error
-    kind = fields.get("model_type")
-    if kind is None:
-        raise ValueError(f"no model at {source}: there is no config.json that names a model type")
-    if kind == "timm_wrapper":
-        raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
+    kind = model_type_of(source)
     if kind == MIMConfig.model_type:
         return partial(strict, partial(load_config, source)), None
     try:
