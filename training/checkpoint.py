@@ -13,7 +13,7 @@ def check_source(source: str) -> None:
     """Raises:
     ValueError: it is written as a path, and there is nothing there; the Hub would only say that it is no name.
     """
-    written_as_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    written_as_path = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
     if written_as_path and not Path(source).exists():
         raise ValueError(f"no checkpoint at {source}: there is no such folder")
 
