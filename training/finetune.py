@@ -1,14 +1,11 @@
 """The command `finetune`: from an encoder and labelled images to a model that does a task."""
 
 import json
-import os
 import shlex
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
@@ -17,8 +14,7 @@ from hf_mim.training import pictures
 from hf_mim.training import recipe as recipes
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
-from hf_mim.training.pretrain import choose_folder, find_checkpoint, versions
-from hf_mim.training.saving import StopCallback
+from hf_mim.training.running import choose_folder, facts, find_checkpoint, save_recipe, train_and_save
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainingArguments
 
@@ -152,57 +148,22 @@ def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingA
 
 # ---- training ------------------------------------------------------------------------------------------------------
 def train(run: FinetuneRun, trainer: FinetuneTrainer, save: Callable[[], None]) -> None:
-    """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on."""
-    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
-    trainer.add_callback(stop)
+    """Trains and draws the loss; calls `save` as `train_and_save` does."""
     if trainer.is_world_process_zero():
-        save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
+        again = f"hf-mim finetune {shlex.quote(run.source)} {shlex.quote(str(run.folder / 'recipe.yaml'))}"
+        save_recipe(run, again)
+
+    def save_all():
         save()
-        say_stopped(run, trainer)
-        raise
-    save()
-    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-        pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
-    if stop.stopped is not None:
-        say_stopped(run, trainer)
-        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+        if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+            pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
 
-
-def say_stopped(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    command = f"hf-mim finetune {shlex.quote(str(run.folder))} training.resume=true"
-    run.console.print(f"stopped at step {step} of {steps}; go on with: {command}", highlight=False, soft_wrap=True)
-
-
-def save_recipe(run: FinetuneRun) -> None:
-    command = f"hf-mim finetune {shlex.quote(run.source)} {shlex.quote(str(run.folder / 'recipe.yaml'))}"
-    comment = f"The resolved recipe of this run. To run it again:\n{command}"
-    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
+    train_and_save(run, trainer, save_all, "finetune")
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
 def write_results(run: FinetuneRun, trainer: FinetuneTrainer, seconds: float, results: dict) -> None:
     """Writes metrics.json: the task's results, and what every run knows of itself."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    results = results | {
-        "task": run.options.task,
-        "final_loss": losses[-1] if losses else None,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "images_per_second": round(trainer.progress.images_per_second, 1) if trainer.progress is not None else 0.0,
-        "num_train_images": len(trainer.train_dataset),
-        "seed": run.arguments.seed,
-        "device": run.arguments.device.type,
-        "precision": "bf16" if run.arguments.bf16 else "float32",
-        "processes": run.arguments.world_size,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "versions": versions(),
-    }
+    known = {"task": run.options.task, "num_train_images": len(trainer.train_dataset)}
+    results = results | known | facts(run, trainer, seconds)
     (run.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

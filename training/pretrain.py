@@ -1,20 +1,13 @@
 """The command `pretrain`: from a recipe to a checkpoint, its scores and its pictures."""
 
 import json
-import os
-import platform
 import shlex
-import signal
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import accelerate
-import datasets
 import torch
-import transformers
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -28,16 +21,12 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.profiling import ProfileCallback
-from hf_mim.training.saving import StopCallback, last_checkpoint
+from hf_mim.training.running import choose_folder, facts, find_checkpoint, save_recipe, train_and_save
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.teacher import teacher_of
 from hf_mim.training.throughput import mean_throughput
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
 from hf_mim.training.watch import TeacherWatch, Watch
-
-
-# Any of these in a folder says that it holds a run already.
-TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 
 
 @dataclass
@@ -113,50 +102,6 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     return Run(recipe, arguments, folder, model, splits, console, paper, checkpoint)
 
 
-def find_checkpoint(console: Console, recipe: dict, folder: Path) -> Path | None:
-    """Where to resume, and says so; None, to start from the beginning, where there is no complete checkpoint."""
-    checkpoint = last_checkpoint(folder)
-    words = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: from the beginning"
-    console.print(words, highlight=False, soft_wrap=True)
-    if checkpoint is not None and (folder / "recipe.yaml").is_file():
-        before, now = flat(recipes.read(str(folder))), flat(recipe)
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            console.print(f"with other settings than before: {', '.join(changed)}", highlight=False, soft_wrap=True)
-    return checkpoint
-
-
-def flat(recipe: dict, start: str = "") -> dict:
-    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
-    found = {}
-    for key, value in recipe.items():
-        found |= flat(value, f"{start}{key}.") if isinstance(value, dict) else {f"{start}{key}": value}
-    return found
-
-
-def choose_folder(wanted: str | None, stem: str, resume: bool = False) -> Path:
-    """The output folder, the same in every process; not created yet.
-
-    Raises:
-        ValueError: it holds another run that is not to be resumed, or is no folder.
-    """
-    chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
-    if accelerate.PartialState().num_processes > 1:
-        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
-    folder = Path(chosen[0]).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output folder {folder} is a file")
-    found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
-    # Nobody may write before everybody has looked.
-    accelerate.PartialState().wait_for_everyone()
-    if found is not None and not resume:
-        raise ValueError(
-            f"{folder} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
-            "it by training.resume=true"
-        )
-    return folder
-
-
 def make_model(section: dict) -> MIMForPreTraining:
     """The model of a recipe: new, or with the weights of `init_from` and its config where the recipe is silent.
 
@@ -214,8 +159,6 @@ def train(run: Run) -> MIMTrainer:
         processing_class=processor_for(config),
         console=run.console,
     )
-    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
-    trainer.add_callback(stop)
     if trainer.is_world_process_zero():
         whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # sharded weights take every process
         if run.arguments.watch_every and whole:
@@ -224,36 +167,12 @@ def train(run: Run) -> MIMTrainer:
         if teacher_of(run.model.target) is not None:
             say = partial(run.console.print, highlight=False, soft_wrap=True)
             trainer.add_callback(TeacherWatch(trainer, run.splits, say))
-        save_recipe(run)  # now: a run that is killed can be resumed by its folder alone
         if run.arguments.profile:
             trainer.add_callback(ProfileCallback(trainer, run.folder, partial(run.console.print, highlight=False)))
+        save_recipe(run, f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}")
     trainer.count_flops()
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
-        save(run, trainer)
-        say_stopped(run, trainer)
-        raise
-    save(run, trainer)
-    if stop.stopped is not None:
-        say_stopped(run, trainer)
-        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+    train_and_save(run, trainer, partial(save, run, trainer), "pretrain")
     return trainer
-
-
-def say_stopped(run: Run, trainer: MIMTrainer) -> None:
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    command = f"hf-mim pretrain {shlex.quote(str(run.folder))} training.resume=true"
-    run.console.print(f"stopped at step {step} of {steps}; go on with: {command}", highlight=False, soft_wrap=True)
-
-
-def save_recipe(run: Run) -> None:
-    command = f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}"
-    comment = f"The resolved recipe of this run. To run it again:\n{command}"
-    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
 
 
 def save(run: Run, trainer: MIMTrainer) -> None:
@@ -285,23 +204,11 @@ def reconstruct_examples(run: Run):
 def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
     """Evaluates where there are labels, writes metrics.json and prints the table."""
     results = evaluate(run) if run.splits.test is not None else {}
-    speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results |= {
-        "final_loss": losses[-1] if losses else None,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "images_per_second": round(speed, 1),
+        **facts(run, trainer, seconds),
         **mean_throughput(trainer.state.log_history),
         "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
         "bad_images": bad_images(run.splits),
-        "seed": run.arguments.seed,
-        "device": run.arguments.device.type,
-        "precision": "bf16" if run.arguments.bf16 else "float32",
-        "processes": run.arguments.world_size,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "versions": versions(),
     }
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TeacherWatch):
@@ -375,11 +282,6 @@ def results_table(results: dict) -> Table:
                 raw = f"{results['raw_pixels'][name]:.1f}" if pooling == "mean" else ""
                 table.add_row(f"{title}, {words}", *(f"{cell:.1f}" for cell in cells), raw)
     return table
-
-
-def versions() -> dict[str, str]:
-    modules = (torch, transformers, datasets, accelerate)
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
 
 
 def say_what_next(run: Run) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import hf_mim
 from hf_mim.training import pictures
-from hf_mim.training.pretrain import versions
 from hf_mim.training.probe_scores import POOLINGS, PROTOCOL, SHARES, SHOTS, bootstrap, weights_over_images
+from hf_mim.training.running import versions
 
 
 POOLING_WORDS = {"mean": "mean of the patches", "cls": "class token"}

@@ -1,0 +1,132 @@
+"""What every run that trains has in common: its folder, where it goes on, how it ends, what it says of itself."""
+
+import os
+import platform
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from hf_mim.training import recipe as recipes
+from hf_mim.training.saving import StopCallback, last_checkpoint
+
+
+# Any of these in a folder says that it holds a run already.
+TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
+
+
+def find_checkpoint(console: Console, recipe: dict, folder: Path) -> Path | None:
+    """Where to resume, and says so; None, to start from the beginning, where there is no complete checkpoint."""
+    checkpoint = last_checkpoint(folder)
+    words = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: from the beginning"
+    console.print(words, highlight=False, soft_wrap=True)
+    if checkpoint is not None and (folder / "recipe.yaml").is_file():
+        before, now = flat(recipes.read(str(folder))), flat(recipe)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            console.print(f"with other settings than before: {', '.join(changed)}", highlight=False, soft_wrap=True)
+    return checkpoint
+
+
+def flat(recipe: dict, start: str = "") -> dict:
+    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
+    found = {}
+    for key, value in recipe.items():
+        found |= flat(value, f"{start}{key}.") if isinstance(value, dict) else {f"{start}{key}": value}
+    return found
+
+
+def choose_folder(wanted: str | None, stem: str, resume: bool = False) -> Path:
+    """The output folder, the same in every process; not created yet.
+
+    Raises:
+        ValueError: it holds another run that is not to be resumed, or is no folder.
+    """
+    chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
+    if accelerate.PartialState().num_processes > 1:
+        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
+    folder = Path(chosen[0]).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output folder {folder} is a file")
+    found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
+    # Nobody may write before everybody has looked.
+    accelerate.PartialState().wait_for_everyone()
+    if found is not None and not resume:
+        raise ValueError(
+            f"{folder} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
+            "it by training.resume=true"
+        )
+    return folder
+
+
+def save_recipe(run, command: str) -> None:
+    """Writes recipe.yaml before the first step: a run that is killed can be resumed by its folder alone.
+
+    Args:
+        run: has `recipe`, `folder` and `paper`, what its header says of it.
+        command: that runs it again.
+    """
+    comment = f"The resolved recipe of this run. To run it again:\n{command}"
+    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
+
+
+def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None:
+    """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on.
+
+    Args:
+        run: has `folder`, `checkpoint` (to resume from, or None) and `console`.
+        command: `pretrain` or `finetune`, which goes on with what was stopped.
+    """
+    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
+    trainer.add_callback(stop)
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
+        save()
+        say_stopped(run, trainer, command)
+        raise
+    save()
+    if stop.stopped is not None:
+        say_stopped(run, trainer, command)
+        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+
+
+def say_stopped(run, trainer, command: str) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    again = f"hf-mim {command} {shlex.quote(str(run.folder))} training.resume=true"
+    run.console.print(f"stopped at step {step} of {steps}; go on with: {again}", highlight=False, soft_wrap=True)
+
+
+def facts(run, trainer, seconds: float) -> dict:
+    """What metrics.json says of any run: its length, speed, seed, machine and versions."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
+    return {
+        "final_loss": losses[-1] if losses else None,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(speed, 1),
+        "seed": run.arguments.seed,
+        "device": run.arguments.device.type,
+        "precision": "bf16" if run.arguments.bf16 else "float32",
+        "processes": run.arguments.world_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    modules = (torch, transformers, datasets, accelerate)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
