@@ -125,17 +125,12 @@ class Labelled(torch.utils.data.Dataset):
         return [{**self.collate(self.dataset.__getitems__(indices)), "labels": labels}]
 
 
-def train_teacher(name: str, args) -> None:
-    """A supervised classifier of a student's architecture; saved whole, with its accuracy, and loaded again by path."""
-    folder, (recipe, steps) = args.out / "teachers", TEACHERS[name]
-    if (folder / f"{name}.json").exists():
-        return
-    set_seed(0)
-    steps = args.steps or steps
-    config = MIMConfig(**{**recipes.resolve(recipe)["model"], "num_labels": 10})
-    splits = load_splits(DataArguments(), config)
+def train_supervised(config: MIMConfig, folder: Path, steps: int, seed: int = 0, **options):
+    """A classifier, saved whole and loaded again by path; `options` are of `TrainingArguments`. -> it, and the data"""
+    set_seed(seed)
+    model, splits = MIMForImageClassification(config), load_splits(DataArguments(), config, seed)
     arguments = TrainingArguments(
-        output_dir=str(folder / f"{name}-run"),
+        output_dir=f"{folder}-run",
         max_steps=steps,
         per_device_train_batch_size=64,
         learning_rate=1e-3,
@@ -147,11 +142,22 @@ def train_teacher(name: str, args) -> None:
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
         bf16=has_bf16(),
+        **options,
     )
-    model = MIMForImageClassification(config)
     dataset = Labelled(splits.train, config)
     Trainer(model, arguments, train_dataset=dataset, data_collator=lambda batch: batch[0]).train()
-    model.save_pretrained(folder / name)
+    model.save_pretrained(folder)
+    return model, splits
+
+
+def train_teacher(name: str, args) -> None:
+    """A supervised classifier of a student's architecture, with its accuracy."""
+    folder, (recipe, steps) = args.out / "teachers", TEACHERS[name]
+    if (folder / f"{name}.json").exists():
+        return
+    steps = args.steps or steps
+    config = MIMConfig(**{**recipes.resolve(recipe)["model"], "num_labels": 10})
+    model, splits = train_supervised(config, folder / name, steps)
     scores = score(MIMModel.from_pretrained(folder / name), 0, args.images)
     write_json(folder / f"{name}.json", {"steps": steps, "accuracy": accuracy(model, splits.test), **scores})
 

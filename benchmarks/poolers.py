@@ -16,20 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from measure import markdown_table, write_section
-from methods import Labelled
+from methods import train_supervised
 from rich.console import Console
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
-from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining
+from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.training import recipe as recipes
-from hf_mim.training.data import load_splits
 from hf_mim.training.pretrain import pretrain
 from hf_mim.training.probe import encode, probe_poolers
 from hf_mim.training.probe_setup import set_up
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import has_bf16
 
 
 ENCODERS = {
@@ -59,34 +55,12 @@ def make_encoder(name: str, seed: int, args) -> Path:
         target = [f"model.target_config.teacher={teacher}", "model.target_config.global_weight=1"]
         pretrain("maskdistill_small", [*settings, *target, f"training.max_steps={args.steps}"], quiet)
     elif name == "supervised":
-        train_supervised(folder, seed, args.steps)
+        config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
+        train_supervised(config, folder, args.steps, seed, seed=seed)
     else:
         set_seed(seed)
         MIMForPreTraining(MIMConfig(**recipes.resolve("quick")["model"])).save_pretrained(folder)
     return folder
-
-
-def train_supervised(folder: Path, seed: int, steps: int) -> None:
-    set_seed(seed)
-    config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
-    arguments = TrainingArguments(
-        output_dir=str(folder.with_suffix(".run")),
-        max_steps=steps,
-        per_device_train_batch_size=64,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        warmup_steps=0.05,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=has_bf16(),
-        seed=seed,
-    )
-    model, data = MIMForImageClassification(config), load_splits(DataArguments(), config, seed).train
-    Trainer(model, arguments, train_dataset=Labelled(data, config), data_collator=lambda batch: batch[0]).train()
-    model.save_pretrained(folder)
 
 
 # ---- probing -------------------------------------------------------------------------------------------------------

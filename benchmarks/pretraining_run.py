@@ -74,6 +74,20 @@ def run_ours(args, decoder: str) -> float:
     return json.loads((Path(args.out_dir) / "metrics.json").read_text())["images_per_second"]
 
 
+def peer_options(size: dict) -> dict:
+    """Of `ViTMAEConfig`, for a model of one of `SIZES`."""
+    return {
+        "image_size": size["image_size"],
+        "patch_size": size["patch_size"],
+        "mask_ratio": 0.75,
+        "norm_pix_loss": True,
+        "intermediate_size": 4 * size["encoder"]["hidden_size"],
+        "decoder_intermediate_size": 4 * size["decoder"]["hidden_size"],
+        **size["encoder"],
+        **{f"decoder_{name}": value for name, value in size["decoder"].items()},
+    }
+
+
 def run_peer(args) -> float:
     """In this process, which does nothing else. -> images per second"""
     import datasets
@@ -92,16 +106,6 @@ def run_peer(args) -> float:
     transform = pil_transforms(MIMConfig(image_size=size["image_size"]), (size["image_size"],) * 2)
     dataset = datasets.load_dataset("imagefolder", data_files={"train": f"{args.folder}/*.jpg"}, split="train")
     dataset.set_transform(lambda rows: {"pixel_values": [transform(image) for image in rows["image"]]})
-    config = ViTMAEConfig(
-        image_size=size["image_size"],
-        patch_size=size["patch_size"],
-        mask_ratio=0.75,
-        norm_pix_loss=True,
-        intermediate_size=4 * size["encoder"]["hidden_size"],
-        decoder_intermediate_size=4 * size["decoder"]["hidden_size"],
-        **size["encoder"],
-        **{f"decoder_{name}": value for name, value in size["decoder"].items()},
-    )
     arguments = TrainingArguments(
         output_dir=args.out_dir,
         max_steps=args.steps,
@@ -114,7 +118,7 @@ def run_peer(args) -> float:
         disable_tqdm=True,
     )
     collate = lambda rows: {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}  # noqa: E731
-    model = ViTMAEForPreTraining(config)
+    model = ViTMAEForPreTraining(ViTMAEConfig(**peer_options(size)))
     Trainer(model, arguments, train_dataset=dataset, data_collator=collate, callbacks=[Clock()]).train()
     return (len(ends) - 1) * args.batch / (ends[-1] - ends[0])
 

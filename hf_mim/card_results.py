@@ -147,3 +147,18 @@ def probe_counts(probe: dict) -> str:
     name = f"`{clean(data['dataset'])}`" if data.get("dataset") else "the data that ships with hf_mim" if data else None
     many = f"seeds {', '.join(map(str, seeds))}" if isinstance(seeds, list) and seeds else None
     return ", ".join(part for part in (name, counts(data), many) if part)
+
+
+def template_fields(metrics: dict, probe: dict) -> dict:
+    """What the template shows of metrics.json and probe.json."""
+    evaluation = metrics.get("evaluation") or {}
+    return {
+        "results": result_rows(metrics),
+        "finetuned": finetuned_rows(metrics),
+        "finetuned_counts": finetuned_counts(metrics),
+        "eval_counts": counts(evaluation),
+        "protocol": [clean(line) for line in evaluation.get("protocol", {}).values()],
+        "probe": probe_rows(probe),
+        "probe_counts": probe_counts(probe),
+        "probe_protocol": probe_protocol(probe),
+    }

@@ -1,6 +1,5 @@
 """The command `probe` with `task=dense`: what the patch tokens of a frozen encoder say of the place that they see."""
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from hf_mim.training.features import Features, choose_layers
 from hf_mim.training.iou import IGNORE, intervals, pixel_counts, scores
 from hf_mim.training.mask_pictures import draw_masks
 from hf_mim.training.metrics import NEIGHBOURS, PENALTIES, TEMPERATURE, fit_logistic
-from hf_mim.training.pretrain import versions
+from hf_mim.training.running import versions
 from hf_mim.training.segmentation import SHOWN, input_size, predict
 from hf_mim.training.segmentation_data import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 from hf_mim.training.sources import DataArguments
@@ -134,13 +133,7 @@ def read_overrides(overrides: list[str]) -> tuple[DenseArguments, DataArguments]
     ValueError: an unknown section or key, or a value of another type.
     """
     words = [f"probe.{word}" if word.startswith("task=") else word for word in overrides]
-    classes, found = {"probe": DenseArguments, "data": DataArguments}, recipes.parse_overrides(words)
-    sections = {
-        name: lambda kind=kind: {entry.name: entry.type for entry in dataclasses.fields(kind)}
-        for name, kind in classes.items()
-    }
-    recipes.check(found, "the overrides", sections)
-    return tuple(kind(**found.get(name, {})) for name, kind in classes.items())
+    return recipes.read_sections(words, probe=DenseArguments, data=DataArguments)
 
 
 # ---- patches -------------------------------------------------------------------------------------------------------

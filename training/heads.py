@@ -83,6 +83,12 @@ class Trained:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.head.pooler.parameters()) if self.head.pooler is not None else 0
 
+    def at_its_best(self) -> "Trained":
+        """Itself, with the parameters of its best epoch, frozen."""
+        self.head.load_state_dict(self.state)
+        self.head.eval().requires_grad_(False)
+        return self
+
     def keep_if_better(self, accuracy: float, loss: float, epoch: int) -> None:
         if (accuracy, -loss) > (self.accuracy, -self.loss):
             self.accuracy, self.loss, self.epoch = accuracy, loss, epoch
@@ -198,11 +204,8 @@ def train_heads(
     Returns:
         one entry for each head, with the parameters of its best epoch.
     """
-    train, validation = hold_out(labels, share, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = {group: [group.make(classes, rate, seed) for rate in of] for group, of in rates.items()}
+    (train, validation), generator = hold_out(labels, share, seed), torch.Generator().manual_seed(seed)
+    heads = make_heads(rates, classes, seed)
     everything = [one for members in heads.values() for one in members]
     batch_size = max(2, min(schedule.batch_size, len(train) // FEWEST_STEPS))
     steps = len(train) // batch_size
@@ -210,11 +213,8 @@ def train_heads(
     for epoch in range(schedule.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for step in range(steps):
-            factor = learning_rate_factor(epoch * steps + step, schedule.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * factor
-            # In order within the batch: neighbours on the disk are read together.
-            chosen = order[step * batch_size : (step + 1) * batch_size].sort().values
+            set_rates(optimizer, learning_rate_factor(epoch * steps + step, schedule.epochs * steps))
+            chosen = order[step * batch_size :][:batch_size].sort().values  # neighbours on the disk, read together
             train_step(source.fetch(epoch, chosen), labels[chosen], heads, optimizer)
         validate(source, labels, validation, heads, epoch + 1, batch_size)
         heads = still_learning(heads, epoch + 1, schedule.patience)
@@ -222,10 +222,18 @@ def train_heads(
             advance(1 / schedule.epochs if heads else 1 - epoch / schedule.epochs)
         if not heads:
             break
-    for one in everything:
-        one.head.load_state_dict(one.state)
-        one.head.eval().requires_grad_(False)
-    return everything
+    return [one.at_its_best() for one in everything]
+
+
+def make_heads(rates: dict[Group, list[float]], classes: int, seed: int) -> dict[Group, list[Trained]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {group: [group.make(classes, rate, seed) for rate in of] for group, of in rates.items()}
+
+
+def set_rates(optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
 
 
 def train_step(features: dict[str, Tensor], labels: Tensor, heads: dict[Group, list[Trained]], optimizer) -> None:

@@ -47,11 +47,7 @@ def draw_masks(
         blocks: how many blocks of rows lie next to each other.
     """
     palette, columns = colours(len(classes)), {"true": masks, **predictions}
-    shown = [(image if len(image) == 3 else image[[0, 0, 0]]).transpose(1, 2, 0) for image in images]
-    tiles = [[to_tile(image) for image in shown]]
-    tiles += [
-        [to_tile(overlay(i, ids, palette)) for i, ids in zip(shown, maps, strict=True)] for maps in columns.values()
-    ]
+    tiles = make_tiles(images, columns, palette)
     present = sorted({int(i) for maps in columns.values() for ids in maps for i in np.unique(ids)} - {IGNORE})
     font, blocks = PIL.ImageFont.load_default(FONT), min(blocks, len(images))
     legend, rows = [(classes[i], tuple(palette[i].tolist())) for i in present[:NAMED]], -(-len(images) // blocks)
@@ -70,6 +66,13 @@ def draw_masks(
                 canvas.paste(tile, (x, top + row * (height + GAP)))
     draw_legend(draw, lines, bottom, font)
     return canvas
+
+
+def make_tiles(images: list[np.ndarray], columns: dict[str, list[np.ndarray]], palette) -> list[list]:
+    """The images, and for every column the images with its masks laid over them."""
+    shown = [(image if len(image) == 3 else image[[0, 0, 0]]).transpose(1, 2, 0) for image in images]
+    laid_over = [[overlay(i, ids, palette) for i, ids in zip(shown, maps, strict=True)] for maps in columns.values()]
+    return [[to_tile(picture) for picture in column] for column in (shown, *laid_over)]
 
 
 def draw_legend(draw, lines: list[list[tuple[float, str, tuple]]], bottom: int, font) -> None:

@@ -129,7 +129,7 @@ class Probe:
 
 def set_up(source: str, overrides: list[str], console: Console) -> Probe:
     """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
-    arguments, data = read_overrides(overrides)
+    arguments, data = recipes.read_sections(overrides, probe=ProbeArguments, data=DataArguments)
     if arguments.views > 1 and data.crop_scale is None:
         data = replace(data, crop_scale=VIEW_SCALE)
     check_labels(data)
@@ -148,19 +148,6 @@ def set_up(source: str, overrides: list[str], console: Console) -> Probe:
     model.to(device)
     command = shlex.join(["hf-mim", "probe", source, *overrides])
     return Probe(source, arguments, data, folder, console, model, splits, images, choices, layers, command)
-
-
-def read_overrides(overrides: list[str]) -> tuple[ProbeArguments, DataArguments]:
-    """Raises:
-    ValueError: an unknown section or key, or a value of another type or out of range.
-    """
-    classes, found = {"probe": ProbeArguments, "data": DataArguments}, recipes.parse_overrides(overrides)
-    sections = {
-        name: lambda kind=kind: {entry.name: entry.type for entry in dataclasses.fields(kind)}
-        for name, kind in classes.items()
-    }
-    recipes.check(found, "the overrides", sections)
-    return tuple(kind(**found.get(name, {})) for name, kind in classes.items())
 
 
 def check_labels(data: DataArguments) -> None:

@@ -27,22 +27,27 @@ def _model_keys() -> dict:
     return {**own, "init_from": str | None}
 
 
+def keys_of(arguments: type) -> dict:
+    """{name: type} of the fields of a dataclass that can be set."""
+    return {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
+
+
 def _data_keys() -> dict:
     from hf_mim.training.sources import DataArguments
 
-    return {field.name: field.type for field in dataclasses.fields(DataArguments)}
+    return keys_of(DataArguments)
 
 
 def _training_keys() -> dict:
     from hf_mim.training.trainer import MIMTrainingArguments
 
-    return {field.name: field.type for field in dataclasses.fields(MIMTrainingArguments) if field.init}
+    return keys_of(MIMTrainingArguments)
 
 
 def _finetune_keys() -> dict:
     from hf_mim.training.finetune_arguments import FinetuneArguments
 
-    return {field.name: field.type for field in dataclasses.fields(FinetuneArguments)}
+    return keys_of(FinetuneArguments)
 
 
 # section -> a function that returns {key: type}; a function, because training's keys need most of transformers
@@ -217,6 +222,17 @@ def parse_overrides(overrides: list[str]) -> dict:
                 raise ValueError(f"{override!r}: {name} already has the value {inner!r}")
         inner[names[-1]] = parse_yaml(text, override)
     return tree
+
+
+def read_sections(overrides: list[str], **classes: type) -> tuple:
+    """The overrides of a command that has no recipe, as one dataclass for each section: `data=DataArguments`.
+
+    Raises:
+        ValueError: an unknown section or key, or a value of another type or out of range.
+    """
+    found = parse_overrides(overrides)
+    check(found, "the overrides", {name: lambda kind=kind: keys_of(kind) for name, kind in classes.items()})
+    return tuple(kind(**found.get(name, {})) for name, kind in classes.items())
 
 
 def merge(base: dict, changes: dict) -> dict:

@@ -1,6 +1,5 @@
 """The command `analyze`: several encoders, and each one untrained, measured on the same images in one pass each."""
 
-import dataclasses
 import json
 import os
 import shlex
@@ -25,7 +24,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
-from hf_mim.training.pretrain import versions
+from hf_mim.training.running import versions
 from hf_mim.training.sources import DataArguments
 
 
@@ -106,12 +105,12 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
         the folder, with `report.json` and what `report.write_report` makes of it.
 
     Raises:
-        ValueError, OSError: something in the sources, the overrides or the data is wrong; nothing has been written.
+        ValueError, OSError: a source, an override or the data is wrong; nothing has been written.
     """
     from hf_mim.analysis.report import write_report  # matplotlib takes a second
 
     console, started = console or Console(), time.perf_counter()
-    data, arguments = read_overrides(list(overrides))
+    data, arguments = recipes.read_sections(list(overrides), data=DataArguments, analyze=AnalyzeArguments)
     folder = choose_folder(check_sources(sources), arguments.output_dir)
     say = partial(console.print, highlight=False, soft_wrap=True)
     say(f"output folder: {folder}")
@@ -128,9 +127,8 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
     }
     if (plan := plan_of(arguments.interaction, arguments.seed)) is not None:
         write_json(results, folder / "report.json")  # now: this takes minutes, and may be stopped
-        found = measure_interactions(subjects, plan, data, arguments, folder, console)
-        for label, result in found.items():
-            results["encoders"][label]["results"]["interaction"] = result
+        for label, found in measure_interactions(subjects, plan, data, arguments, folder, console).items():
+            results["encoders"][label]["results"]["interaction"] = found
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(results, folder / "report.json")
     write_report(folder, results)
@@ -139,21 +137,6 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
-def read_overrides(overrides: list[str]) -> tuple[DataArguments, AnalyzeArguments]:
-    """Raises:
-    ValueError: an unknown section or key, or a value of another type.
-    """
-    sections = {"data": partial(keys_of, DataArguments), "analyze": partial(keys_of, AnalyzeArguments)}
-    changes = recipes.parse_overrides(overrides)
-    recipes.check(changes, "the overrides", sections)
-    return DataArguments(**changes.get("data", {})), AnalyzeArguments(**changes.get("analyze", {}))
-
-
-def keys_of(arguments) -> dict:
-    """{key: type} of a section."""
-    return {entry.name: entry.type for entry in dataclasses.fields(arguments)}
-
-
 def check_sources(sources: list[str]) -> list[str]:
     """Raises:
     ValueError: there is none, or one is given twice.
