@@ -25,6 +25,7 @@ from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
 from hf_mim.training.labelled_data import LabelledSplits, balanced_weights, load_labelled_splits
 from hf_mim.training.lora import ADAPTER, add_lora, save_adapted
+from hf_mim.training.running import lookout
 
 
 # Of a new head's weights, by optimizer: tiny ones as in MAE's release let predictions start out equal; but LAMB's steps
@@ -59,8 +60,9 @@ def finetune_classification(run: FinetuneRun) -> Path:
     )
     started = time.perf_counter()
     train(run, trainer, partial(save, run, trainer))
-    finish(run, trainer, splits, time.perf_counter() - started)
-    trainer.accelerator.wait_for_everyone()
+    with lookout(run, "finetune"):
+        finish(run, trainer, splits, time.perf_counter() - started)
+        trainer.accelerator.wait_for_everyone()
     return run.folder
 
 

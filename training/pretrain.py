@@ -21,7 +21,7 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.profiling import ProfileCallback
-from hf_mim.training.running import choose_folder, facts, find_checkpoint, save_recipe, train_and_save
+from hf_mim.training.running import choose_folder, facts, find_checkpoint, lookout, save_recipe, train_and_save
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.teacher import teacher_of
 from hf_mim.training.throughput import mean_throughput
@@ -61,16 +61,17 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
     Raises:
         ValueError, OSError: something in the recipe, the data or the folder is wrong; nothing has been written.
         KeyboardInterrupt: after Ctrl-C, and a checkpoint.
-        SystemExit: with code 143, after SIGTERM and a checkpoint.
+        SystemExit: with code 143, after SIGTERM and a checkpoint; with 1, where another process is gone.
     """
     run = set_up(name, list(overrides), console or Console())
     started = time.perf_counter()
     trainer = train(run)
     seconds = time.perf_counter() - started
-    if trainer.is_world_process_zero():
-        write_results(run, trainer, seconds)
-        say_what_next(run)
-    trainer.accelerator.wait_for_everyone()
+    with lookout(run, "pretrain"):
+        if trainer.is_world_process_zero():
+            write_results(run, trainer, seconds)
+            say_what_next(run)
+        trainer.accelerator.wait_for_everyone()
     return run.folder
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from hf_mim.training import recipe as recipes
+from hf_mim.training.processes import Lookout
 from hf_mim.training.saving import StopCallback, last_checkpoint
 
 
@@ -86,11 +87,14 @@ def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None
     Args:
         run: has `folder`, `checkpoint` (to resume from, or None) and `console`.
         command: `pretrain` or `finetune`, which goes on with what was stopped.
+
+    Raises:
+        SystemExit: with code 143 after SIGTERM, with 1 where another process is gone, which has been said.
     """
     stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
     trainer.add_callback(stop)
     try:
-        with stop:
+        with stop, lookout(run, command):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
         save()
@@ -104,8 +108,26 @@ def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None
 
 def say_stopped(run, trainer, command: str) -> None:
     step, steps = trainer.state.global_step, trainer.state.max_steps
-    again = f"hf-mim {command} {shlex.quote(str(run.folder))} training.resume=true"
-    run.console.print(f"stopped at step {step} of {steps}; go on with: {again}", highlight=False, soft_wrap=True)
+    words = f"stopped at step {step} of {steps}; go on with: {again(run, command)}"
+    run.console.print(words, highlight=False, soft_wrap=True)
+
+
+def again(run, command: str) -> str:
+    """What to type to go on with a run."""
+    words, processes = f"{command} {shlex.quote(str(run.folder))} training.resume=true", run.arguments.world_size
+    launcher = f"accelerate launch --num_processes {processes} ... -m hf_mim" if processes > 1 else "hf-mim"
+    return f"{launcher} {words}"
+
+
+def lookout(run, command: str) -> Lookout:
+    """A context in which the loss of another process ends the run with what is needed to go on."""
+
+    def how_to_go_on() -> str:
+        last = last_checkpoint(run.folder)
+        kept = f"the last complete checkpoint is {last}" if last else f"there is no complete checkpoint in {run.folder}"
+        return f"{kept}; go on with: {again(run, command)}"
+
+    return Lookout(run.arguments.world_size, how_to_go_on)
 
 
 def facts(run, trainer, seconds: float) -> dict:

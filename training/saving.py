@@ -193,6 +193,10 @@ def outlive_sigterm(first, number: int) -> None:
         first(number)
 
 
+def several() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 class StopCallback(TrainerCallback):
     """Ends training after the step that is running, with a checkpoint, on Ctrl-C and SIGTERM; a context.
 
@@ -223,7 +227,8 @@ class StopCallback(TrainerCallback):
             return
         if self.received is None:
             self.received, self.at = number, time.monotonic()
-            self.on_signal()
+            if not several():  # a launcher sends SIGTERM, too, where one of them is gone: there will be no step
+                self.on_signal()
         elif number == signal.SIGINT and time.monotonic() > self.at + self.SECONDS:
             raise KeyboardInterrupt
 
@@ -231,6 +236,8 @@ class StopCallback(TrainerCallback):
         number = self._agreed(args, state)
         if number:
             self.stopped = signal.Signals(number)
+            if several():
+                self.on_signal()
             control.should_save = control.should_training_stop = True
 
     def _agreed(self, args, state) -> int:

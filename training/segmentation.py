@@ -23,6 +23,7 @@ from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
 from hf_mim.training.iou import IGNORE, intervals, ious, pixel_counts, scores
 from hf_mim.training.mask_pictures import draw_masks
+from hf_mim.training.running import lookout
 from hf_mim.training.scenes import SIZE
 from hf_mim.training.segmentation_data import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 
@@ -52,8 +53,9 @@ def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
     describe(run, model, splits, size)
     started = time.perf_counter()
     finetune.train(run, trainer, lambda: save(run, trainer))
-    write_results(run, trainer, splits, time.perf_counter() - started)
-    trainer.accelerator.wait_for_everyone()
+    with lookout(run, "finetune"):
+        write_results(run, trainer, splits, time.perf_counter() - started)
+        trainer.accelerator.wait_for_everyone()
     return run.folder
 
 

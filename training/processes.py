@@ -1,0 +1,125 @@
+"""Several processes: when one of them is gone, the others say so once, and end."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+from accelerate.utils import gather_object
+
+
+LOOK_EVERY = 1.0  # seconds between two looks at the other processes
+PATIENCE = 5.0  # seconds in which a process may find out itself: its own words are better, and GPUs only wait
+SETTLE = 2.0  # seconds between a broken connection and the end of who broke it
+CLAIM = "hf_mim/lost"
+
+
+class Lookout:
+    """A context around what several processes do together. Where one of them is killed, the others would wait for it:
+    until the connection breaks with gloo, for `training.ddp_timeout` on GPUs. They end with exit code 1 instead, and
+    the first to notice says what is known. An error that all of them meet is left to one of them, too.
+
+    A process on the same machine is seen to end; of one on another machine it is known when those beside it end.
+
+    Args:
+        processes: how many there are; with one, nothing is done.
+        how_to_go_on: gives the rest of the message.
+
+    Raises:
+        SystemExit: with code 1, at the end of the context, in place of the error that a lost process causes.
+    """
+
+    def __init__(self, processes: int, how_to_go_on: Callable[[], str]):
+        self.processes, self.how_to_go_on, self.over = processes, how_to_go_on, threading.Event()
+        self.siblings: dict[int, psutil.Process] = {}
+
+    def __enter__(self):
+        if self.processes > 1:
+            self.rank = dist.get_rank()
+            everyone = gather_object([(place(), os.getpid())])
+            here = [rank for rank, (where, _) in enumerate(everyone) if where == place() and rank != self.rank]
+            self.siblings = {rank: psutil.Process(everyone[rank][1]) for rank in here}
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.over.set()
+        if self.processes == 1 or not isinstance(error, Exception):
+            return
+        if not self._claim():
+            raise SystemExit(1) from None
+        if is_lost(error):
+            self._say(self._wait_for_gone(), str(error))
+            raise SystemExit(1) from None
+
+    def gone(self) -> list[int]:
+        """The processes on this machine that have ended."""
+        return [rank for rank, process in self.siblings.items() if not is_alive(process)]
+
+    def _watch(self) -> None:
+        while not self.over.wait(LOOK_EVERY):
+            gone = self.gone()
+            if not gone and not self._claimed():
+                continue
+            if not self.over.wait(PATIENCE):
+                if self._claim():
+                    self._say(gone, "")
+                # The main thread cannot be reached: it waits, in C, for what will not come.
+                os._exit(1)
+            return
+
+    def _wait_for_gone(self) -> list[int]:
+        until = time.monotonic() + SETTLE
+        while not self.gone() and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.gone()
+
+    def _say(self, gone: list[int], reason: str) -> None:
+        words = [f"process {rank} of {self.processes} (pid {self.siblings[rank].pid})" for rank in gone]
+        what = f"{', '.join(words)} is gone: killed, for want of memory say"
+        if not gone:
+            what = f"one of {self.processes} processes, on another machine perhaps, is gone or does not answer"
+            what += f" ({reason.splitlines()[0]})" if reason else ""
+        print(f"error: {what}; {self.how_to_go_on()}", file=sys.stderr, flush=True)
+
+    def _claim(self) -> bool:
+        """Whether this process is the first to have met an error."""
+        try:
+            return store().add(CLAIM, 1) == 1
+        except RuntimeError:  # it was with the process that is gone
+            return min({self.rank, *self.siblings} - set(self.gone())) == self.rank
+
+    def _claimed(self) -> bool:
+        try:
+            return store().check([CLAIM])
+        except RuntimeError:
+            return False
+
+
+def store():
+    """What the launcher keeps for all processes, over all machines."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def place() -> tuple[str, str]:
+    """In which numbers of processes mean the same: a machine, and on Linux a container."""
+    namespace = Path("/proc/self/ns/pid")
+    return socket.gethostname(), os.readlink(namespace) if namespace.is_symlink() else ""
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether it comes from an operation of all processes that one of them did not take part in."""
+    # gloo's errors are plain ones; they begin with the file that they come from.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
