@@ -22,7 +22,7 @@ from hf_mim.training.segmentation_data import (
     find_pairs,
     load_masked_splits,
 )
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.sources import DataArguments, list_files
 
 
 QUIET = Console(quiet=True)
@@ -78,12 +78,14 @@ def test_what_is_no_mask_is_refused(value, message):
 
 def test_folders_of_images_and_masks(tmp_path):
     write_pairs(tmp_path / "a/images", tmp_path / "a/masks", 3, ending="jpg")
-    assert {k: len(v) for k, v in find_pairs(tmp_path / "a").items()} == {"train": 3}
+    assert {k: len(v) for k, v in find_pairs(str(tmp_path / "a"), list_files(str(tmp_path / "a"))).items()} == {
+        "train": 3
+    }
     for split, count in (("train", 3), ("val", 2)):
         write_pairs(tmp_path / "b" / split / "images", tmp_path / "b" / split / "annotations", count)
         write_pairs(tmp_path / "c/images" / split, tmp_path / "c/masks" / split, count)
     for name in "bc":
-        found = find_pairs(tmp_path / name)
+        found = find_pairs(str(tmp_path / name), list_files(str(tmp_path / name)))
         assert {k: len(v) for k, v in found.items()} == {"train": 3, "val": 2}
         assert all(Path(image).stem == Path(mask).stem for pairs in found.values() for image, mask in pairs)
     splits = load_masked_splits(DataArguments(dataset=str(tmp_path / "b")), 3)

@@ -11,7 +11,7 @@ from transformers import ViTImageProcessor
 
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.modeling.masking import sample_masks
-from hf_mim.training import sources
+from hf_mim.training import sources, urls
 from hf_mim.training.decoded_cache import DecodedCache
 from hf_mim.training.decoding import BadImages, Undecodable
 from hf_mim.training.sources import DataArguments
@@ -106,7 +106,7 @@ class MIMDataset(torch.utils.data.Dataset):
         indices = self.bad.replace(indices)
         if self.cache is not None:
             return [self.cache[index] for index in indices]
-        files = self.files[indices][self.image_column]
+        files = urls.read_all(self.files[indices][self.image_column])
         return [self._decode(index, file) for index, file in zip(indices, files, strict=True)]
 
     def _decode(self, index: int, file) -> torch.Tensor:
@@ -166,7 +166,7 @@ class MIMDataset(torch.utils.data.Dataset):
             return None
         images, at = torch.empty((len(self.files), *first.shape), dtype=torch.uint8), 0
         for rows in self.files.iter(batch_size=1000):
-            for file in rows[self.image_column]:
+            for file in urls.read_all(rows[self.image_column]):
                 try:
                     image = sources.decode(file, self.num_channels)
                     if image.shape != first.shape:

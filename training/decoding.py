@@ -10,6 +10,8 @@ import PIL.ImageOps
 import PIL.ImageSequence
 import torch
 
+from hf_mim.training import urls
+
 
 try:
     from torchvision.io import ImageReadMode
@@ -33,19 +35,23 @@ class Undecodable(ValueError):
     """A file that is no image, or a broken one."""
 
 
-class TooManyBadImages(ValueError):
-    """More files than `data.max_bad_images` allows cannot be used."""
+class OneLine(ValueError):
+    """An error of a loader's worker of which the command prints one line."""
 
     def __init__(self, message: str):
-        # A loader's worker passes its traceback on as the message; the command prints one line.
-        super().__init__(message.strip().splitlines()[-1].partition("TooManyBadImages: ")[2] or message)
+        # A worker passes its traceback on as the message.
+        super().__init__(message.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2] or message)
+
+
+class TooManyBadImages(OneLine):
+    """More files than `data.max_bad_images` allows cannot be used."""
 
 
 def decode(value, num_channels: int) -> np.ndarray:
     """An image as the model wants it.
 
     Args:
-        value: what a data set holds: bytes, a path, {"bytes", "path"}, or a PIL image.
+        value: what a data set holds: bytes, a path or URL, {"bytes", "path"}, or a PIL image.
         num_channels: of the result.
 
     Returns:
@@ -53,7 +59,8 @@ def decode(value, num_channels: int) -> np.ndarray:
         where one channel is wanted; see `MODES` for transparency and `to_uint8` for 16 bits and floats.
 
     Raises:
-        Undecodable: it cannot be decoded.
+        Undecodable: it cannot be decoded, or is not there.
+        Unreachable: it lies at a URL that does not answer, which makes it no broken file.
         ValueError: its channels are not to be turned into `num_channels`.
     """
     name = "an image"
@@ -66,10 +73,16 @@ def decode(value, num_channels: int) -> np.ndarray:
         if isinstance(value, PIL.Image.Image):
             pixels = _from_pillow(value, num_channels)
         else:
-            pixels = _from_file(value if isinstance(value, bytes) else Path(value).read_bytes(), num_channels)
+            pixels = _from_file(value if isinstance(value, bytes) else read_file(value), num_channels)
+    except urls.Unreachable:
+        raise
     except FAILURES as error:
         raise Undecodable(f"cannot decode {name}: {error}".partition("\n")[0]) from None
     return to_channels(to_uint8(pixels, name), num_channels, name)
+
+
+def read_file(place: str | Path) -> bytes:
+    return urls.read(place) if urls.is_url(place) else Path(place).read_bytes()
 
 
 def _from_file(file: bytes, num_channels: int) -> np.ndarray:

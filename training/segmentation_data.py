@@ -13,7 +13,7 @@ from rich.progress import track
 
 from hf_mim.modeling.configuration_mim import MIMConfig, unknown
 from hf_mim.training import sources
-from hf_mim.training.decoding import decode
+from hf_mim.training.decoding import decode, read_file
 from hf_mim.training.iou import IGNORE
 from hf_mim.training.scenes import COUNTS, Scenes
 from hf_mim.training.sources import DataArguments
@@ -22,6 +22,7 @@ from hf_mim.training.transforms import normalize, resize, sample_rng
 
 MASK_NAMES = ("mask", "masks", "annotation", "annotations", "segmentation_mask", "segmentation", "label", "labels")
 MASK_FOLDERS = ("masks", "annotations", "labels")
+PAIR_FOLDERS = ("images", *MASK_FOLDERS)
 MOST_CLASSES = 65_535
 SCALES = (0.5, 2.0)  # of the image before it is cropped, as in UperNet's and BEiT's recipes
 ORIENTATION = 274  # the EXIF tag; 5 and above are turned by a quarter
@@ -53,7 +54,7 @@ def decode_mask(value, name: str = "without a name") -> np.ndarray:
         raise BadMask(f"mask {name} is missing")
     try:
         if isinstance(value, str | Path):
-            value = Path(value).read_bytes()
+            value = read_file(value)
         if isinstance(value, bytes):
             is_array = value[:6] == b"\x93NUMPY"
             value = np.load(io.BytesIO(value), allow_pickle=False) if is_array else PIL.Image.open(io.BytesIO(value))
@@ -131,46 +132,51 @@ def open_pairs(data: DataArguments) -> dict[str, datasets.Dataset]:
     """
     if data.streaming:
         raise ValueError("segmentation reads images and masks by their number: data.streaming must be false")
-    root = Path(data.dataset).expanduser()
-    if root.is_dir() and not next(root.rglob("*.parquet"), None) and not next(root.rglob("*.tar"), None):
-        return {name: _pair_split(pairs) for name, pairs in find_pairs(root).items()}
+    place = sources.place_of(data.dataset)
+    files = sources.list_files(place) if place else []
+    if files and not any(file.endswith(tuple(sources.SHARDS)) for file in files):
+        return {name: _pair_split(pairs) for name, pairs in find_pairs(place, files).items()}
     return sources.open_dataset(data)
 
 
-def find_pairs(root: Path) -> dict[str, list[tuple[str, str]]]:
+def find_pairs(root: str, files: list[str]) -> dict[str, list[tuple[str, str]]]:
     """Files of images and masks by split: `images/` and `masks/` with files of the same stems, in the folder itself, in
     `train/` and `test/` (or `val/`), or with these inside of both.
+
+    Args:
+        root: a folder or URL.
+        files: those below it.
 
     Raises:
         ValueError: there are no such folders or images, or an image has no mask.
     """
-    folders = {sources.split_of(path.name): path for path in sorted(root.iterdir()) if (path / "images").is_dir()}
+    names = [file[len(root) + 1 :].split("/") for file in files]
+    folders = {sources.split_of(name[0]): f"{root}/{name[0]}" for name in sorted(names) if name[1:2] == ["images"]}
     folders.pop(None, None)
     found = {}
-    for name, folder in (folders or {None: root}).items():
-        masks = next((folder / name for name in MASK_FOLDERS if (folder / name).is_dir()), None)
-        if not (folder / "images").is_dir() or masks is None:
+    for split, folder in (folders or {None: root}).items():
+        below = {name: [file for file in files if file.startswith(f"{folder}/{name}/")] for name in PAIR_FOLDERS}
+        masks = next((name for name in MASK_FOLDERS if below[name]), None)
+        if not below["images"] or masks is None:
             raise ValueError(f"{folder} has no masks: it must hold images/ and masks/ with files of the same names")
-        for inner, files in match(folder / "images", masks).items():
-            found.setdefault(name or inner, []).extend(files)
+        for inner, pairs in match(f"{folder}/images", below["images"], f"{folder}/{masks}", below[masks]).items():
+            found.setdefault(split or inner, []).extend(pairs)
     return found
 
 
-def match(images: Path, masks: Path) -> dict[str, list[tuple[str, str]]]:
+def match(images: str, files: list[str], masks: str, mask_files: list[str]) -> dict[str, list[tuple[str, str]]]:
     """The files below `images` with those of the same relative names, but for the ending, below `masks`."""
-    stems = {path.relative_to(masks).with_suffix(""): str(path) for path in map(Path, sources.walk(masks))}
-    files = sorted(map(Path, sources.walk(images)))
-    if not files:
-        raise ValueError(f"there are no images in {images}")
-    keys = [path.relative_to(images).with_suffix("") for path in files]
-    missing = [path.name for path, key in zip(files, keys) if key not in stems]
+    stems = {file[len(masks) + 1 :].rpartition(".")[0]: file for file in mask_files}
+    files = sorted(files, key=lambda file: file.split("/"))
+    keys = [file[len(images) + 1 :].rpartition(".")[0] for file in files]
+    missing = [Path(file).name for file, key in zip(files, keys) if key not in stems]
     if missing:
         raise ValueError(f"{len(missing)} of {len(files)} images have no mask in {masks}; the first: {missing[0]}")
-    splits = [sources.split_of(key.parts[0]) if len(key.parts) > 1 else None for key in keys]
+    splits = [sources.split_of(key.partition("/")[0]) if "/" in key else None for key in keys]
     splits = splits if None not in splits else ["train"] * len(keys)
     found = {}
-    for name, path, key in zip(splits, files, keys, strict=True):
-        found.setdefault(name, []).append((str(path), stems[key]))
+    for split, file, key in zip(splits, files, keys, strict=True):
+        found.setdefault(split, []).append((file, stems[key]))
     return found
 
 

@@ -1,4 +1,5 @@
-"""Where images come from: the shipped data set, the Hub, folders, parquet files and WebDataset shards."""
+"""Where images come from: the shipped data set, the Hub, folders, parquet files and WebDataset shards, here or at the
+URLs of fsspec."""
 
 import os
 import re
@@ -12,12 +13,14 @@ import pyarrow.parquet
 
 import hf_mim
 from hf_mim.modeling.configuration_mim import unknown
+from hf_mim.training import urls
 from hf_mim.training.decoding import decode  # noqa: F401
 
 
 SHIPPED = Path(hf_mim.__file__).parent / "data" / "fashion_mnist"
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ARRAYS = {".npy"}  # beside them, with any number of channels
+SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 # Names of a split, most wanted first. A folder or a file that begins with one of them is that split.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")
@@ -25,6 +28,7 @@ LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "categ
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tif", "tiff", "pixel_values")
 HELD_OUT = 0.1  # share of a labelled data set without a test split that is held out, and at most
 HELD_OUT_MOST = 5000
+FOLDER_SHARDS = 256  # of a folder that is streamed: opening one takes as long as decoding an image
 
 
 @dataclass
@@ -32,22 +36,23 @@ class DataArguments:
     """The section `data` of a recipe.
 
     Args:
-        dataset: a Hub id, or a folder or file of images, parquet or WebDataset shards; None is the Fashion-MNIST subset
-            that ships with the package.
+        dataset: a Hub id, or a folder or file of images, parquet or WebDataset shards, or the URL of one, as fsspec
+            knows them (s3://, hf://, https://); None is the Fashion-MNIST subset that ships with the package.
         subset: the configuration of a Hub data set that has several.
         split: what to train on; None is `train`, else the only split there is.
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
         image_column, label_column, mask_column: None finds them; masks are for segmentation.
         streaming: read the data set as it comes instead of downloading or indexing it first; needs
-            `training.max_steps`. Each of the loader's workers reads all of it and decodes its share.
+            `training.max_steps`. Its shards (files; slices of a folder) are dealt to the loader's workers in all
+            processes: give it several times as many as workers, of like size. See `StreamedImages`.
         shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
             a random order. 1 shuffles the shards only, 0 keeps the stream's own order.
-        max_train_images: train only on the first so many.
+        max_train_images: train only on the first so many; of a stream, each worker then reads all of them.
         max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
         max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
-            least one image), or a number.
+            least one image), or a number. The same holds for the shards of a stream that cannot be read to their end.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
         cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
@@ -74,6 +79,7 @@ class DataArguments:
     cache_size: int | None = None
 
     def __post_init__(self):
+        urls.check_url("data.dataset", self.dataset)
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")
@@ -91,21 +97,66 @@ def open_dataset(data: DataArguments) -> dict[str, datasets.Dataset]:
         ValueError, OSError: it is missing, empty, or of no form that is known.
     """
     if data.dataset is None:
-        return open_files(sorted(SHIPPED.glob("*.parquet")), data.streaming)
-    path = Path(data.dataset).expanduser()
-    if path.is_file():
-        if path.suffix not in (".parquet", ".tar"):
-            raise ValueError(f"{data.dataset} is a file, but not a parquet file or .tar; give a folder for images")
-        return open_files([path], data.streaming)
-    if path.is_dir():
-        files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.tar"))
-        if files:
-            return open_files(files, data.streaming)
-        splits = open_folder(path)
-        return {name: split.to_iterable_dataset() for name, split in splits.items()} if data.streaming else splits
-    if data.dataset.startswith((".", "~", "/")) or data.dataset.count("/") > 1 or path.suffix in (".parquet", ".tar"):
-        raise ValueError(f"there is no file or folder {data.dataset}")
-    return open_hub(data)
+        return open_files(sorted(list_files(str(SHIPPED))), data.streaming)
+    place = place_of(data.dataset)
+    if place is None:
+        return open_hub(data)
+    files = list_files(place)
+    shards = next((found for ending in SHARDS if (found := [file for file in files if file.endswith(ending)])), None)
+    if shards:
+        return open_files(sorted(shards, key=lambda file: file.split("/")), data.streaming)
+    splits = open_folder(place, sorted(files))
+    if not data.streaming:
+        return splits
+    return {name: split.to_iterable_dataset(min(len(split), FOLDER_SHARDS)) for name, split in splits.items()}
+
+
+def place_of(dataset: str) -> str | None:
+    """The local path or the URL of a data set; None for what may be an id on the Hub.
+
+    Raises:
+        ValueError: it is written as a path, and there is nothing there.
+    """
+    if urls.is_url(dataset):
+        protocol, _, path = dataset.partition("://")
+        if protocol not in urls.LOCAL:
+            return dataset.rstrip("/")
+    else:
+        path = dataset
+    path = Path(path).expanduser()
+    if path.exists():
+        return path.as_posix()
+    if path.suffix in SHARDS or dataset.startswith((".", "~", "/")) or dataset.count("/") > 1:
+        raise ValueError(f"there is no file or folder {dataset}")
+    return None
+
+
+def list_files(place: str) -> list[str]:
+    """The images, arrays and shards of a file, folder or URL, hidden ones left out.
+
+    Raises:
+        ValueError, OSError: there is nothing, a file of another kind, or it cannot be listed.
+    """
+    if urls.is_url(place):
+        alone = Path(place).suffix in SHARDS and urls.is_file(place)  # an https server would send all of it as a list
+        files = [place] if alone else [urls.join(place, name) for name in urls.list_below(place)]
+        if not files and not urls.is_file(place):
+            raise ValueError(f"there is nothing at {place}")
+        files = files or [place]
+    elif Path(place).is_file():
+        files = [place]
+    else:
+        walked = os.walk(place, followlinks=True)
+        files = [f"{folder}/{file}" for folder, _, names in walked for file in names]
+    if files == [place] and Path(place).suffix not in SHARDS:
+        raise ValueError(f"{place} is a file, but not a parquet file or .tar; give a folder for images")
+    return [file for file in files if _is_known(file)]
+
+
+def _is_known(file: str) -> bool:
+    ending = os.path.splitext(file)[1]
+    known = ending in SHARDS or ending.lower() in EXTENSIONS or ending.lower() in ARRAYS
+    return known and not file.rpartition("/")[2].startswith(".")
 
 
 def open_hub(data: DataArguments) -> dict[str, datasets.Dataset]:
@@ -119,37 +170,48 @@ def open_hub(data: DataArguments) -> dict[str, datasets.Dataset]:
         ) from None
 
 
-def open_files(files: list[Path], streaming: bool = False) -> dict[str, datasets.Dataset]:
-    """Parquet files, or WebDataset shards; a file or its folder whose name begins with a split's name belongs to that
-    split. Shards that are not streamed are copied into the cache of `datasets`.
+def open_files(files: list[str], streaming: bool = False) -> dict[str, datasets.Dataset]:
+    """Parquet files, or WebDataset shards, here or at URLs; a file or its folder whose name begins with a split's name
+    belongs to that split. Shards that are not streamed are copied into the cache of `datasets`.
 
     Raises:
         ValueError: one cannot be read.
     """
-    kind, splits = ("parquet" if files[0].suffix == ".parquet" else "webdataset"), {}
-    for file in files:
+    kind, splits, remote = SHARDS[Path(files[0]).suffix], {}, urls.is_url(files[0])
+    # Of a stream from elsewhere the first must do: each takes several round trips. What is copied is read then.
+    for file in files[: int(streaming)] if remote else files:
         check_file(file, kind)
-        named = [name for name in (split_of(file.stem), split_of(file.parent.name)) if name]
-        splits.setdefault(named[0] if named else "train", []).append(str(file))
+    for file in files:
+        named = [name for name in (split_of(Path(file).stem), split_of(Path(file).parent.name)) if name]
+        splits.setdefault(named[0] if named else "train", []).append(file)
     bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()  # nothing is downloaded
+    if not remote:
+        datasets.disable_progress_bars()  # nothing is downloaded
     try:
-        if kind == "parquet" and not streaming:
+        if kind == "parquet" and not streaming and not remote:
             return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
         return dict(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
     except (datasets.exceptions.DatasetGenerationError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read {files[0].parent} as {kind}: {str(error.__cause__ or error)}") from None
+        where = files[0].rpartition("/")[0]
+        raise ValueError(f"cannot read {where} as {kind}: {error.__cause__ or error}") from None
+    except Exception as error:
+        if not remote:
+            raise
+        raise urls.failed(files[0].rpartition("/")[0], error) from None
     finally:
         if bars:
             datasets.enable_progress_bars()
 
 
-def check_file(file: Path, kind: str) -> None:
+def check_file(file: str, kind: str) -> None:
     try:
-        if kind == "parquet":
-            pyarrow.parquet.read_schema(file)
-        else:
-            tarfile.open(file).close()
+        with urls.open_file(file) as opened:
+            if kind == "parquet":
+                pyarrow.parquet.read_schema(opened)
+            else:
+                tarfile.open(fileobj=opened).close()
+    except urls.Unreachable:
+        raise
     except (OSError, tarfile.TarError, pyarrow.ArrowException) as error:
         raise ValueError(f"cannot read {file} as {kind}: {error}".partition("\n")[0]) from None
 
@@ -161,20 +223,25 @@ def split_of(name: str) -> str | None:
     return first if first in TEST_NAMES else None
 
 
-def open_folder(root: Path) -> dict[str, datasets.Dataset]:
+def open_folder(root: str, files: list[str]) -> dict[str, datasets.Dataset]:
     """A folder of images: `train/` and `test/` (or `val/`) are splits; one folder per class makes labels, if every
     image lies in one. Anything else is an unlabelled data set, however deep it is nested.
+
+    Args:
+        root: a folder or URL.
+        files: the images below it.
 
     Raises:
         ValueError: there is no image in it.
     """
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and next(walk(path), None))
-    splits = {split_of(path.name): path for path in folders}
+    names = [file[len(root) + 1 :] for file in files]
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+    splits = {split_of(folder): f"{root}/{folder}" for folder in folders}
     if None in splits or "train" not in splits:  # with other folders beside it, `train` may well be a class
         splits = {"train": root}
-    found = {name: sorted(walk(path)) for name, path in splits.items()}
+    found = {name: [file for file in files if file.startswith(f"{path}/")] for name, path in splits.items()}
     if not found["train"]:
-        raise ValueError(f"there are no images in {splits['train']} (looked for {', '.join(sorted(EXTENSIONS))})")
+        raise ValueError(f"there are no images in {root} (looked for {', '.join(sorted(EXTENSIONS))})")
     # Names of the classes come from the training split, so that labels mean the same in every split.
     names = {name: [_class_of(file, splits[name]) for file in files] for name, files in found.items()}
     classes = sorted(set(names["train"]) - {None})
@@ -182,16 +249,9 @@ def open_folder(root: Path) -> dict[str, datasets.Dataset]:
     return {name: _folder_split(found[name], names[name], classes if labelled else None) for name in found}
 
 
-def walk(root: Path):
-    for folder, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            if Path(file).suffix.lower() in EXTENSIONS | ARRAYS and not file.startswith("."):
-                yield os.path.join(folder, file)
-
-
-def _class_of(file: str, root: Path) -> str | None:
-    parts = Path(file).relative_to(root).parts
-    return parts[0] if len(parts) > 1 else None
+def _class_of(file: str, root: str) -> str | None:
+    first, slash, _ = file[len(root) + 1 :].partition("/")
+    return first if slash else None
 
 
 def _folder_split(files: list[str], names: list, classes: list[str] | None) -> datasets.Dataset:
@@ -201,7 +261,8 @@ def _folder_split(files: list[str], names: list, classes: list[str] | None) -> d
         for name in set(names) - set(classes):
             raise ValueError(f"class folder {name!r} is in another split but not in train")
         features["label"] = datasets.ClassLabel(names=classes)
-        columns["label"] = [classes.index(name) for name in names]
+        numbers = {name: number for number, name in enumerate(classes)}
+        columns["label"] = [numbers[name] for name in names]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
