@@ -7,12 +7,12 @@ is processor time. The pass includes the images that class prototypes come from,
 `hf-mim analyze` does for one encoder, less reading the images and drawing. `--each` also times every measurement alone.
 """
 
-import argparse
 import json
 from types import SimpleNamespace
 
 import torch
-from measure import alternate, machine, markdown_table, paired_ratios, quartiles, spread, verdicts, write_section
+from measure import alternate, machine, markdown_table, paired_ratios, parser, quartiles, row, spread, verdicts
+from summary import publish
 
 from hf_mim import MIMConfig, MIMModel
 from hf_mim.analysis import MEASUREMENTS
@@ -68,7 +68,7 @@ def full_pass(model: MIMModel, images: TensorImages, batch_size: int, names: lis
     return results
 
 
-def arms(config: MIMConfig, args: argparse.Namespace) -> dict:
+def arms(config: MIMConfig, args) -> dict:
     """name -> a function to time."""
     torch.manual_seed(0)
     model = MIMModel(config, add_pooling_layer=False).eval()
@@ -83,38 +83,34 @@ def arms(config: MIMConfig, args: argparse.Namespace) -> dict:
     return found
 
 
-def report(seconds: dict[str, list[float]], args: argparse.Namespace) -> tuple[str, float]:
-    """-> Markdown, and the median ratio of all measurements to the plain pass."""
+def report(seconds: dict[str, list[float]], args) -> tuple[str, dict]:
+    """-> Markdown, and the comparison of all measurements with the plain pass."""
     rows, ratios = [], {}
     for name in seconds:
         ratios[name] = paired_ratios(seconds, name, "plain")
         rows.append([name, spread(quartiles(seconds[name]), 1), spread(ratios[name])])
-    ratio = ratios["all measurements"][1]
+    every, plain = (quartiles(seconds[name])[1] for name in ("all measurements", "plain"))
+    what = "analysis: all measurements over a plain pass"
+    compared = row(what, every, plain, ratios["all measurements"], WANTED, more=False, unit="s")
     what = f"{args.images} images, {args.prototypes} more for prototypes, batch {args.batch}, {args.rounds} rounds"
     table = markdown_table(["", "seconds", "over the plain pass"], rows)
-    verdict = verdicts([("all measurements over a plain pass", ratio, WANTED, False)])
-    return f"{machine()} {what}.\n\n{table}\n\n{verdict}", ratio
+    return f"{machine()} {what}.\n\n{table}\n\n{verdicts([compared])}", compared
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 500), ("prototypes", 200), ("batch", 32), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--quick", action="store_true", help="a small encoder and few images, to see that it runs")
-    parser.add_argument("--each", action="store_true", help="also every measurement alone")
-    parser.add_argument("--out", help="put the tables into this Markdown page")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, images=500, prototypes=200, batch=32, rounds=3)
+    options.add_argument("--quick", action="store_true", help="a small encoder and few images, to see that it runs")
+    options.add_argument("--each", action="store_true", help="also every measurement alone")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     encoder, size = {"size": "tiny"}, 224
     if args.quick:
         encoder, size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}, 64
         args.images, args.prototypes, args.batch, args.rounds = 20, 10, 8, 1
     config = MIMConfig(image_size=size, encoder_config=encoder)
-    text, ratio = report(alternate(arms(config, args), args.rounds, warmup=1), args)
-    print(text, flush=True)
-    if args.out:
-        write_section(args.out, "analysis", text)
-    return ratio
+    text, compared = report(alternate(arms(config, args), args.rounds, warmup=1), args)
+    publish(args.out, "analysis", text, [compared])
+    return compared["ratio"][1]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The images are smooth noise of about 500x375 made here; their files have about 5
 Before anything is timed, our pixels are compared with PIL's for the same crop boxes.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -22,7 +21,8 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from measure import alternate, machine, markdown_table, paired_ratios, quartiles, spread, verdicts, write_section
+from measure import alternate, machine, markdown_table, paired_ratios, parser, quartiles, row, spread, verdicts
+from summary import publish
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -155,37 +155,42 @@ def report(result: dict) -> str:
         [name, spread(speed, 0), spread(result["ratios"][name]) if name in result["ratios"] else ""]
         for name, speed in result["images_per_second"].items()
     ]
-    goals = [
-        (f"{name}: images per second over PIL's", result["ratios"][name][1], goal, True)
-        for name, goal in ((OURS, 2.5), (CACHED, 7))
-    ]
     zero, one, two = result["differences"]
-    goals.append(("values more than one level from PIL's", two, 0, False))
     return "\n".join(
         [
             f"{result['images']} images, {result['kilobytes']:.0f} kB each on average; batches of {result['batch']}, "
             f"{result['rounds']} rounds. Of {zero + one + two:,} values {zero:,} are PIL's, {one:,} are one level "
             f"off and {two:,} two.\n",
             markdown_table(["", "images per second and core", "times PIL's"], rows) + "\n",
-            verdicts(goals),
+            verdicts(rows_of(result)),
         ]
     )
 
 
+def rows_of(result: dict) -> list[dict]:
+    speeds, odd = result["images_per_second"], result["differences"][2]
+    rows = [
+        row(
+            f"JPEG to batch, {name}: images per second over PIL's",
+            speeds[name][1],
+            speeds[PEER][1],
+            result["ratios"][name],
+            goal,
+            unit="images/s",
+        )
+        for name, goal in ((OURS, 2.5), (CACHED, 7))
+    ]
+    return [*rows, row("JPEG to batch: values more than one level from PIL's", odd, None, None, 0, more=False)]
+
+
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images and rounds, to see that it runs")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--out", help="put the tables into this Markdown page")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, json=True, rounds=None)
+    options.add_argument("--quick", action="store_true", help="few images and rounds, to see that it runs")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     count, batch, rounds = (6, 3, 2) if args.quick else (256, 32, 40)
     result = measure(count, batch, args.rounds or rounds)
-    text = f"{machine()}\n\n{report(result)}"
-    print(text)
-    if args.out:
-        write_section(args.out, "input_pipeline", text)
+    publish(args.out, "input_pipeline", f"{machine()}\n\n{report(result)}", rows_of(result))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)

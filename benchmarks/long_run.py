@@ -9,7 +9,6 @@ warm-up, the first fifth, a line is fitted. Exit code 1 where it climbs by more 
 one MB, a run of 250,000 steps, ImageNet's 800 epochs at batch 4,096, would gain 250 MB.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -23,11 +22,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import psutil
-from measure import machine, write_section
+from measure import machine, parser, write_section
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 WARM_UP = 0.2  # share of the samples in which caches and heaps fill
@@ -147,18 +146,19 @@ def report(found: dict, line: dict, args) -> str:
     )
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between samples")
-    parser.add_argument("--bound", type=float, default=1.0, help="MB per 1,000 steps that are still constant")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--save-steps", type=int, default=STEPS_AN_EPOCH, help="by default every epoch")
-    parser.add_argument("--watch-every", type=int, default=1000)
-    parser.add_argument("--json", help="write the samples to this file while they come")
-    parser.add_argument("--out", help="put the figure into this Markdown page, and the picture beside it")
-    parser.add_argument("settings", nargs="*", help="more settings of the run: section.key=value")
-    return parser.parse_args(argv)
+def arguments(argv: list[str] | None):
+    numbers = {
+        "minutes": 60.0,
+        "every": (5.0, "seconds between samples"),
+        "bound": (1.0, "MB per 1,000 steps that are still constant"),
+        "workers": 1,
+        "save_steps": (STEPS_AN_EPOCH, "by default every epoch"),
+        "watch_every": 1000,
+    }
+    options = parser(__doc__, out="put the figure into this Markdown page, and the picture beside it", **numbers)
+    options.add_argument("--json", help="write the samples to this file while they come")
+    options.add_argument("settings", nargs="*", help="more settings of the run: section.key=value")
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

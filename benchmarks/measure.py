@@ -1,5 +1,7 @@
 """What the comparisons share: fair timing, quartiles, the machine in words, and the page that results go to."""
 
+import argparse
+import itertools
 import platform
 import re
 import time
@@ -10,8 +12,30 @@ import numpy as np
 import torch
 import torchvision
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 from hf_mim.training.trainer import has_bf16
+
+
+def parser(description: str, out: str | None = "put the tables into this Markdown page", json: bool = False, **numbers):
+    """The options that comparisons share.
+
+    Args:
+        description: the script's docstring.
+        out: help of `--out`; None is a script that writes no page, or not by this option.
+        json: whether there is `--json`.
+        numbers: name=default or name=(default, help); whole numbers, unless the default is a float.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, entry in numbers.items():
+        default, words = entry if isinstance(entry, tuple) else (entry, None)
+        kind = float if isinstance(default, float) else int
+        made.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=words)
+    if json:
+        made.add_argument("--json", help="write the numbers to this file")
+    if out is not None:
+        made.add_argument("--out", help=out)
+    return made
 
 
 def alternate(arms: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -29,6 +53,16 @@ def alternate(arms: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[s
             arms[name]()
             seconds[name].append(time.process_time() - start)
     return seconds
+
+
+def tensor_memory(step: Callable) -> float:
+    """MiB of tensors that a function holds at most beyond those it found, on the CPU, as torch counts them: the same in
+    every run."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)) / 2**20
 
 
 def quartiles(values) -> tuple[float, float, float]:
@@ -62,14 +96,34 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def verdicts(goals: list[tuple[str, float, float, bool]]) -> str:
-    """Goals as (what, measured, wanted, more is better) -> a table that says which were reached."""
-    rows = []
-    for what, measured, wanted, more in goals:
-        reached = measured >= wanted if more else measured <= wanted
-        limit = f"{'at least' if more else 'at most'} {wanted:g}"
-        rows.append([what, limit, f"{measured:.2f}", "reached" if reached else "**not reached**"])
-    return markdown_table(["goal", "wanted", "measured (median)", ""], rows)
+def row(what: str, ours, peer, ratio, goal: float | None = None, more: bool = True, unit: str = "") -> dict:
+    """One comparison.
+
+    Args:
+        what: is compared, and which way the ratio goes.
+        ours, peer: medians; None where there is none.
+        ratio: first quartile, median and third quartile; one number, where there are no quartiles; or None.
+        goal: of the ratio, or of `ours` where there is none: at least (`more`) or at most.
+        unit: of `ours` and `peer`.
+    """
+    return {"what": what, "ours": ours, "peer": peer, "ratio": ratio, "goal": goal, "more": more, "unit": unit}
+
+
+def judge(entry: dict) -> tuple[float, str, str]:
+    """A row -> what was measured, what was wanted in words, and whether it was reached; empty words without a goal."""
+    ratio, goal, more = entry["ratio"], entry["goal"], entry["more"]
+    measured = entry["ours"] if ratio is None else ratio[1] if isinstance(ratio, list | tuple) else ratio
+    if goal is None:
+        return measured, "", ""
+    reached = measured >= goal if more else measured <= goal
+    return measured, f"at {'least' if more else 'most'} {goal:g}", "reached" if reached else "**not reached**"
+
+
+def verdicts(rows: list[dict]) -> str:
+    """A table that says of every row with a goal whether it was reached."""
+    judged = [(entry["what"], judge(entry)) for entry in rows if entry["goal"] is not None]
+    lines = [[what, wanted, f"{measured:.2f}", verdict] for what, (measured, wanted, verdict) in judged]
+    return markdown_table(["goal", "wanted", "measured (median)", ""], lines)
 
 
 def write_section(path: str | Path, name: str, text: str) -> None:

@@ -13,7 +13,6 @@ Whole tables of one seed come first, then the ablations, with the first seed onl
 table and figure from what is there into a page: means and standard deviations over the seeds, and how many they are.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import parser
 from methods_report import report, write_page
 from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
@@ -320,17 +320,19 @@ def cells(args) -> list[tuple[str, str, int]]:
 
 def read_arguments(arguments: list[str] | None):
     known = dict.fromkeys(name for table in (STUDENTS, ABLATIONS) for methods in table.values() for name in methods)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
-    parser.add_argument("--methods", nargs="+", choices=list(known), help="by default all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help=f"of students and teachers; by default {STEPS}, teachers longer")
-    parser.add_argument("--images", type=int, help="probe with so many training and test images only")
-    parser.add_argument("--minutes", type=float, default=55.0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/methods"))
-    parser.add_argument("--table", action="store_true", help="run nothing, write the page")
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
-    return parser.parse_args(arguments)
+    numbers = {
+        "steps": (None, f"of students and teachers; by default {STEPS}, teachers longer"),
+        "images": (None, "probe with so many training and test images only"),
+        "minutes": 55.0,
+    }
+    options = parser(__doc__, out=None, **numbers)
+    options.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    options.add_argument("--methods", nargs="+", choices=list(known), help="by default all")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--out", type=Path, default=Path("outputs/methods"))
+    options.add_argument("--table", action="store_true", help="run nothing, write the page")
+    options.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    return options.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> str:

@@ -10,13 +10,12 @@ test images, with that seed. What is done is skipped, and after `--minutes` the 
 go on.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
-from measure import markdown_table, write_section
+from measure import markdown_table, parser, write_section
 from methods import train_supervised
 from rich.console import Console
 from transformers import set_seed
@@ -110,18 +109,20 @@ def gain_of(found: list[dict], pooler: str) -> list[float]:
     return [one["poolers"][pooler]["accuracy"] - one["poolers"][USUAL]["accuracy"] for one in found]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=2000, help="training images with a label")
-    parser.add_argument("--test-images", type=int, help="test on so many, always the same; by default all")
-    parser.add_argument("--steps", type=int, default=400, help="of the supervised and the distilled encoder")
-    parser.add_argument("--mae-steps", type=int, help="of the autoencoder; by default the whole recipe")
-    parser.add_argument("--epochs", type=int, default=20, help="of the poolers, at most")
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/poolers"))
-    parser.add_argument("--page", help="put the table into this Markdown page")
-    return parser.parse_args(argv)
+def arguments(argv: list[str] | None):
+    numbers = {
+        "images": (2000, "training images with a label"),
+        "test_images": (None, "test on so many, always the same; by default all"),
+        "steps": (400, "of the supervised and the distilled encoder"),
+        "mae_steps": (None, "of the autoencoder; by default the whole recipe"),
+        "epochs": (20, "of the poolers, at most"),
+        "minutes": 25.0,
+    }
+    options = parser(__doc__, out=None, **numbers)
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--out", type=Path, default=Path("outputs/poolers"))
+    options.add_argument("--page", help="put the table into this Markdown page")
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> str:

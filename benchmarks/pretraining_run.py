@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from input_pipeline import make_jpegs
-from measure import machine, markdown_table, quartiles, spread, verdicts, write_section
+from measure import machine, markdown_table, parser, quartiles, row, spread, verdicts
+from summary import publish
 
 
 PEER, OURS, CROSS = "transformers", "hf-mim pretrain mae", "hf-mim pretrain mae, cross_attention"
@@ -134,20 +135,40 @@ def run_arm(name: str, args) -> float:
         return float(done.stdout.strip().splitlines()[-1])
 
 
+def ratios_of(speeds: dict[str, list[float]]) -> dict[str, tuple]:
+    return {name: quartiles(np.divide(speeds[name], speeds[PEER])) for name in (OURS, CROSS)}
+
+
+def rows_of(speeds: dict[str, list[float]], args) -> list[dict]:
+    """The goals are those for bf16."""
+    middle, ratios = {name: quartiles(values)[1] for name, values in speeds.items()}, ratios_of(speeds)
+    how = "bf16" if args.bf16 else "float32"
+    return [
+        row(
+            f"whole run, {how}, {name}: images per second over {PEER}'",
+            middle[name],
+            middle[PEER],
+            ratios[name],
+            goal if args.bf16 else None,
+            unit="images/s",
+        )
+        for name, goal in GOALS
+    ]
+
+
 def report(speeds: dict[str, list[float]], args) -> str:
-    ratios = {name: quartiles(np.divide(speeds[name], speeds[PEER])) for name in (OURS, CROSS)}
+    ratios = ratios_of(speeds)
     rows = [
         [name, spread(quartiles(values), 1), spread(ratios[name]) if name in ratios else ""]
         for name, values in speeds.items()
     ]
-    goals = [(f"{name}: images per second over transformers'", ratios[name][1], wanted, True) for name, wanted in GOALS]
     return "\n".join(
         [
             f"{SIZES[args.size]['what']}, batches of {args.batch}, {args.steps} steps, "
             f"{'bf16' if args.bf16 else 'float32'}, {args.images:,} images, {args.rounds} rounds, "
             f"{os.cpu_count()} cores.\n",
             markdown_table(["", "images per second", "times transformers'"], rows) + "\n",
-            verdicts(goals),
+            verdicts(rows_of(speeds, args)),
         ]
     )
 
@@ -156,16 +177,11 @@ GOALS = ((OURS, 1.2), (CROSS, 1.6))
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--float32", dest="bf16", action="store_false")
-    parser.add_argument("--out", help="put the table into this Markdown page")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    options = parser(__doc__, images=2000, batch=32, steps=16, rounds=3)
+    options.add_argument("--size", choices=list(SIZES), default="tiny")
+    options.add_argument("--float32", dest="bf16", action="store_false")
+    options.add_argument("--peer", help=argparse.SUPPRESS)
+    args = options.parse_args(argv)
     if args.peer:
         print(run_peer(argparse.Namespace(**json.loads(args.peer))))
         return {}
@@ -177,10 +193,8 @@ def main(argv: list[str] | None = None) -> dict:
             for name, values in speeds.items():
                 values.append(run_arm(name, args))
                 print(f"{name}: {values[-1]:.1f} images per second", file=sys.stderr, flush=True)
-    text = f"{machine().replace('1 thread; ', '')}\n\n{report(speeds, args)}"
-    print(text)
-    if args.out:
-        write_section(args.out, "pretraining_run", text)
+    where = machine().replace("1 thread; ", "")
+    publish(args.out, "pretraining_run", f"{where}\n\n{report(speeds, args)}", rows_of(speeds, args), where)
     return speeds
 
 

@@ -14,9 +14,7 @@ optimizer's state, which is the same for all, and what the C library's heap lose
 from run to run.
 """
 
-import argparse
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -26,9 +24,20 @@ import sys
 
 import torch
 import yaml
-from measure import alternate, machine, markdown_table, paired_ratios, quartiles, spread, verdicts, write_section
+from measure import (
+    alternate,
+    machine,
+    markdown_table,
+    paired_ratios,
+    parser,
+    quartiles,
+    row,
+    spread,
+    tensor_memory,
+    verdicts,
+)
 from peers import ARMS, Arm, equal_weights, make_batch
-from torch.profiler import ProfilerActivity, profile
+from summary import publish
 
 from hf_mim import MIMConfig
 from hf_mim.training.recipe import RECIPES
@@ -149,11 +158,7 @@ def step_memory(size: str, dtype: str, name: str) -> tuple[float, float]:
     for _ in range(3):
         step()
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - built
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes)) / 2**20, highest
+    return tensor_memory(step), highest
 
 
 def measure_memory(size: str, dtype: str, names: list[str], repeats: int = 3) -> dict[str, tuple[float, float]]:
@@ -191,36 +196,34 @@ def report(results: dict) -> str:
         header += ["step, MiB (over transformers')", "resident, MiB (over transformers')"]
         parts.append(f"### {what}, batch {count}, {dtype}: {result['rounds']} rounds\n")
         parts.append(markdown_table(header, rows) + "\n")
-    return "\n".join([*parts, verdicts(goals(results))])
+    return "\n".join([*parts, verdicts(rows_of(results))])
 
 
-def goals(results: dict) -> list[tuple[str, float, float, bool]]:
-    """What issue 3 asks for, as far as it was measured."""
+def rows_of(results: dict) -> list[dict]:
+    """What was compared, with the goals of issue 3."""
     wanted = {("quick", "float32"): 1.05, ("tiny", "float32"): 1.05, ("quick", "bf16"): 1.5, ("tiny", "bf16"): 1.2}
-    found = []
+    rows = []
     for (size, dtype), result in results.items():
-        label = f"{size}, {dtype}"
-        if (size, dtype) in wanted:
-            ratio = result["ratios"][f"{PEER} / {OURS}"][1]
-            found.append((f"{label}: transformers' time over ours", ratio, wanted[size, dtype], True))
-        if size == "tiny":
-            ratio = result["ratios"][f"{PEER} / {CROSS}"][1]
-            found.append((f"{label}: the same with the cross_attention decoder", ratio, 1.5, True))
+        label, middle = f"training step, {size}, {dtype}", {name: s[1] for name, s in result["seconds"].items()}
+        for ours in (OURS, CROSS):
+            goal = wanted.get((size, dtype)) if ours == OURS else 1.5 if size == "tiny" else None
+            for peer in (name for name in (PEER, "lightly") if name in middle):
+                what = f"{label}: time of {peer} over ours{ours.removeprefix(OURS)}"
+                milliseconds = (1000 * middle[name] for name in (ours, peer))
+                ratio = result["ratios"][f"{peer} / {ours}"]
+                rows.append(row(what, *milliseconds, ratio, goal if peer == PEER else None, unit="ms"))
         for i, kind in enumerate(("memory of a step", "resident memory")):
-            ratio = result["memory"][OURS][i] / result["memory"][PEER][i]
-            found.append((f"{label}: our {kind} over transformers'", ratio, 0.95, False))
-    return found
+            ours, peer = (result["memory"][name][i] for name in (OURS, PEER))
+            rows.append(row(f"{label}: our {kind} over {PEER}'", ours, peer, ours / peer, 0.95, more=False, unit="MiB"))
+    return rows
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small size and few rounds, to see that it runs")
-    parser.add_argument("--size", choices=list(SIZES), help="only this one; else quick and tiny")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="only this one")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--out", help="put the tables into this Markdown page")
-    return parser.parse_args(argv)
+def arguments(argv: list[str] | None):
+    options = parser(__doc__, json=True, rounds=None)
+    options.add_argument("--quick", action="store_true", help="a small size and few rounds, to see that it runs")
+    options.add_argument("--size", choices=list(SIZES), help="only this one; else quick and tiny")
+    options.add_argument("--dtype", choices=list(DTYPES), help="only this one")
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -232,10 +235,7 @@ def main(argv: list[str] | None = None) -> dict:
     for size in sizes:  # each is on paper before the next begins
         cases = [(size, dtype) for dtype in dtypes]
         found = {case: {**measure_time(*case, names, args.rounds), "memory": memory[case]} for case in cases}
-        text = f"{machine()}\n\n{report(found)}"
-        print(text, flush=True)
-        if args.out:
-            write_section(args.out, f"pretraining_step {size}", text)
+        publish(args.out, f"pretraining_step {size}", f"{machine()}\n\n{report(found)}", rows_of(found))
         results |= found
     if args.json:
         with open(args.json, "w") as file:

@@ -13,7 +13,6 @@ encoder and the writing of 64 images' features, and one epoch of all poolers on 
 figures of whole runs are extrapolated from the medians, and say so.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import alternate, machine, markdown_table, quartiles, spread, verdicts, write_section
+from measure import alternate, machine, markdown_table, parser, quartiles, row, spread, verdicts
+from summary import publish
 
 from hf_mim import MIMConfig, MIMModel
 from hf_mim.training.features import CachedSource, Features, PoolerChoice
@@ -222,29 +222,40 @@ def paper_words(found: dict) -> str:
 # ---- report --------------------------------------------------------------------------------------------------------
 def report(size: str, results: dict, on_paper: dict) -> str:
     what, _, count, _ = SIZES[size]
-    parts, goals = [], []
+    parts = []
     for words, found in results.items():
         rows = [["encoder in every epoch, one pooler a run", spread(found["peer"], 0), ""]]
         for views, one in found["views"].items():
             plural = "view" if views == 1 else "views"
             rows.append([f"hf_mim, {views} {plural} kept", spread(one["ours"], 0), spread(one["ratio"], 1)])
-            goals.append((f"{words}: {views} {plural}", one["ratio"][1], WANTED[views], True))
         parts += [
             f"### {what}, {count:,} images, {EPOCHS} epochs; {words}: {found['rounds']} rounds\n",
             markdown_table(["", "seconds, extrapolated", "times faster"], rows),
             f"\nOf ours, encoding one view takes {spread(found['encode'], 0)} s and {EPOCHS} epochs on one "
             f"{spread(found['views'][1]['train'], 0)} s.\n",
         ]
-    return "\n".join([*parts, verdicts(goals), "", paper_words(on_paper)])
+    return "\n".join([*parts, verdicts(rows_of(results)), "", paper_words(on_paper)])
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reduced", action="store_true", help="a small size and few rounds, to see that it runs")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--out", help="put the tables into this Markdown page")
-    return parser.parse_args(argv)
+def rows_of(results: dict) -> list[dict]:
+    return [
+        row(
+            f"probing, {words}, {views} view{'s' * (views > 1)}: time of one pooler a run over ours",
+            one["ours"][1],
+            found["peer"][1],
+            one["ratio"],
+            WANTED[views],
+            unit="s",
+        )
+        for words, found in results.items()
+        for views, one in found["views"].items()
+    ]
+
+
+def arguments(argv: list[str] | None):
+    options = parser(__doc__, json=True, rounds=None)
+    options.add_argument("--reduced", action="store_true", help="a small size and few rounds, to see that it runs")
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -253,10 +264,7 @@ def main(argv: list[str] | None = None) -> dict:
     size = "test" if args.reduced else "tiny"
     results = measure(size, args.rounds)
     on_paper = paper(test_config() if args.reduced else MIMConfig(encoder_config={"size": "base"}))
-    text = f"{machine()}\n\n{report(size, results, on_paper)}"
-    print(text, flush=True)
-    if args.out:
-        write_section(args.out, "probing", text)
+    publish(args.out, "probing", f"{machine()}\n\n{report(size, results, on_paper)}", rows_of(results))
     if args.json:
         Path(args.json).write_text(json.dumps({"sizes": results, "paper": on_paper}, indent=1))
     return results

@@ -4,17 +4,17 @@
 
 Both arms match the same tokens (checked), average targets and predictions over the groups, and take the gradient of
 the size-weighted smooth L1. They alternate in one process on one thread; counted is the processor's time; the table
-shows medians and the median of paired ratios. `--step` also times a training step of ViT-B at the same batch and says
+shows medians and quartiles of paired ratios. `--step` also times a training step of ViT-B at the same batch and says
 which share of it two morphing draws take. `--out` puts all of it into a page.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F
-from measure import machine, write_section
+from measure import alternate, machine, markdown_table, paired_ratios, parser, quartiles, row, spread, verdicts
+from summary import publish
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.modeling.morphing import even_schedule, match_tokens
@@ -85,14 +85,6 @@ def timed(function) -> float:
     return time.process_time() - started
 
 
-def compare(ours, dense, rounds: int) -> tuple[float, float, float]:
-    """-> median seconds of each, and the median of paired ratios dense / ours."""
-    ours(), dense()
-    pairs = [(timed(ours), timed(dense)) for _ in range(rounds)]
-    mine, theirs = zip(*pairs)
-    return statistics.median(mine), statistics.median(theirs), statistics.median(b / a for a, b in pairs)
-
-
 def step_seconds(batch: int, rounds: int) -> float:
     """A training step of ViT-B/16 at 224 pixels, all tokens encoded, as DTM trains; optimizer excluded."""
     encoder = {"size": "base", "mask_style": "token", "position_embedding": "learned"}
@@ -101,38 +93,63 @@ def step_seconds(batch: int, rounds: int) -> float:
     return min(timed(lambda: model(pixel_values).loss.backward()) for _ in range(rounds))
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 64), ("tokens", 196), ("dim", 768), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--step", action="store_true", help="also time a ViT-B step")
-    parser.add_argument("--out", help="a page to put the table into")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+def compare(args) -> list[dict]:
+    """[{"what", "iterations", "ours", "dense" (median seconds), "ratio" (quartiles of dense / ours), "same"}]"""
     torch.manual_seed(0)
     values = torch.randn(args.batch, args.tokens, args.dim)
     predicted = torch.randn(args.batch, args.tokens, args.dim, requires_grad=True)
-    lines = [machine(), "", f"Batch {args.batch}, {args.tokens} tokens, {args.dim} channels, {args.rounds} rounds.", ""]
-    lines += ["| what | iterations | seconds by indices | dense | dense / indices | equal assignments |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    rows = []
+    found = []
     for iterations in (2, 7, 14):
         schedule = even_schedule(args.tokens, args.tokens // 2, iterations)
         same = check(values, predicted, schedule)
         for what, (ours, dense) in arms(values, predicted, schedule).items():
-            mine, theirs, ratio = compare(ours, dense, args.rounds)
-            row = {"what": what, "iterations": iterations, "ours": mine, "dense": theirs, "ratio": ratio, "same": same}
-            rows.append(row)
-            figures = f"{mine:.3f} | {theirs:.3f} | {ratio:.2f} | {100 * same:.2f} %"
-            lines.append(f"| {what} | {iterations} | {figures} |")
+            times = alternate({"ours": ours, "dense": dense}, args.rounds, warmup=1)
+            medians = {name: quartiles(seconds)[1] for name, seconds in times.items()}
+            ratio = paired_ratios(times, "dense", "ours")
+            found.append({"what": what, "iterations": iterations, **medians, "ratio": ratio, "same": same})
+    return found
+
+
+def rows_of(found: list[dict], share: float | None = None) -> list[dict]:
+    """The goals hold for 7 and 14 iterations; `share` is that of morphing in a step, percent."""
+    goals, rows = {"whole": 3, "matching": 5}, []
+    for one in found:
+        what = f"morphing, {one['what']}, {one['iterations']} iterations: time of dense over ours"
+        goal = goals[one["what"]] if one["iterations"] > 2 else None
+        rows.append(row(what, one["ours"], one["dense"], one["ratio"], goal, unit="s"))
+    if share is not None:
+        rows.append(row("morphing: two draws of a ViT-B step, percent", share, None, None, 3, more=False))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options = parser(__doc__, batch=64, tokens=196, dim=768, rounds=5)
+    options.add_argument("--step", action="store_true", help="also time a ViT-B step")
+    args = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    found, share = compare(args), None
+    header = ["what", "iterations", "seconds by indices", "dense", "dense / indices", "equal assignments"]
+    lines = [
+        [
+            one["what"],
+            one["iterations"],
+            f"{one['ours']:.3f}",
+            f"{one['dense']:.3f}",
+            spread(one["ratio"]),
+            f"{100 * one['same']:.2f} %",
+        ]
+        for one in found
+    ]
+    parts = [machine(), f"Batch {args.batch}, {args.tokens} tokens, {args.dim} channels, {args.rounds} rounds."]
+    parts.append(markdown_table(header, lines))
     if args.step:
         step = step_seconds(args.batch, 2)
-        morphing = 2 * statistics.mean(row["ours"] for row in rows if row["what"] == "whole" and row["iterations"] == 7)
-        lines += ["", f"Two draws of 7 iterations take {100 * morphing / step:.1f} % of a ViT-B step of {step:.1f} s."]
-    print("\n".join(lines))
-    if args.out:
-        write_section(args.out, "token_morphing", "\n".join(lines))
-    return rows
+        draws = [one["ours"] for one in found if one["what"] == "whole" and one["iterations"] == 7]
+        share = 200 * statistics.mean(draws) / step
+        parts.append(f"Two draws of 7 iterations take {share:.1f} % of a ViT-B step of {step:.1f} s.")
+    rows = rows_of(found, share)
+    publish(args.out, "token_morphing", "\n\n".join([*parts, verdicts(rows)]), rows)
+    return found
 
 
 if __name__ == "__main__":

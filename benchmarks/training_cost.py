@@ -7,10 +7,8 @@ pass is added. GPU hours follow from the number of epochs in the recipe, the ven
 assumed to be reached; images per second are what the loader must then deliver to each GPU.
 """
 
-import argparse
-
 import torch
-from measure import markdown_table, write_section
+from measure import markdown_table, parser, write_section
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
@@ -69,12 +67,10 @@ def large_recipes() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", help="by default all large ones")
-    parser.add_argument("--gpu", choices=list(PEAKS), default="H100")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the GPU's peak that is reached")
-    parser.add_argument("--out", help="put the table into this Markdown page")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, utilisation=(0.4, "share of the GPU's peak that is reached"))
+    options.add_argument("--recipes", nargs="+", help="by default all large ones")
+    options.add_argument("--gpu", choices=list(PEAKS), default="H100")
+    args = options.parse_args(argv)
     rows, costs = [], []
     for name in args.recipes or large_recipes():
         found = cost(name, args.gpu, args.utilisation)
