@@ -11,9 +11,9 @@ quality:
 test:
 	pytest
 
-# Every comparison with a peer is one script, and each prints its own table; other files are what they share.
+# Every comparison with a peer, onto docs/benchmarks.md; goes on where it was stopped.
 bench:
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; python "$$script"; done
+	python benchmarks/run_all.py
 
 # build/ first of all: pip leaves it behind, and the next build packages deleted modules from it.
 clean:

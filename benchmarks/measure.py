@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import platform
 import re
 import time
@@ -135,4 +136,11 @@ def write_section(path: str | Path, name: str, text: str) -> None:
         page = f"{page.rstrip()}\n\n{begin}\n{end}\n".lstrip()
     before, rest = page.split(begin, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
+    write_whole(path, f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is whole whenever it is read."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

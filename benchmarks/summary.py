@@ -7,11 +7,10 @@ rows for this table as JSON. So one script can be run again alone, and the table
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
-from measure import judge, machine, markdown_table, parser, spread, write_section
+from measure import judge, machine, markdown_table, parser, spread, write_section, write_whole
 
 
 STARTED = time.monotonic()
@@ -37,9 +36,7 @@ def publish(page: str | Path | None, name: str, text: str, rows: list[dict], whe
     found = {"machine": where or machine(), "seconds": round(time.monotonic() - STARTED), "rows": rows}
     file = file_of(page, name)
     file.parent.mkdir(exist_ok=True)
-    part = file.with_suffix(".part")  # a file that is there is whole
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, file)
+    write_whole(file, json.dumps(found, indent=1) + "\n")
     write_section(page, "summary", table(page))
 
 
@@ -51,7 +48,10 @@ def number(value: float | None, unit: str = "") -> str:
 
 def cells(entry: dict) -> list[str]:
     ratio, (_, wanted, verdict) = entry["ratio"], judge(entry)
-    shown = "" if ratio is None else spread(ratio) if isinstance(ratio, list | tuple) else f"{ratio:.2f}"
+    if isinstance(ratio, list | tuple):
+        shown = spread(ratio, 1 if ratio[1] >= 10 else 2)
+    else:
+        shown = "" if ratio is None else f"{ratio:.2f}"
     figures = (number(entry[name], entry["unit"]) for name in ("ours", "peer"))
     return [entry["what"], *figures, shown, wanted, verdict]
 
