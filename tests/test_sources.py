@@ -14,8 +14,7 @@ from rich.console import Console
 from test_data import config, folder, picture, rows
 from test_pretrain import TINY
 
-from hf_mim.training import streaming
-from hf_mim.training.data import MIMCollator, StreamedImages, load_splits
+from hf_mim.training.data import MIMCollator, load_splits
 from hf_mim.training.decoding import TooManyBadImages, allowed, decode, is_plain_jpeg
 from hf_mim.training.pretrain import pretrain
 from hf_mim.training.sources import DataArguments
@@ -79,56 +78,6 @@ def test_shards_have_labels_and_splits(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no archive at all")
     with pytest.raises(ValueError, match="cannot read .*bad.tar as webdataset"):
         load_splits(DataArguments(dataset=str(tmp_path)), config())
-
-
-# ---- streams -------------------------------------------------------------------------------------------------------
-def stream(seed=3, count=10, buffer=6) -> StreamedImages:
-    data = DataArguments(shuffle_buffer=buffer)
-    return StreamedImages(rows(count).to_iterable_dataset(num_shards=2), config(), data, seed)
-
-
-def take(images, count: int, workers: int = 0, batch: int = 4) -> list[torch.Tensor]:
-    images.batch_size = batch
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch,
-        collate_fn=MIMCollator(config(), (2, 2)),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )
-    batches = list(itertools.islice(loader, count))
-    return [torch.cat([b["pixel_values"].flatten(1), b["bool_masked_pos"].float()], dim=1) for b in batches]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_where_it_was_whatever_the_number_of_workers(workers):
-    whole = take(stream(), 7)  # two passes of 10 images and 8 of a third
-    assert not torch.equal(whole[0], torch.cat([whole[2], whole[3]])[2:6])  # a pass has crops and masks of its own
-    for done in (1, 4):
-        for length in (0, 10):
-            later = stream()
-            later.seek(done * 4, length)
-            for a, b in zip(whole[done:], take(later, 7 - done, workers), strict=True):
-                assert torch.equal(a, b)
-
-
-def test_a_stream_is_shuffled_anew_in_every_pass(monkeypatch):
-    # What is cut is remembered instead of the pixels: crops and flips do not hide which image it was.
-    monkeypatch.setattr(StreamedImages, "_cut", lambda self, image, *place: image.float().mean().item())
-    passes = np.array(list(itertools.islice(stream(), 30))).reshape(3, 10)
-    in_order = np.array(list(itertools.islice(stream(buffer=0), 20))).reshape(2, 10)
-    assert (in_order[0] == in_order[1]).all()
-    assert (np.sort(passes, axis=1) == np.sort(in_order[0])).all()  # each image once in every pass
-    assert not (passes[0] == passes[1]).all() and not (passes[1] == passes[2]).all()
-    assert not (passes[0] == np.array(list(itertools.islice(stream(seed=4), 10)))).all()
-
-
-def test_a_stream_knows_where_it_is():
-    images = stream()
-    take(images, 3)
-    assert images.position(12) == {"images": 12, "length": 10}
-    images.seek(8)
-    assert images.position(4) == {"images": 12, "length": 0}
 
 
 # ---- pixels --------------------------------------------------------------------------------------------------------
@@ -245,20 +194,6 @@ def test_the_labels_are_those_of_what_is_shown(tmp_path):
     assert torch.equal(
         table.true_labels([i for i in range(len(table)) if i not in bad]), table.labels[~table.bad.flags]
     )
-
-
-def test_a_stream_skips_bad_images_and_stays_in_step(tmp_path, monkeypatch):
-    files = sorted((tmp_path / "images").rglob("*.png")) or broken(tmp_path / "images", 12, (3, 4, 11))
-    data = DataArguments(dataset=str(files), streaming=True, max_bad_images=3)
-    first = load_splits(data, config()).train
-    whole = take(first, 7)
-    assert first.bad_count == 3
-    again = load_splits(data, config()).train
-    again.seek(16)
-    assert all(torch.equal(a, b) for a, b in zip(whole[4:], take(again, 3, workers=2), strict=True))
-    monkeypatch.setattr(streaming, "SETTLED", 1)
-    with pytest.raises(TooManyBadImages, match="(03|04|11).png"):
-        take(load_splits(DataArguments(dataset=str(files), streaming=True, max_bad_images=0), config()).train, 7)
 
 
 def test_a_run_reports_what_it_skipped(tmp_path):

@@ -272,7 +272,6 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
     train_name, test_name = sources.choose_splits(splits, data)
     train = splits[train_name]
     if data.streaming and isinstance(train, datasets.IterableDataset):
-        train = train.take(data.max_train_images) if data.max_train_images else train
         return Splits(StreamedImages(train, config, data, seed), None, None, "streamed: not evaluated")
     _, label_column = sources.find_columns(train.features, data)
     if label_column is None or (test_name is None and len(train) < FEWEST):

@@ -58,6 +58,8 @@ class SafeCheckpointMixin:
         """
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self._check_finite(folder)
+        if hasattr(self.train_dataset, "gather"):
+            self.train_dataset.gather(self.args.device)
         self._staging, self._to_push = folder / UNFINISHED, None
         if self.args.should_save:
             shutil.rmtree(self._staging, ignore_errors=True)  # what a killed process left
@@ -118,7 +120,7 @@ class SafeCheckpointMixin:
         if self.target is not None and (folder / MOVING_STATE).is_file():
             self.target.load_moving_state(load_file(folder / MOVING_STATE))
         if (folder / STREAM_STATE).is_file() and hasattr(self.train_dataset, "seek"):
-            self.train_dataset.seek(**json.loads((folder / STREAM_STATE).read_text()))
+            self.train_dataset.seek(json.loads((folder / STREAM_STATE).read_text()))
 
     # transformers saves the weights of some models (Swin) under older names. `from_pretrained` knows them, but Trainer
     # does not: it leaves what it does not find in the file as it is, with a warning.
@@ -183,6 +185,17 @@ def not_finite(trainer, what: str) -> ValueError:
     advice = "lower training.base_learning_rate, lengthen training.warmup_steps or set training.bf16=false"
     start = f"the last good checkpoint is {last}: start from it with model.init_from={last}, and " if last else ""
     return ValueError(f"{what} not finite at step {state.global_step}{rate}; {start}{advice}")
+
+
+def lost_worker(trainer, reason: str) -> ChildProcessError:
+    """The error that ends a run whose loader has lost a worker, with what is needed to go on."""
+    folder = Path(trainer.args.output_dir)
+    last = last_checkpoint(folder)
+    go_on = f"go on from {last} with training.resume=true" if last else f"there is no checkpoint in {folder}"
+    return ChildProcessError(
+        f"a worker of the loader is gone after step {trainer.state.global_step} ({reason.rstrip('. ')}); {go_on}. "
+        "Where memory ran out, fewer training.dataloader_num_workers or a smaller data.shuffle_buffer help"
+    )
 
 
 def outlive_sigterm(first, number: int) -> None:

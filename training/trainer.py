@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -15,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin, check_hub_strategy
-from hf_mim.training.saving import SafeCheckpointMixin, outlive_sigterm
+from hf_mim.training.saving import SafeCheckpointMixin, lost_worker, outlive_sigterm
 from hf_mim.training.throughput import Throughput, flops_per_image, peak_flops
 from hf_mim.training.transforms import normalize
 
@@ -118,7 +119,10 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         self.add_callback(EpochCallback(self))
         if hasattr(self.train_dataset, "seek"):
             self.args.ignore_data_skip = True  # the stream goes to its place itself
-            self.train_dataset.batch_size = self.args.train_batch_size
+            args = self.args
+            self.train_dataset.arrange(
+                args.train_batch_size, args.process_index, args.world_size, args.dataloader_num_workers
+            )
         self.throughput = Throughput(self.args.total_batch_size)
         self.pixels = None
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
@@ -130,11 +134,20 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
             self.add_callback(self.progress)
 
     def train(self, *args, **kwargs):
+        """Raises:
+        ChildProcessError: a worker of the loader was killed.
+        """
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).strip()
         finally:
             if self.progress is not None:
                 self.progress.close()
+        # Here the loader is gone, with the workers that are left: the error, which held it, is forgotten.
+        raise lost_worker(self, reason)
 
     @property
     def target(self):
@@ -177,10 +190,28 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self):
+        if hasattr(self.train_dataset, "seek"):
+            return self._stream_loader()
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = partial(outlive_sigterm, inner.worker_init_fn)
         return loader
+
+    def _stream_loader(self):
+        """A stream gives each process its own images: accelerate must not divide them again, or hand them out."""
+        args = self.args
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(outlive_sigterm, None),
+        )
+        options = {"put_on_device": True, "non_blocking": self.accelerator.non_blocking, "dispatch_batches": False}
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, **options)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

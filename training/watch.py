@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,9 +181,7 @@ def example_batches(splits: Splits):
     if dataset is None and not isinstance(splits.train, MIMDataset):
         if not hasattr(splits.train, "seek"):
             return
-        stream = copy.copy(splits.train)
-        stream.start, stream.data = 0, replace(stream.data, crop_scale=None, horizontal_flip=False)
-        yield from itertools.islice(stream, IMAGES)
+        yield from itertools.islice(splits.train.without_augmentation(), IMAGES)
         return
     dataset = splits.train.without_augmentation() if dataset is None else dataset
     shown = pictures.examples(dataset)
