@@ -103,6 +103,10 @@ class MIMPreTrainedModel(PreTrainedModel):
         encoder.load_native_state(state)
         return model.eval()
 
+    def get_input_embeddings(self):
+        """None, as there is no table of words; accelerate asks for one when it shards a model by FSDP2."""
+        return None
+
     def parameters_without_decay(self) -> set[str]:
         """Names of what weight decay should leave alone: biases, norms, tokens, positions, scales."""
         special = ("token", "position", "relative", "prefix")

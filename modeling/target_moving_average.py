@@ -60,9 +60,17 @@ class MovingAverageTarget(FeatureTarget):
         return self.global_weight * error.square().mean()
 
     def bind(self, encoder: Encoder) -> None:
-        """Starts from the student's present weights, at the first call."""
+        """Starts from the student's present weights, at the first call.
+
+        Raises:
+            ValueError: the weights are sharded by now, and cannot be copied; after the first call they may be.
+        """
         self.average.student = encoder
         if self.average.teacher is None:
+            if any(is_sharded(parameter) for parameter in encoder.parameters()):
+                raise ValueError(
+                    "target 'moving_average' copies whole weights: call target.bind(encoder) before they are sharded"
+                )
             self.average.teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
             if self.average.waiting:
                 self.load_moving_state(self.average.waiting)
@@ -73,13 +81,18 @@ class MovingAverageTarget(FeatureTarget):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, parameter by parameter; buffers are copied."""
+        """teacher = decay * teacher + (1 - decay) * student, parameter by parameter; buffers are copied. Step 0 begins
+        with the student. Weights sharded by FSDP2 are gathered one by one: every process must call this."""
         teacher, student = self.average.teacher, self.average.student
         if teacher is None:
             return
-        own = dict(student.named_parameters())
-        pairs = [(kept, own[name].to(kept)) for name, kept in teacher.named_parameters()]
-        torch._foreach_lerp_([kept for kept, _ in pairs], [new for _, new in pairs], 1 - self.decay_at(step))
+        share = 1 - self.decay_at(step) if step > 0 else 1.0
+        kept, new = list(teacher.parameters()), list(student.parameters())
+        if any(map(is_sharded, new)):
+            for old, parameter in zip(kept, new, strict=True):
+                old.lerp_((parameter.full_tensor() if is_sharded(parameter) else parameter).to(old), share)
+        else:
+            torch._foreach_lerp_(kept, [parameter.to(old) for old, parameter in zip(kept, new, strict=True)], share)
         for kept, new in zip(teacher.buffers(), student.buffers()):
             kept.copy_(new)
 
@@ -98,6 +111,8 @@ class MovingAverageTarget(FeatureTarget):
         teacher, outputs = self.average.teacher, []
         if teacher is None:
             raise ValueError("target 'moving_average' follows a student: call bind(encoder) first")
+        if next(teacher.parameters()).device != pixel_values.device:  # bound before the student was moved
+            teacher.to(pixel_values.device)
         blocks = [module for module in teacher.modules() if isinstance(module, MLP)][-self.top_k_blocks :]
         hooks = [block.register_forward_hook(lambda m, i, out: outputs.append(out)) for block in blocks]
         try:
@@ -109,6 +124,11 @@ class MovingAverageTarget(FeatureTarget):
         mean = sum(normalise_features(out[:, prefix:].float(), "instance") for out in outputs) / len(outputs)
         patches = F.layer_norm(mean, mean.shape[-1:])
         return {"patches": patches} | ({"global": patches.mean(dim=1)} if self.global_weight else {})
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process has a part."""
+    return hasattr(parameter, "full_tensor")
 
 
 class Hidden:

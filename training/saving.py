@@ -90,6 +90,22 @@ class SafeCheckpointMixin:
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit, best)
 
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes its share of a checkpoint (FSDP with SHARDED_STATE_DICT)."""
+        return self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def save_model(self, output_dir=None, _internal_call: bool = False) -> None:
+        """Whole, also where checkpoints are written in shards: `Trainer` would write nothing then."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, torch.distributed.fsdp.FSDPModule):
+            # FSDP2 made a class of its own of the model's, and torch's files would be saved as the model's code.
+            type(model).__module__ = type(model).__bases__[-1].__module__
+        if self.saves_shards and not _internal_call:
+            state = self.accelerator.get_state_dict(self.model)  # in every process; it is there in the first
+            self._save(output_dir, state_dict=state)
+        super().save_model(output_dir, _internal_call)
+
     def _check_finite(self, folder: Path) -> None:
         """A device is waited for here, which is why it is done once per checkpoint and not at every step."""
         bad = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach()).all()), None)
@@ -98,6 +114,10 @@ class SafeCheckpointMixin:
 
     def _save_own_state(self, folder: Path) -> None:
         moving = {} if self.target is None else self.target.moving_state()
+        if self.saves_shards:  # what the merged weights will need beside them
+            self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
         if moving:
             save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
         if hasattr(self.train_dataset, "position"):

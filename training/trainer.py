@@ -12,6 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
@@ -127,6 +128,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         self.pixels = None
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
+            self._bind_before_sharding()
             self.add_callback(TargetCallback(self.target))
         self.progress = None
         if console is not None and self.is_world_process_zero():
@@ -148,6 +150,19 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
                 self.progress.close()
         # Here the loader is gone, with the workers that are left: the error, which held it, is forgotten.
         raise lost_worker(self, reason)
+
+    def _bind_before_sharding(self) -> None:
+        """Raises:
+        ValueError: the target follows the student, whose weights it would not see whole.
+        """
+        zero3 = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+        if self.is_fsdp_enabled or zero3:
+            self.target.bind(self.accelerator.unwrap_model(self.model).mim.encoder)
+            if self.target.moving_state() and not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    f"target {self.model.config.target!r} follows the student's whole weights: it works with FSDP2 "
+                    "(--fsdp_version 2), DeepSpeed's stages 1 and 2 and without sharding"
+                )
 
     @property
     def target(self):
