@@ -129,7 +129,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
             self._bind_before_sharding()
-            self.add_callback(TargetCallback(self.target))
+            self.add_callback(TargetCallback(self.target, self.is_fsdp_enabled))
         self.progress = None
         if console is not None and self.is_world_process_zero():
             self.progress = TrainingProgress(console)
@@ -263,8 +263,13 @@ def seed_of(key: tuple[int, ...]) -> int:
 class TargetCallback(TrainerCallback):
     """Moves a target that follows the student after each optimizer step."""
 
-    def __init__(self, target):
-        self.target = target
+    def __init__(self, target, sharded: bool):
+        self.target, self.sharded = target, sharded
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Before they were sharded the weights of all processes but the first may have been empty memory.
+        if self.sharded and state.global_step == 0:
+            self.target.update(0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.target.update(state.global_step + 1)
