@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.training.remote import fetch_model
+from hf_mim.training.urls import LOCAL, is_url
 
 
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards
@@ -29,19 +31,33 @@ def check_source(source: str) -> None:
         )
 
 
+def resolve(source: str | Path) -> str:
+    """What transformers can load: a local folder or an id on the Hub; of a URL, the model in the cache.
+
+    Raises:
+        ValueError: as of `check_source`, or there is no model at the URL.
+        Unreachable: the URL cannot be read.
+    """
+    if is_url(source):
+        protocol, _, path = source.partition("://")
+        source = path if protocol in LOCAL else fetch_model(source)
+    check_source(source)
+    return str(source)
+
+
 def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
     """The config of a MIM checkpoint, with changes.
 
     Args:
-        checkpoint: a folder, or an id on the Hub.
+        checkpoint: a folder, a URL, or an id on the Hub.
         changes: fields of `MIMConfig`; a part's options are merged, unless the part itself changes.
 
     Raises:
         ValueError: there is no checkpoint, or it is of another model type.
     """
-    check_source(checkpoint)
+    place = resolve(checkpoint)
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        fields, _ = PreTrainedConfig.get_config_dict(place)
         reason, cause = "there is no config.json", None
     except (OSError, ValueError) as error:
         fields, reason, cause = {}, str(error).strip().splitlines()[0], error
@@ -70,7 +86,7 @@ def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTrainin
     """
     config = load_config(checkpoint, changes)
     try:
-        return MIMForPreTraining.from_pretrained(checkpoint, config=config, use_safetensors=True)
+        return MIMForPreTraining.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True)
     except RuntimeError as error:  # how transformers reports weights of other shapes
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line.lower()), str(error))
         raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None
@@ -82,9 +98,9 @@ def model_type_of(source: str) -> str:
     Raises:
         ValueError: there is no model, or it is one of timm.
     """
-    check_source(source)
+    place = resolve(source)
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(source)
+        fields, _ = PreTrainedConfig.get_config_dict(place)
     except (OSError, ValueError) as error:
         # With its cause: the command explains what the Hub said from there.
         raise ValueError(f"no checkpoint at {source}: {str(error).strip().splitlines()[0]}") from error
@@ -101,17 +117,17 @@ def load_encoder(source: str) -> MIMModel:
     a pooler. It sees whole images, also where the model's own class would hide patches (ViTMAE).
 
     Args:
-        source: a folder, or an id on the Hub.
+        source: a folder, a URL, or an id on the Hub.
 
     Raises:
         ValueError: there is no model, or it is no image encoder.
     """
-    kind = model_type_of(source)
+    kind, place = model_type_of(source), resolve(source)
     if kind == MIMConfig.model_type:
-        model = MIMModel.from_pretrained(source, add_pooling_layer=False, use_safetensors=True)
+        model = MIMModel.from_pretrained(place, add_pooling_layer=False, use_safetensors=True)
     else:
         try:
-            model = MIMModel.from_encoder(source, add_pooling_layer=False)
+            model = MIMModel.from_encoder(place, add_pooling_layer=False)
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}") from error
     return model.eval().requires_grad_(False)

@@ -18,14 +18,14 @@ from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.training import evaluation
 from hf_mim.training import recipe as recipes
 from hf_mim.training.augment import ClassificationCollator
-from hf_mim.training.checkpoint import load_config, model_type_of
+from hf_mim.training.checkpoint import load_config, model_type_of, resolve
 from hf_mim.training.data import processor_for
 from hf_mim.training.finetune import FinetuneRun, train, write_results
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
 from hf_mim.training.labelled_data import LabelledSplits, balanced_weights, load_labelled_splits
 from hf_mim.training.lora import ADAPTER, add_lora, save_adapted
-from hf_mim.training.running import lookout
+from hf_mim.training.running import copied, lookout, place_of
 
 
 # Of a new head's weights, by optimizer: tiny ones as in MAE's release let predictions start out equal; but LAMB's steps
@@ -59,10 +59,11 @@ def finetune_classification(run: FinetuneRun) -> Path:
         console=run.console,
     )
     started = time.perf_counter()
-    train(run, trainer, partial(save, run, trainer))
-    with lookout(run, "finetune"):
-        finish(run, trainer, splits, time.perf_counter() - started)
-        trainer.accelerator.wait_for_everyone()
+    with copied(run):
+        train(run, trainer, partial(save, run, trainer))
+        with lookout(run, "finetune"):
+            finish(run, trainer, splits, time.perf_counter() - started)
+            trainer.accelerator.wait_for_everyone()
     return run.folder
 
 
@@ -94,7 +95,7 @@ def config_builder(source: str):
     if kind == MIMConfig.model_type:
         return partial(strict, partial(load_config, source)), None
     try:
-        native, state = load_native(source)
+        native, state = load_native(resolve(source))
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}") from error
     return partial(strict, lambda changes: MIMConfig(**recipes.merge(native, changes))), state
@@ -140,7 +141,7 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
 def load_checkpoint(source: str, config: MIMConfig) -> MIMForImageClassification:
     try:
         model, found = MIMForImageClassification.from_pretrained(
-            source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            resolve(source), config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except RuntimeError as error:
         raise misfit(source, str(error)) from None
@@ -282,7 +283,7 @@ def results_table(results: dict) -> Table:
 
 
 def say_what_next(run: FinetuneRun) -> None:
-    folder = shlex.quote(str(run.folder))
+    folder = shlex.quote(place_of(run))
     lines = [f"pictures: {folder}/confusion.png, {folder}/loss.png"]
     if run.options.lora:
         lines.append(f"the adapter alone: {folder}/{ADAPTER}")

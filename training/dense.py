@@ -26,6 +26,7 @@ from hf_mim.training.segmentation import SHOWN, input_size, predict
 from hf_mim.training.segmentation_data import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import has_bf16
+from hf_mim.training.urls import check_local
 
 
 NEITHER = -1  # the label of a cell without a labelled pixel
@@ -87,6 +88,7 @@ def probe_dense(source: str, overrides: list[str] = (), console: Console | None 
     size = input_size(model, arguments.image_size, data.dataset is None)
     (layer,) = choose_layers(model.encoder, [arguments.layer])
     name = Path(source).name or Path(source).absolute().name
+    check_local("probe.output_dir", arguments.output_dir)
     folder = Path(arguments.output_dir or f"outputs/dense-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
     if (folder / "dense.json").exists():
         raise ValueError(f"{folder} holds another probing; choose another probe.output_dir, or remove it")

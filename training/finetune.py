@@ -14,9 +14,11 @@ from hf_mim.training import pictures
 from hf_mim.training import recipe as recipes
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
-from hf_mim.training.running import choose_folder, facts, find_checkpoint, save_recipe, train_and_save
+from hf_mim.training.remote import RemoteRun, fetch_recipe
+from hf_mim.training.running import choose_folder, facts, find_checkpoint, remote_of, save_recipe, train_and_save
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainingArguments
+from hf_mim.training.urls import is_url
 
 
 DEFAULTS = {"classification": "finetune_small", "segmentation": "segmentation_small"}  # recipes, by task
@@ -27,9 +29,10 @@ class FinetuneRun:
     """A run that is set up and has written nothing yet.
 
     Args:
-        source: what is fine-tuned: a folder, or an id on the Hub.
+        source: what is fine-tuned: a folder, a URL, or an id on the Hub.
         recipe: the resolved recipe, as it is saved.
         checkpoint: to resume from.
+        remote: what copies it to a URL.
     """
 
     source: str
@@ -41,14 +44,15 @@ class FinetuneRun:
     console: Console
     paper: str = ""
     checkpoint: Path | None = None
+    remote: RemoteRun | None = None
 
 
 def finetune(source: str, name: str | None = None, overrides: list[str] = (), console: Console | None = None) -> Path:
     """Fine-tunes a model, evaluates it, and writes everything into one folder.
 
     Args:
-        source: a checkpoint of this project or a vision model of transformers, a folder or an id on the Hub; or the
-            folder of a run to resume, with `training.resume=true`.
+        source: a checkpoint of this project or a vision model of transformers, a folder, a URL or an id on the Hub; or
+            the folder or URL of a run to resume, with `training.resume=true`.
         name: of a recipe, or a file or run folder with one; None is the small one of the task, or that of the run to
             resume.
         overrides: `section.key=value`; `task=segmentation` is short for `finetune.task=segmentation`.
@@ -84,8 +88,10 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
     changes = recipes.parse_overrides(overrides)
     resume, task = changes.get("training", {}).get("resume", False), changes.get("finetune", {}).get("task")
     folder = Path(source).expanduser()
-    continues = resume and name is None
-    if continues:
+    continues, name = resume and name is None, fetch_recipe(name) if is_url(name) else name
+    if continues and is_url(source):
+        name = fetch_recipe(source)
+    elif continues:
         if not (folder / "recipe.yaml").is_file():
             raise ValueError(
                 f"which run to resume? {source} holds no recipe.yaml: hf-mim finetune FOLDER training.resume=true"
@@ -94,8 +100,8 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
     name = name or DEFAULTS.get(task, DEFAULTS["classification"])
     recipe = recipes.resolve(name, overrides, "finetune")
     if continues:
-        source = recipe["model"].get("init_from") or source
-        recipe["training"].setdefault("output_dir", str(folder))
+        place, source = source, recipe["model"].get("init_from") or source
+        recipe["training"].setdefault("output_dir", place)
     recipe["model"] = {"init_from": source, **{k: v for k, v in recipe["model"].items() if k != "init_from"}}
     return source, recipe, recipes.read_header(recipes.find(name)).get("paper", "")
 
@@ -115,14 +121,15 @@ def set_up(source: str, recipe: dict, console: Console, paper: str = "") -> Fine
         raise ValueError("which run to resume? hf-mim finetune FOLDER training.resume=true")
     for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
         recipe["training"].pop(key, None)
-    folder = choose_folder(wanted, f"finetune-{Path(source).name}", arguments.resume)
-    arguments.output_dir = str(folder)
     if arguments.process_index > 0:
         console = Console(quiet=True)
-    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
-    checkpoint = find_checkpoint(console, recipe, folder) if arguments.resume else None
+    remote = remote_of(wanted, console)
+    folder = choose_folder(wanted, f"finetune-{Path(source).name}", arguments.resume, remote)
+    arguments.output_dir = str(folder)
+    console.print(f"output folder: {remote.url if remote else folder}", highlight=False, soft_wrap=True)
+    checkpoint = find_checkpoint(console, recipe, folder, remote) if arguments.resume else None
     set_seed(arguments.seed)
-    return FinetuneRun(source, recipe, options, data, arguments, folder, console, paper, checkpoint)
+    return FinetuneRun(source, recipe, options, data, arguments, folder, console, paper, checkpoint, remote)
 
 
 def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingArguments:
@@ -150,8 +157,7 @@ def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingA
 def train(run: FinetuneRun, trainer: FinetuneTrainer, save: Callable[[], None]) -> None:
     """Trains and draws the loss; calls `save` as `train_and_save` does."""
     if trainer.is_world_process_zero():
-        again = f"hf-mim finetune {shlex.quote(run.source)} {shlex.quote(str(run.folder / 'recipe.yaml'))}"
-        save_recipe(run, again)
+        save_recipe(run, f"hf-mim finetune {shlex.quote(run.source)}")
 
     def save_all():
         save()

@@ -21,11 +21,23 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.profiling import ProfileCallback
-from hf_mim.training.running import choose_folder, facts, find_checkpoint, lookout, save_recipe, train_and_save
+from hf_mim.training.remote import RemoteRun, fetch_recipe
+from hf_mim.training.running import (
+    choose_folder,
+    copied,
+    facts,
+    find_checkpoint,
+    lookout,
+    place_of,
+    remote_of,
+    save_recipe,
+    train_and_save,
+)
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.teacher import teacher_of
 from hf_mim.training.throughput import mean_throughput
 from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.urls import is_url
 from hf_mim.training.watch import TeacherWatch, Watch
 
 
@@ -41,6 +53,7 @@ class Run:
     console: Console
     paper: str = ""  # what the recipe's header says of it
     checkpoint: Path | None = None  # to resume from
+    remote: RemoteRun | None = None  # what copies it to a URL
 
     @property
     def config(self) -> MIMConfig:
@@ -51,12 +64,12 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
     """Pretrains a recipe, evaluates it where there are labels, and writes everything into one folder.
 
     Args:
-        name: of a recipe, or a file or run folder with one.
+        name: of a recipe, or a file or run folder with one, or the URL of such.
         overrides: `section.key=value`.
         console: where to print; None is the terminal.
 
     Returns:
-        the folder.
+        the folder; of a run at a URL, its local one.
 
     Raises:
         ValueError, OSError: something in the recipe, the data or the folder is wrong; nothing has been written.
@@ -65,19 +78,21 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
     """
     run = set_up(name, list(overrides), console or Console())
     started = time.perf_counter()
-    trainer = train(run)
-    seconds = time.perf_counter() - started
-    with lookout(run, "pretrain"):
-        if trainer.is_world_process_zero():
-            write_results(run, trainer, seconds)
-            say_what_next(run)
-        trainer.accelerator.wait_for_everyone()
+    with copied(run):
+        trainer = train(run)
+        seconds = time.perf_counter() - started
+        with lookout(run, "pretrain"):
+            if trainer.is_world_process_zero():
+                write_results(run, trainer, seconds)
+                say_what_next(run)
+            trainer.accelerator.wait_for_everyone()
     return run.folder
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
 def set_up(name: str, overrides: list[str], console: Console) -> Run:
     """Reads and checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
+    source, name = name, fetch_recipe(name) if is_url(name) else name
     recipe = recipes.resolve(name, overrides, "pretrain")
     training, data = dict(recipe["training"]), DataArguments(**recipe["data"])
     wanted = training.pop("output_dir", None)
@@ -85,22 +100,23 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
         recipe["training"].pop(key, None)
     if arguments.resume and wanted is None:
-        if not Path(name).expanduser().is_dir():
+        if not is_url(source) and not Path(name).expanduser().is_dir():
             raise ValueError("which run to resume? hf-mim pretrain FOLDER training.resume=true")
-        wanted = name
-    folder = choose_folder(wanted, f"pretrain-{Path(recipes.find(name)).stem}", arguments.resume)
-    arguments.output_dir = str(folder)
+        wanted = source
     if arguments.process_index > 0:
         console = Console(quiet=True)
-    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
+    remote = remote_of(wanted, console)
+    folder = choose_folder(wanted, f"pretrain-{Path(recipes.find(name)).stem}", arguments.resume, remote)
+    arguments.output_dir = str(folder)
+    console.print(f"output folder: {remote.url if remote else folder}", highlight=False, soft_wrap=True)
     set_seed(arguments.seed)
     model = make_model(recipe["model"])
     splits = load_splits(data, model.config, arguments.seed)
     check_length(splits.train, arguments)
     describe(console, model, splits, arguments, data)
     paper = recipes.read_header(recipes.find(name)).get("paper", "")
-    checkpoint = find_checkpoint(console, recipe, folder) if arguments.resume else None
-    return Run(recipe, arguments, folder, model, splits, console, paper, checkpoint)
+    checkpoint = find_checkpoint(console, recipe, folder, remote) if arguments.resume else None
+    return Run(recipe, arguments, folder, model, splits, console, paper, checkpoint, remote)
 
 
 def make_model(section: dict) -> MIMForPreTraining:
@@ -160,17 +176,17 @@ def train(run: Run) -> MIMTrainer:
         processing_class=processor_for(config),
         console=run.console,
     )
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a look at sharded weights takes them all
+    if run.arguments.watch_every and whole:
+        say = partial(run.console.print, style="yellow", highlight=False, soft_wrap=True)
+        trainer.add_callback(Watch(trainer, run.splits, run.folder, run.arguments.watch_every, say))
     if trainer.is_world_process_zero():
-        whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # sharded weights take every process
-        if run.arguments.watch_every and whole:
-            say = partial(run.console.print, style="yellow", highlight=False, soft_wrap=True)
-            trainer.add_callback(Watch(trainer, run.splits, run.folder, run.arguments.watch_every, say))
         if teacher_of(run.model.target) is not None:
             say = partial(run.console.print, highlight=False, soft_wrap=True)
             trainer.add_callback(TeacherWatch(trainer, run.splits, say))
         if run.arguments.profile:
             trainer.add_callback(ProfileCallback(trainer, run.folder, partial(run.console.print, highlight=False)))
-        save_recipe(run, f"hf-mim pretrain {shlex.quote(str(run.folder / 'recipe.yaml'))}")
+        save_recipe(run, "hf-mim pretrain")
     trainer.count_flops()
     train_and_save(run, trainer, partial(save, run, trainer), "pretrain")
     return trainer
@@ -181,6 +197,10 @@ def save(run: Run, trainer: MIMTrainer) -> None:
     trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
     if not trainer.is_world_process_zero():
         return
+    if trainer.has_shares:
+        moving = run.model.target.moving_state()
+        run.model = load_model(str(run.folder)).to(run.arguments.device)
+        run.model.target.load_moving_state(moving)
     (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
     if any("loss" in entry for entry in trainer.state.log_history):
         pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
@@ -211,6 +231,8 @@ def write_results(run: Run, trainer: MIMTrainer, seconds: float) -> None:
         "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
         "bad_images": bad_images(run.splits),
     }
+    if hasattr(run.splits.train, "damaged"):
+        results["damaged_shards"] = run.splits.train.damaged()
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TeacherWatch):
             results["teacher"] = callback.found
@@ -286,7 +308,7 @@ def results_table(results: dict) -> Table:
 
 
 def say_what_next(run: Run) -> None:
-    folder = shlex.quote(str(run.folder))
+    folder = shlex.quote(place_of(run))
     for line in (
         f"pictures: {folder}/reconstructions.png, {folder}/loss.png",
         f"next, train it further: hf-mim pretrain {folder} model.init_from={folder}",

@@ -18,6 +18,7 @@ from hf_mim.training.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.heads import LEARNING_RATES, OPTIMIZERS, Schedule
 from hf_mim.training.metrics import subset_indices
 from hf_mim.training.sources import DataArguments
+from hf_mim.training.urls import check_local
 
 
 DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")
@@ -130,6 +131,7 @@ class Probe:
 def set_up(source: str, overrides: list[str], console: Console) -> Probe:
     """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
     arguments, data = recipes.read_sections(overrides, probe=ProbeArguments, data=DataArguments)
+    check_local("probe.output_dir", arguments.output_dir)
     if arguments.views > 1 and data.crop_scale is None:
         data = replace(data, crop_scale=VIEW_SCALE)
     check_labels(data)

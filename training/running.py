@@ -6,6 +6,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import accelerate
@@ -17,15 +18,19 @@ from rich.console import Console
 
 from hf_mim.training import recipe as recipes
 from hf_mim.training.processes import Lookout
+from hf_mim.training.remote import RemoteRun
 from hf_mim.training.saving import StopCallback, last_checkpoint
+from hf_mim.training.urls import is_url
 
 
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 
 
-def find_checkpoint(console: Console, recipe: dict, folder: Path) -> Path | None:
+def find_checkpoint(console: Console, recipe: dict, folder: Path, remote: RemoteRun | None = None) -> Path | None:
     """Where to resume, and says so; None, to start from the beginning, where there is no complete checkpoint."""
+    if remote is not None:
+        remote.fetch_last()
     checkpoint = last_checkpoint(folder)
     words = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: from the beginning"
     console.print(words, highlight=False, soft_wrap=True)
@@ -45,47 +50,77 @@ def flat(recipe: dict, start: str = "") -> dict:
     return found
 
 
-def choose_folder(wanted: str | None, stem: str, resume: bool = False) -> Path:
-    """The output folder, the same in every process; not created yet.
+def remote_of(wanted: str | None, console: Console) -> RemoteRun | None:
+    """What copies the run, where `training.output_dir` is a URL.
+
+    Raises:
+        ValueError: the URL cannot be used, or holds a secret.
+    """
+    if not is_url(wanted):
+        return None
+    return RemoteRun(wanted, lambda words: console.print(words, style="yellow", highlight=False, soft_wrap=True))
+
+
+def choose_folder(wanted: str | None, stem: str, resume: bool = False, remote: RemoteRun | None = None) -> Path:
+    """The output folder, the same in every process; not created yet. Of a run at a URL, where it works.
 
     Raises:
         ValueError: it holds another run that is not to be resumed, or is no folder.
+        Unreachable: the URL cannot be read.
     """
     chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
     if accelerate.PartialState().num_processes > 1:
         broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
-    folder = Path(chosen[0]).expanduser()
+    folder = place = Path(chosen[0]).expanduser() if remote is None else remote.folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output folder {folder} is a file")
     found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
+    if found is None and remote is not None and not resume:
+        found, place = remote.traces(TRACES), remote.url
     # Nobody may write before everybody has looked.
     accelerate.PartialState().wait_for_everyone()
     if found is not None and not resume:
         raise ValueError(
-            f"{folder} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
+            f"{place} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
             "it by training.resume=true"
         )
     return folder
+
+
+def place_of(run) -> str:
+    """What a run is called by: its URL, or its folder."""
+    return str(run.folder if run.remote is None else run.remote.url)
+
+
+def copied(run) -> AbstractContextManager:
+    """Around what writes into a run's folder: at its end the URL has all of it, where there is one."""
+    return run.remote or nullcontext()
 
 
 def save_recipe(run, command: str) -> None:
     """Writes recipe.yaml before the first step: a run that is killed can be resumed by its folder alone.
 
     Args:
-        run: has `recipe`, `folder` and `paper`, what its header says of it.
-        command: that runs it again.
+        run: has `recipe`, `folder`, `remote` (or None) and `paper`, what its header says of it.
+        command: that runs it again, up to the recipe.
+
+    Raises:
+        OSError: it cannot be written, here or at the URL.
     """
+    command = f"{command} {shlex.quote(f'{place_of(run)}/recipe.yaml')}"
     comment = f"The resolved recipe of this run. To run it again:\n{command}"
     comment += f"\n\nPaper: {run.paper}" if run.paper else ""
     run.folder.mkdir(parents=True, exist_ok=True)
     recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
+    if run.remote is not None:
+        run.remote.send("recipe.yaml")
 
 
 def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None:
     """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on.
 
     Args:
-        run: has `folder`, `checkpoint` (to resume from, or None) and `console`.
+        run: has `folder`, `remote` and `checkpoint` (to resume from), or None, and `console`.
         command: `pretrain` or `finetune`, which goes on with what was stopped.
 
     Raises:
@@ -93,6 +128,8 @@ def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None
     """
     stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
     trainer.add_callback(stop)
+    if run.remote is not None:
+        trainer.add_callback(run.remote)
     try:
         with stop, lookout(run, command):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
@@ -114,7 +151,7 @@ def say_stopped(run, trainer, command: str) -> None:
 
 def again(run, command: str) -> str:
     """What to type to go on with a run."""
-    words, processes = f"{command} {shlex.quote(str(run.folder))} training.resume=true", run.arguments.world_size
+    words, processes = f"{command} {shlex.quote(place_of(run))} training.resume=true", run.arguments.world_size
     launcher = f"accelerate launch --num_processes {processes} ... -m hf_mim" if processes > 1 else "hf-mim"
     return f"{launcher} {words}"
 

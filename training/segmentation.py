@@ -23,7 +23,7 @@ from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
 from hf_mim.training.iou import IGNORE, intervals, ious, pixel_counts, scores
 from hf_mim.training.mask_pictures import draw_masks
-from hf_mim.training.running import lookout
+from hf_mim.training.running import copied, lookout, place_of
 from hf_mim.training.scenes import SIZE
 from hf_mim.training.segmentation_data import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 
@@ -52,10 +52,11 @@ def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
     trainer = make_trainer(run, model, splits, size)
     describe(run, model, splits, size)
     started = time.perf_counter()
-    finetune.train(run, trainer, lambda: save(run, trainer))
-    with lookout(run, "finetune"):
-        write_results(run, trainer, splits, time.perf_counter() - started)
-        trainer.accelerator.wait_for_everyone()
+    with copied(run):
+        finetune.train(run, trainer, lambda: save(run, trainer))
+        with lookout(run, "finetune"):
+            write_results(run, trainer, splits, time.perf_counter() - started)
+            trainer.accelerator.wait_for_everyone()
     return run.folder
 
 
@@ -278,7 +279,7 @@ def write_results(run: FinetuneRun, trainer: SegmentationTrainer, splits: Masked
     with trainer.averaged():
         draw_examples(trainer.model, dataset, splits.classes).save(run.folder / "segmentation.png")
     run.console.print(results_table(results))
-    run.console.print(f"output folder: {run.folder}", highlight=False, soft_wrap=True)
+    run.console.print(f"output folder: {place_of(run)}", highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ class DataArguments:
 
     def __post_init__(self):
         urls.check_url("data.dataset", self.dataset)
+        urls.check_local("data.cache_dir", self.cache_dir)
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")

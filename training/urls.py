@@ -48,6 +48,14 @@ def check_url(key: str, place) -> None:
         )
 
 
+def check_local(key: str, place) -> None:
+    """Raises:
+    ValueError: it is a URL, where only a folder will do.
+    """
+    if is_url(place):
+        raise ValueError(f"{key} must be a local folder, not {masked(place)}")
+
+
 def masked(text: str) -> str:
     """A text without what could be a secret in its URLs."""
     text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)

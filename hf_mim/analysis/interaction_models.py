@@ -16,7 +16,7 @@ from hf_mim.analysis.interaction import PAPER, Partial, Plan
 from hf_mim.modeling.configuration_mim import unknown
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
 from hf_mim.training import metrics
-from hf_mim.training.checkpoint import load_config
+from hf_mim.training.checkpoint import load_config, resolve
 
 
 TITLE = "Interaction strength"
@@ -216,7 +216,7 @@ def own_classifier(source: str, classes: int) -> MIMForImageClassification | Non
         return None
     if "MIMForImageClassification" not in (config.architectures or []) or config.num_labels != classes:
         return None
-    model = MIMForImageClassification.from_pretrained(source, use_safetensors=True).float()
+    model = MIMForImageClassification.from_pretrained(resolve(source), use_safetensors=True).float()
     return model.eval().requires_grad_(False)
 
 

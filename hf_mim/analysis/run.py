@@ -26,6 +26,7 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.running import versions
 from hf_mim.training.sources import DataArguments
+from hf_mim.training.urls import check_local
 
 
 FORMAT = 1  # of report.json
@@ -154,6 +155,7 @@ def choose_folder(sources: list[str], wanted: str | None) -> Path:
     """Raises:
     ValueError: there is a file, or another report.
     """
+    check_local("analyze.output_dir", wanted)
     name = Path(sources[0]).resolve().name if os.path.exists(sources[0]) else sources[0].rpartition("/")[2]
     name += f"-and-{len(sources) - 1}-more" if len(sources) > 1 else ""
     folder = Path(wanted or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()

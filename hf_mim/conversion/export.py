@@ -30,13 +30,13 @@ def export(checkpoint: str, out: str | Path, to: str) -> list[str]:
         ValueError: there is no checkpoint or no such format, or the format has no counterpart of what the encoder
             does, or a package is not installed; the message says which.
     """
-    from hf_mim.training.checkpoint import load_config
+    from hf_mim.training.checkpoint import load_config, resolve
     from hf_mim.training.data import processor_for
 
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
     config = load_config(checkpoint)
-    model = MIMModel.from_pretrained(checkpoint, config=config, use_safetensors=True).float().eval()
+    model = MIMModel.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True).float().eval()
     out = Path(out)
     if to == "onnx":
         from .onnx import to_onnx as write
