@@ -49,6 +49,9 @@ class Target(nn.Module):
         """What is worth logging of the training values since the last call, by name."""
         return {}
 
+    def gather_figures(self) -> None:
+        """Brings what `figures` counts in all processes into the first one. Every process calls it, at one step."""
+
     def moving_state(self) -> dict[str, Tensor]:
         """What a resumed run needs of a target that moves. It goes into the Trainer's checkpoints, not to the Hub."""
         return {}

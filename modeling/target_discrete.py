@@ -105,11 +105,21 @@ class DiscreteTokenTarget(Target):
         """Of codes (batch, tokens, 1): the perplexity of their distribution, and how many are never used."""
         return code_usage(torch.bincount(values.flatten(), minlength=self.num_codes))
 
+    @torch.no_grad()
+    def gather_figures(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.counts is None or not distributed:
+            return
+        torch.distributed.reduce(self.counts, 0)
+        if torch.distributed.get_rank() > 0:
+            self.counts.zero_()
+
     def figures(self) -> dict[str, float]:
         """The perplexity of the codes and how many were never used, once each could have been used ten times."""
         if self.counts is None or self.counts.sum() < 10 * self.num_codes:
             return {}
-        (perplexity, dead), self.counts = code_usage(self.counts), None
+        perplexity, dead = code_usage(self.counts)
+        self.counts.zero_()
         return {"code_perplexity": perplexity, "dead_codes": dead}
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:

@@ -24,7 +24,7 @@ def check_source(source: str) -> None:
     if written_as_path and not Path(source).exists():
         raise ValueError(f"no checkpoint at {source}: there is no such folder")
     shards = Path(source) / SHARDS
-    if shards.is_dir() and not any(Path(source).glob("*.safetensors")):
+    if shards.is_dir() and not any(Path(source).glob("model*.safetensors")):
         raise ValueError(
             f"the weights in {source} are sharded over several processes; if you trust these files (they hold a "
             f"pickle), merge them by: accelerate merge-weights {shlex.quote(str(shards))} {shlex.quote(str(source))}"

@@ -1,10 +1,12 @@
 """Teachers before training: what one would give, and codebooks of its features."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -19,6 +21,7 @@ from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training import metrics
 from hf_mim.training import recipe as recipes
 from hf_mim.training.data import load_splits
+from hf_mim.training.processes import Lookout
 from hf_mim.training.sources import DataArguments
 
 
@@ -126,11 +129,21 @@ def fit_codebook(
         codes: 256 to 1024 for small data, 8192 in BEiT.
 
     Returns:
-        "perplexity" and "dead", the codes that no token has.
+        "perplexity" and "dead", the codes that no token has. Of several processes the first fits; the others wait, and
+        return {}.
 
     Raises:
         ValueError, OSError: the teacher or the data cannot be loaded, or there are fewer tokens than codes.
     """
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    with Lookout(processes.num_processes, lambda: "there is no codebook: start again"):
+        try:
+            return _fit_codebook(source, out, overrides, codes, images, console) if processes.is_main_process else {}
+        finally:
+            processes.wait_for_everyone()
+
+
+def _fit_codebook(source: str, out: Path, overrides: list[str], codes: int, images: int, console) -> dict:
     from sklearn.cluster import MiniBatchKMeans
 
     console = console or Console()

@@ -142,6 +142,10 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
+        if self.args.world_size > 1:
+            # Weights were drawn alike everywhere; what is drawn from here on (dropped paths, masks of data sets that
+            # bring no generators) must not be.
+            torch.manual_seed(seed_of((self.args.seed, self.args.process_index)))
             if "DataLoader worker" not in str(error):
                 raise
             reason = str(error).strip()
@@ -155,8 +159,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         """Raises:
         ValueError: the target follows the student, whose weights it would not see whole.
         """
-        zero3 = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
-        if self.is_fsdp_enabled or zero3:
+        if self.has_shares:
             self.target.bind(self.accelerator.unwrap_model(self.model).mim.encoder)
             if self.target.moving_state() and not self.accelerator.is_fsdp2:
                 raise ValueError(
@@ -168,6 +171,11 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
     def target(self):
         """The target of a `MIMForPreTraining`, however it is wrapped; None for other models."""
         return getattr(self.accelerator.unwrap_model(self.model), "target", None)
+    @property
+    def has_shares(self) -> bool:
+        """Whether each process holds a share of the weights: only all of them together can run the model."""
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)

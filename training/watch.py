@@ -29,7 +29,7 @@ class Watch(TrainerCallback):
     `watch_*`, and what is wrong, said once.
 
     Nothing that training depends on changes: neither random states nor epochs nor modes. Between looks it does not
-    touch the device. For the main process only.
+    touch the device. Of several processes the first looks, with one whole model; the others hand in what they counted.
 
     Args:
         trainer: a `MIMTrainer` of a `MIMForPreTraining`.
@@ -43,9 +43,12 @@ class Watch(TrainerCallback):
         self.trainer, self.splits, self.folder, self.every, self.say = trainer, splits, folder, every, say
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.warned, self.mean_loss, self.last = set(), None, 0
+        self.looks = trainer.is_world_process_zero()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = int(self.every) if self.every >= 1 else max(1, round(self.every * state.max_steps))
+        if not self.looks:
+            return
         self.last = state.global_step
         config = self.model.config
         self.collate = MIMCollator(config, self.model.mask_grid(*pair(config.image_size)))
@@ -58,7 +61,10 @@ class Watch(TrainerCallback):
         self._quietly(lambda: self._look_at_target(self._inputs()))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.steps and state.global_step != state.max_steps:
+            return
+        self.model.target.gather_figures()
+        if self.looks:
             wanted = control.should_log  # logging below clears it, and the loss is still to be logged
             self._quietly(lambda: self._look(state))
             control.should_log, self.last = wanted, state.global_step
