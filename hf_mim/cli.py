@@ -33,15 +33,20 @@ FinetuneWords = Annotated[
 ]
 
 
+def split(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """`[RECIPE] SECTION.KEY=VALUE ...` -> the recipe, or None, and the overrides."""
+    words = list(words or [])
+    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+
+
 @app.command()
 def pretrain(words: Words = None):
     """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
     from hf_mim.hub import push_run
     from hf_mim.training.pretrain import pretrain as run
 
-    words = list(words or [])
-    named = bool(words) and "=" not in words[0]
-    done = push_run(run(words[0] if named else "quick", words[1:] if named else words))
+    name, overrides = split(words)
+    done = push_run(run(name or "quick", overrides))
     if done is not None:
         typer.echo(done.url)
 
@@ -55,9 +60,7 @@ def finetune(
     from hf_mim.hub import push_run
     from hf_mim.training.finetune import finetune as run
 
-    words = list(words or [])
-    named = bool(words) and "=" not in words[0]
-    done = push_run(run(model, words[0] if named else None, words[1:] if named else words))
+    done = push_run(run(model, *split(words)))
     if done is not None:
         typer.echo(done.url)
 
@@ -228,15 +231,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     With HF_MIM_DEBUG=1 in the environment an error keeps its traceback.
     """
-    if arguments is None:
-        arguments = sys.argv[1:]
-        if arguments[:1] in (["pretrain"], ["finetune"], ["probe"], ["analyze"]):
-            tune_for_processor()
+    restart = arguments is None
+    arguments = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     command = typer.main.get_command(app)
     try:
         check_command(arguments, command.commands)
-        quieten()
+        if arguments and "--help" not in arguments and arguments != ["recipes"]:  # those need nothing heavy
+            check_words(arguments)
+            if restart and arguments[0] in ("pretrain", "finetune", "probe", "analyze"):
+                tune_for_processor()
+            quieten()
         return command.main(args=arguments, prog_name="hf-mim", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
@@ -252,6 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+# What the drivers of NVIDIA's and AMD's GPUs leave, the last under WSL. To ask torch would take a second and a half.
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
 def tune_for_processor() -> None:
     """Starts this process again with settings that must be there before torch is imported, unless there is a GPU.
 
@@ -261,9 +270,7 @@ def tune_for_processor() -> None:
     them busy: 21 and over 460 by default, 25 and 59 with this count, 42 and 38 with OMP_WAIT_POLICY=PASSIVE.
     THP_MEM_ALLOC_ENABLE=1: torch asks for memory in large pages; a step of `quick` takes a twentieth less.
     """
-    import torch
-
-    if os.name != "posix" or torch.accelerator.is_available() or "THP_MEM_ALLOC_ENABLE" in os.environ:
+    if os.name != "posix" or any(map(os.path.exists, GPUS)) or "THP_MEM_ALLOC_ENABLE" in os.environ:
         return
     settings = {"THP_MEM_ALLOC_ENABLE": "1"}
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -274,9 +281,27 @@ def tune_for_processor() -> None:
 
 def check_command(arguments: list[str], commands: dict) -> None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        from hf_mim.modeling.configuration_mim import unknown
+        from hf_mim.modeling.choices import unknown
 
         raise unknown("command", arguments[0], commands)
+
+
+def check_words(arguments: list[str]) -> None:
+    """Finds what is wrong with the recipe and the form of overrides before torch is imported, which takes seconds.
+
+    Raises:
+        ValueError: see `read_words`.
+    """
+    from hf_mim.training import recipe as recipes
+
+    command, *words = arguments
+    if any(word.startswith("-") for word in words) or command not in ("pretrain", "finetune"):
+        return
+    name, overrides = split(words if command == "pretrain" else words[1:])
+    if name is not None or command == "pretrain":
+        recipes.read_words(name or "quick", overrides, command)
+    else:
+        recipes.check_sections(recipes.parse_overrides(overrides), "the overrides", recipes.SECTIONS)
 
 
 def describe(error: Exception) -> str | None:

@@ -1,6 +1,5 @@
 """The configuration of every model of hf_mim: five parts, each a name and a dict of options."""
 
-import difflib
 import inspect
 from types import UnionType
 from typing import Union, get_args, get_origin
@@ -8,6 +7,8 @@ from typing import Union, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+
+from .choices import unknown
 
 
 # The Auto classes that a saved checkpoint answers to through remote code. `save_pretrained` of transformers writes
@@ -40,13 +41,6 @@ def pair(size: Size) -> tuple[int, int]:
     if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
         raise ValueError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
     return sides
-
-
-def unknown(kind: str, value: str, choices) -> ValueError:
-    """The error for a name that is not among the choices; it names the nearest one and lists them all."""
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    hint = f": did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"unknown {kind} {value!r}{hint} Choices: {', '.join(map(str, choices)) or 'none'}")
 
 
 def options_of(entry) -> dict[str, object]:

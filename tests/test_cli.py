@@ -76,9 +76,9 @@ def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
     monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
-    for words in ([], ["mae"], ["a.b=1", "c.d=2"], ["mae", "a.b=1"]):
+    for words in ([], ["mae"], ["data.b=1", "model.d=2"], ["mae", "data.b=1"]):
         assert cli.main(["pretrain", *words]) == 0
-    assert seen == [("quick", []), ("mae", []), ("quick", ["a.b=1", "c.d=2"]), ("mae", ["a.b=1"])]
+    assert seen == [("quick", []), ("mae", []), ("quick", ["data.b=1", "model.d=2"]), ("mae", ["data.b=1"])]
 
 
 def test_an_interrupt_has_its_own_code_and_a_mistake_of_ours_its_traceback(monkeypatch):
@@ -108,19 +108,54 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_pretraining_starts_again_tuned_for_the_processor(monkeypatch):
     started = []
     monkeypatch.setattr(cli.os, "execve", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "maee"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "maee"])
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("hf_mim.training.pretrain.pretrain", lambda *words: Path("folder"))
+    monkeypatch.setattr("hf_mim.hub.push_run", lambda folder: None)
+    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "mae"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "mae"])
+    monkeypatch.setattr(cli, "GPUS", ("/nowhere",))
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
-    assert cli.main() == 2
+    assert cli.main() == 0
     path, words, environment = started.pop()
-    assert path == words[0] == sys.executable and words[1:] == ["-X", "dev", "hf-mim", "pretrain", "maee"]
+    assert path == words[0] == sys.executable and words[1:] == ["-X", "dev", "hf-mim", "pretrain", "mae"]
     assert environment["GOMP_SPINCOUNT"] == "1000" and environment["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert cli.main() == 2 and "GOMP_SPINCOUNT" not in started.pop()[2]
+    assert cli.main() == 0 and "GOMP_SPINCOUNT" not in started.pop()[2]
+    monkeypatch.setattr(cli, "GPUS", ("/nowhere", "/dev/null"))
+    assert cli.main() == 0 and not started
+    monkeypatch.setattr(cli, "GPUS", ())
+    for words in (["pretrain", "maee"], ["pretrain", "--help"], ["recipes"]):
+        monkeypatch.setattr(sys, "argv", ["hf-mim", *words])
+        assert cli.main() == (2 if "maee" in words else 0) and not started
+    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain"])
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    assert cli.main() == 2 and not started
+    assert cli.main() == 0 and not started
+
+
+WITHOUT_TORCH = """
+import sys
+from hf_mim import cli
+for words, message in {
+    ("pretrain", "maee"): "did you mean 'mae'",
+    ("pretrain", "mae", "model.masking_config.ratio"): "looks like section.key=value",
+    ("pretrain", "modell.target=hog"): "did you mean 'model'",
+    ("pretrain", "finetune_mae"): "no recipe of pretrain",
+    ("finetune", "somewhere", "mae"): "no recipe of finetune",
+    ("finetune", "somewhere", "finetun.lora=true"): "did you mean 'finetune'",
+}.items():
+    sys.argv = ["hf-mim", *words]
+    assert cli.main() == 2, words
+for words in ([], ["--help"], ["pretrain", "--help"], ["recipes"]):
+    assert cli.main(words) == (2 if not words else 0), words
+assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+
+
+def test_wrong_words_are_found_and_help_is_given_before_torch_is_imported(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], env={**cli.os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 def test_the_module_is_the_command(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_mim.modeling.configuration_mim import MIMConfig, unknown
+from hf_mim.modeling.choices import unknown
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -20,6 +20,8 @@ HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
 
 
 def _model_keys() -> dict:
+    from hf_mim.modeling.configuration_mim import MIMConfig
+
     own = {name: kind for name, kind in MIMConfig.__annotations__.items() if not name.startswith("_")}
     # These follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
     for name in ("stage_names", "format_version", "feature_pyramid"):
@@ -50,7 +52,8 @@ def _finetune_keys() -> dict:
     return keys_of(FinetuneArguments)
 
 
-# section -> a function that returns {key: type}; a function, because training's keys need most of transformers
+# section -> a function that returns {key: type}; a function, because keys need torch and most of transformers, and a
+# mistyped recipe is to be found before that is imported
 SECTIONS = {"model": _model_keys, "data": _data_keys, "training": _training_keys, "finetune": _finetune_keys}
 # Sections that not every recipe has: the command of that name is what runs a recipe that has it.
 COMMANDS = ("finetune",)
@@ -146,6 +149,17 @@ def check_value(key: str, value, kind) -> None:
         raise ValueError(f"{key} must be {_describe(kind)}, not {value!r}")
 
 
+def check_sections(recipe: dict, where: str, sections) -> None:
+    """Raises:
+    ValueError: an unknown section, or one that holds no keys.
+    """
+    for section, values in recipe.items():
+        if section not in sections:
+            raise unknown(f"section in {where}", section, sections)
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
+
+
 def check(recipe: dict, where: str, sections: dict | None = None) -> None:
     """Checks the names of sections and keys and the types of values. The options of the model's parts are checked by
     `MIMConfig` and `MIMForPreTraining`, which know them.
@@ -157,11 +171,8 @@ def check(recipe: dict, where: str, sections: dict | None = None) -> None:
         ValueError: the first thing wrong, with the nearest valid name.
     """
     sections = SECTIONS if sections is None else sections
+    check_sections(recipe, where, sections)
     for section, values in recipe.items():
-        if section not in sections:
-            raise unknown(f"section in {where}", section, sections)
-        if not isinstance(values, dict):
-            raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
         keys = sections[section]()
         for key, value in values.items():
             if key not in keys:
@@ -263,6 +274,22 @@ def check_command(name: str, recipe: dict, command: str) -> None:
         )
 
 
+def read_words(name: str, overrides: list[str], command: str | None = None) -> tuple[dict, dict]:
+    """A recipe and its overrides, both as {section: {key: value}}; without torch. `resolve` checks keys and values.
+
+    Raises:
+        ValueError: an unknown recipe or section, one of another command, or an override that is none.
+    """
+    recipe, changes = read(name), parse_overrides(list(overrides))
+    if command is not None:
+        check_command(name, recipe, command)
+        for other in set(COMMANDS) & set(changes) - {command}:
+            raise ValueError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has")
+    check_sections(recipe, find(name).name, SECTIONS)
+    check_sections(changes, "the overrides", SECTIONS)
+    return recipe, changes
+
+
 def resolve(name: str, overrides: list[str] = (), command: str | None = None) -> dict:
     """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}, and the section of
     the command that runs it if that is not `pretrain`.
@@ -279,11 +306,9 @@ def resolve(name: str, overrides: list[str] = (), command: str | None = None) ->
         ValueError: an unknown recipe, section or key (the nearest valid one is named), a value of another type, or a
             recipe or a section of another command.
     """
-    recipe, changes = read(name), parse_overrides(list(overrides))
-    if command is not None:
-        check_command(name, recipe, command)
-        for other in set(COMMANDS) & set(changes) - {command}:
-            raise ValueError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has")
+    from hf_mim.modeling.configuration_mim import MIMConfig
+
+    recipe, changes = read_words(name, overrides, command)
     check(recipe, find(name).name)
     check(changes, "the overrides")
     model, new = recipe.setdefault("model", {}), changes.get("model", {})
