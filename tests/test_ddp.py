@@ -11,8 +11,6 @@ import torch
 from test_pretrain import ROOT, TINY, equal, weights
 from test_trainer import dataset, make, model
 
-from hf_mim import MIMForPreTraining
-
 
 def gradients(folder, batch: int, steps: int, **changes) -> torch.Tensor:
     """What the optimizer is given in the first step, before clipping."""
@@ -86,26 +84,3 @@ def test_two_processes_are_one_with_the_doubled_batch_and_go_on_after_one_was_ki
     printed, _ = launch(2, killed, *words, "training.resume=true")
     assert printed.count(f"resuming from {killed / 'checkpoint-3'}") == 1
     assert equal(weights(folders[1]), weights(killed))
-
-
-@pytest.mark.slow
-def test_weights_sharded_over_two_processes_train_as_those_of_one(tmp_path):
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*start, str(ROOT / "tests" / "fsdp_worker.py"), str(folder)],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append((json.loads((folder / "losses.json").read_text()), MIMForPreTraining.from_pretrained(folder)))
-    (losses, one), (sharded_losses, two) = found
-    assert losses[-1] < losses[0]
-    np.testing.assert_allclose(losses, sharded_losses, rtol=1e-5)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
