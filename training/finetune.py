@@ -14,7 +14,7 @@ from hf_mim.training import pictures
 from hf_mim.training import recipe as recipes
 from hf_mim.training.finetune_arguments import FinetuneArguments
 from hf_mim.training.finetune_trainer import FinetuneTrainer
-from hf_mim.training.remote import RemoteRun, fetch_recipe
+from hf_mim.training.remote import RemoteRun
 from hf_mim.training.running import choose_folder, facts, find_checkpoint, remote_of, save_recipe, train_and_save
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.trainer import MIMTrainingArguments
@@ -88,11 +88,9 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
     changes = recipes.parse_overrides(overrides)
     resume, task = changes.get("training", {}).get("resume", False), changes.get("finetune", {}).get("task")
     folder = Path(source).expanduser()
-    continues, name = resume and name is None, fetch_recipe(name) if is_url(name) else name
-    if continues and is_url(source):
-        name = fetch_recipe(source)
-    elif continues:
-        if not (folder / "recipe.yaml").is_file():
+    continues = resume and name is None
+    if continues:
+        if not is_url(source) and not (folder / "recipe.yaml").is_file():
             raise ValueError(
                 f"which run to resume? {source} holds no recipe.yaml: hf-mim finetune FOLDER training.resume=true"
             )

@@ -21,7 +21,7 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import MIMCollator, Splits, load_splits, processor_for
 from hf_mim.training.profiling import ProfileCallback
-from hf_mim.training.remote import RemoteRun, fetch_recipe
+from hf_mim.training.remote import RemoteRun
 from hf_mim.training.running import (
     choose_folder,
     copied,
@@ -92,7 +92,6 @@ def pretrain(name: str = "quick", overrides: list[str] = (), console: Console | 
 # ---- before --------------------------------------------------------------------------------------------------------
 def set_up(name: str, overrides: list[str], console: Console) -> Run:
     """Reads and checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
-    source, name = name, fetch_recipe(name) if is_url(name) else name
     recipe = recipes.resolve(name, overrides, "pretrain")
     training, data = dict(recipe["training"]), DataArguments(**recipe["data"])
     wanted = training.pop("output_dir", None)
@@ -100,9 +99,9 @@ def set_up(name: str, overrides: list[str], console: Console) -> Run:
     for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
         recipe["training"].pop(key, None)
     if arguments.resume and wanted is None:
-        if not is_url(source) and not Path(name).expanduser().is_dir():
+        if not is_url(name) and not Path(name).expanduser().is_dir():
             raise ValueError("which run to resume? hf-mim pretrain FOLDER training.resume=true")
-        wanted = source
+        wanted = name
     if arguments.process_index > 0:
         console = Console(quiet=True)
     remote = remote_of(wanted, console)

@@ -188,13 +188,17 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a name in `recipes/`, a YAML file, or the folder of a run.
+    """The file of a recipe: a name in `recipes/`, a YAML file, or the folder of a run; of a URL, a copy in the cache.
 
     Raises:
-        ValueError: there is no such recipe or file.
+        ValueError, OSError: there is no such recipe or file, or it cannot be read.
     """
     if name in recipe_files():
         return recipe_files()[name]
+    if "://" in name:
+        from hf_mim.training.remote import fetch_recipe
+
+        return fetch_recipe(name)
     path = Path(name).expanduser()
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"

@@ -54,7 +54,7 @@ class RemoteRun(TrainerCallback):
         self.folder = cached("runs", self.url)
         self.there = set()  # complete checkpoints that are known to be there
         self.failed = {}  # what is not there: why
-        self.saves, self.limit = 0, None
+        self.saves, self.limit, self.begun = 0, None, False
         self.pool = ThreadPoolExecutor(1)
 
     # ---- before a run ----------------------------------------------------------------------------------------------
@@ -194,20 +194,25 @@ class RemoteRun(TrainerCallback):
         self.say(f"cannot copy {name} to {self.url}: {self.failed[name]}; it will be tried again")
 
     # ---- at its beginning and end ----------------------------------------------------------------------------------
-    def send(self, name: str) -> None:
-        """Raises:
-        Unreachable: it cannot be written. At the beginning nothing is lost by that.
+    def begin(self, name: str) -> None:
+        """Copies a first file.
+
+        Raises:
+            Unreachable: it cannot be written. At the beginning nothing is lost by that, and no trace is left.
         """
         try:
             self._put(self.folder / name, name)
         except Exception as error:
+            if last_checkpoint(self.folder) is None:
+                (self.folder / name).unlink()
             raise urls.failed(self.url, error, "write") from None
+        self.begun = True
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if accelerate.PartialState().is_main_process and self.folder.is_dir():
+        if self.begun:  # in the main process
             self.finish()
 
     def finish(self) -> None:
@@ -314,7 +319,7 @@ def check_index(folder: Path, names: list[str]) -> None:
             raise ValueError(f"{index.name} names weights that are not there: {name!r}")
 
 
-def fetch_recipe(url: str) -> str:
+def fetch_recipe(url: str) -> Path:
     """The recipe of a run, or a YAML file, as a file in the cache.
 
     Raises:
@@ -332,4 +337,4 @@ def fetch_recipe(url: str) -> str:
     partial = file.with_name(f"{os.getpid()}.partial")  # every process fetches it
     partial.write_bytes(content)
     partial.replace(file)
-    return str(file)
+    return file

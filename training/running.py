@@ -113,7 +113,7 @@ def save_recipe(run, command: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
     if run.remote is not None:
-        run.remote.send("recipe.yaml")
+        run.remote.begin("recipe.yaml")
 
 
 def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None:

@@ -120,7 +120,7 @@ def list_below(url: str) -> list[str]:
     fs, path = filesystem(url)
     try:
         fs.invalidate_cache()  # others write there
-        found = fs.find(path)
+        found = fs.find(path) or fs.ls(path, detail=False) and []  # `find` is silent of what it cannot list
     except FileNotFoundError:
         return []
     except Exception as error:
