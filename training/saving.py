@@ -207,6 +207,13 @@ def not_finite(trainer, what: str) -> ValueError:
     return ValueError(f"{what} not finite at step {state.global_step}{rate}; {start}{advice}")
 
 
+def handle_children(handler):
+    """Says what happens when a child process ends, and returns what happened before. torch's handler would raise the
+    error of a killed worker again for each of the others that ends, whatever is being done then."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
 def lost_worker(trainer, reason: str) -> ChildProcessError:
     """The error that ends a run whose loader has lost a worker, with what is needed to go on."""
     folder = Path(trainer.args.output_dir)

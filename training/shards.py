@@ -30,9 +30,9 @@ class UnreadableShard(OneLine):
 class Shards:
     """The shards of a stream, each read by itself.
 
-    A shard that turns out to be damaged is used up to there, in every pass, and counts against `most`: beyond it the
-    run stops. It also stops where reading fails for a reason that may pass (a network, a missing file), and where a
-    shard has fewer images than it had: going on would change the order of the images for good.
+    Of a shard that turns out to be damaged only what can be read is used, in every pass, and it counts against `most`:
+    beyond it the run stops. It also stops where reading fails for a reason that may pass (a network, a missing file),
+    and where a shard has fewer images than it had: going on would change the order of the images for good.
 
     Args:
         stream: rows with an undecoded image column.
@@ -48,7 +48,7 @@ class Shards:
 
     def __init__(self, stream, column: str, most: float, single: bool = False):
         self.stream, self.column, self.most = stream, column, most
-        self.count = 1 if single else stream.num_shards
+        self.single, self.count = single, 1 if single else stream.num_shards
         self.lengths = torch.full((self.count,), -1, dtype=torch.int64).share_memory_()
         self.damaged = torch.zeros(self.count, dtype=torch.bool).share_memory_()
 
@@ -59,13 +59,14 @@ class Shards:
             UnreadableShard: see above.
         """
         length, number = int(self.lengths[index]), 0
-        rows = self._open(index).iter(batch_size=READ)
+        rows = self._rest(index, 0) if self.damaged[index] else self._open(index).iter(batch_size=READ)
         while number != length:
             try:
                 files = next(rows, {self.column: ()})[self.column]
             except (OSError, *DAMAGE) as error:
-                self._fail(index, number, length, error)
-                break
+                self._note(index, length, error)
+                rows, files = self._rest(index, number), ()
+                continue
             if not files:
                 break
             for file in files[: length - number] if length >= 0 else files:
@@ -75,18 +76,33 @@ class Shards:
             raise UnreadableShard(f"{self.name(index)} had {length} images before and has {number} now: restore it")
         self.lengths[index] = number
 
-    def _fail(self, index: int, number: int, length: int, error: Exception) -> None:
+    def _note(self, index: int, length: int, error: Exception) -> None:
+        """Counts a shard as damaged, where it is that, it has not been whole before, and there are not too many."""
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        what = f"cannot read {self.name(index)} after its image {number}: {reason}"
-        # What the system or a connection says may be gone tomorrow. For damage pyarrow has OSError without a number.
-        damaged = isinstance(error, DAMAGE) or (type(error) is OSError and error.errno is None)
-        if not damaged or length >= 0:
+        what = f"cannot read {self.name(index)}{', which could be read before' if length >= 0 else ''}: {reason}"
+        if not is_damage(error) or length >= 0:
             raise UnreadableShard(what) from error
         self.damaged[index] = True
         bad = int(self.damaged.sum())
         if bad > allowed(self.count, self.most):
             found = f"{bad} of {self.count} shards are damaged, more than data.max_bad_images={self.most} allows"
             raise UnreadableShard(f"{what}; {found}") from error
+
+    def _rest(self, index: int, number: int) -> Iterator[dict]:
+        """One by one, the rows of a damaged shard that can be read, from `number` on: of a parquet file all row groups
+        but the damaged ones, of others what comes before the damage."""
+        shard = self._open(index)
+        pieces = shard if self.single else shard.reshard()
+        for i in range(1 if self.single else pieces.num_shards):
+            rows = pieces.iter(batch_size=1) if self.single else pieces.shard(pieces.num_shards, i).iter(batch_size=1)
+            try:
+                for row in rows:
+                    number -= 1
+                    if number < 0:
+                        yield row
+            except (OSError, *DAMAGE) as error:
+                if not is_damage(error):
+                    raise UnreadableShard(f"cannot read {self.name(index)}: {error}".partition("\n")[0]) from error
 
     def _open(self, index: int):
         return self.stream if self.count == 1 else self.stream.shard(self.count, index)
@@ -99,6 +115,12 @@ class Shards:
         lists = [value for value in getattr(source, "kwargs", {}).values() if isinstance(value, list)]
         file = next((value[0] for value in lists if len(value) == 1 and isinstance(value[0], str)), None)
         return file or f"shard {index + 1} of {self.count}"
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether contents are damaged: what the system or a connection says may be gone tomorrow. Where contents are,
+    pyarrow raises OSError too, without a number."""
+    return isinstance(error, DAMAGE) or (type(error) is OSError and error.errno is None)
 
 
 class Lane:

@@ -52,7 +52,7 @@ class DataArguments:
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
         max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
-            least one image), or a number. The same holds for the shards of a stream that cannot be read to their end.
+            least one image), or a number. The same holds for damaged shards of a stream.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
         cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.

@@ -59,9 +59,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return int(self._bad.sum())
 
     def damaged(self) -> list[str]:
-        """What is to be said of each shard that cannot be read to its end."""
+        """What is to be said of each shard of which not all can be read."""
         found = self.shards.damaged.nonzero().flatten().tolist()
-        return [f"{self.shards.name(i)} is damaged after its image {int(self.shards.lengths[i])}" for i in found]
+        lengths = [int(self.shards.lengths[i]) for i in found]
+        return [
+            f"{self.shards.name(i)} is damaged: {max(0, n)} of its images can be read" for i, n in zip(found, lengths)
+        ]
 
     # ---- where a run is --------------------------------------------------------------------------------------------
     def arrange(self, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0) -> None:

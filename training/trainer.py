@@ -1,6 +1,7 @@
 """`MIMTrainer`: the Hugging Face Trainer with what masked image modeling wants by default."""
 
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.training.pushing import PushMixin, check_hub_strategy
-from hf_mim.training.saving import SafeCheckpointMixin, lost_worker, outlive_sigterm
+from hf_mim.training.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
 from hf_mim.training.throughput import Throughput, flops_per_image, peak_flops
 from hf_mim.training.transforms import normalize
 
@@ -134,25 +135,28 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if console is not None and self.is_world_process_zero():
             self.progress = TrainingProgress(console)
             self.add_callback(self.progress)
+            if hasattr(self.train_dataset, "damaged"):
+                self.add_callback(DamageCallback(self.train_dataset, console))
 
     def train(self, *args, **kwargs):
         """Raises:
         ChildProcessError: a worker of the loader was killed.
         """
-        try:
-            return super().train(*args, **kwargs)
-        except RuntimeError as error:
         if self.args.world_size > 1:
             # Weights were drawn alike everywhere; what is drawn from here on (dropped paths, masks of data sets that
             # bring no generators) must not be.
             torch.manual_seed(seed_of((self.args.seed, self.args.process_index)))
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            reason = str(error).strip()
+            reason, handler = str(error).strip(), handle_children(signal.SIG_DFL)
         finally:
             if self.progress is not None:
                 self.progress.close()
-        # Here the loader is gone, with the workers that are left: the error, which held it, is forgotten.
+        # Here the loader is gone, with the workers that were left: the error, which held it, is forgotten.
+        handle_children(handler)
         raise lost_worker(self, reason)
 
     def _bind_before_sharding(self) -> None:
@@ -168,14 +172,14 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
                 )
 
     @property
-    def target(self):
-        """The target of a `MIMForPreTraining`, however it is wrapped; None for other models."""
-        return getattr(self.accelerator.unwrap_model(self.model), "target", None)
-    @property
     def has_shares(self) -> bool:
         """Whether each process holds a share of the weights: only all of them together can run the model."""
         return self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
+    @property
+    def target(self):
+        """The target of a `MIMForPreTraining`, however it is wrapped; None for other models."""
+        return getattr(self.accelerator.unwrap_model(self.model), "target", None)
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -189,7 +193,11 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         return {**inputs, "pixel_values": normalize(images, config.image_mean, config.image_std, out=self.pixels)}
 
     def get_batch_samples(self, *args, **kwargs):
-        return self.throughput.fetch(partial(super().get_batch_samples, **kwargs), *args)
+        try:
+            return self.throughput.fetch(partial(super().get_batch_samples, **kwargs), *args)
+        except (ConnectionError, EOFError, FileNotFoundError):
+            time.sleep(1)  # a killed worker's pipe breaks first; then torch hears of it, and says so from in here
+            raise
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
@@ -281,6 +289,21 @@ class TargetCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.target.update(state.global_step + 1)
+
+
+class DamageCallback(TrainerCallback):
+    """Says of each shard of a stream that turns out to be damaged, once, that it is."""
+
+    def __init__(self, stream, console: Console):
+        self.stream, self.console, self.said = stream, console, set()
+
+    def on_log(self, args, state, control, **kwargs):
+        for words in self.stream.damaged():
+            if words not in self.said:
+                self.said.add(words)
+                self.console.print(f"{words}, the others are left out", style="yellow", soft_wrap=True)
+
+    on_save = on_log  # when the processes have told each other
 
 
 class EpochSampler(torch.utils.data.Sampler):
