@@ -112,7 +112,7 @@ class Batch:
     @property
     def noise(self) -> Tensor:
         """(batch, tokens), from which transformers' MAE makes this mask: it hides the tokens of the largest noise."""
-        return self.mask + torch.linspace(0, 0.5, self.mask.shape[1])
+        return self.mask + torch.linspace(0, 0.5, self.mask.shape[1], device=self.mask.device)
 
 
 def blueprint(config: MIMConfig) -> MIMForPreTraining:
