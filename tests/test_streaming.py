@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import stream_reading
 import torch
 from test_data import config, folder, rows
 from test_pretrain import ROOT
@@ -224,6 +225,13 @@ def test_a_streamed_folder_has_shards_for_every_reader(tmp_path):
 def test_no_images_are_said_to_be_none():
     with pytest.raises(ValueError, match="the data set has no images"):
         next(iter(numbered((0, 0))))
+
+
+def test_the_benchmark_counts_what_is_read(tmp_path):
+    page = tmp_path / "scaling.md"
+    rows = stream_reading.main(["--images", "32", "--out", str(page)])
+    one, four = (float(row[3]) for row in rows[:2])  # all readers together, of the stream
+    assert one > 2.5 > 1.5 > four > 0.9 and f"| {rows[0][1]} |" in page.read_text()
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------

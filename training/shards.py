@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import torch
 
+from hf_mim.training import urls
 from hf_mim.training.decoding import OneLine, allowed
 
 
@@ -114,7 +115,7 @@ class Shards:
             source = source.ex_iterable
         lists = [value for value in getattr(source, "kwargs", {}).values() if isinstance(value, list)]
         file = next((value[0] for value in lists if len(value) == 1 and isinstance(value[0], str)), None)
-        return file or f"shard {index + 1} of {self.count}"
+        return urls.masked(file) if file else f"shard {index + 1} of {self.count}"
 
 
 def is_damage(error: Exception) -> bool:
@@ -232,7 +233,7 @@ class Window:
     """Rows of a lane of which those to come can be looked at.
 
     Args:
-        rows: an endless iterator.
+        rows: an endless iterator of those of a `Lane`.
         first: the number of its first row.
     """
 
@@ -246,7 +247,9 @@ class Window:
             self.first += 1
         for ahead in itertools.count():
             if ahead == len(self.held):
-                self.held.append(next(self.rows))
+                rows = list(itertools.islice(self.rows, READ))
+                files = urls.read_all([row[-1] for row in rows])  # side by side: it is waiting that takes the time
+                self.held.extend((*row[:-1], file) for row, file in zip(rows, files, strict=True))
             yield self.held[ahead]
 
 
