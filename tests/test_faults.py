@@ -1,6 +1,8 @@
 """What goes wrong on a long run: damaged and slow shards, a clock that jumps, a loader's worker that is killed."""
 
+import io
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from rich.console import Console
 from test_data import config, rows
 from test_pretrain import TINY, equal, weights
 from test_resume import STEPS, finish, trainer
@@ -21,6 +24,7 @@ from hf_mim import cli
 from hf_mim.training import shards, streaming
 from hf_mim.training.data import load_splits
 from hf_mim.training.decoding import TooManyBadImages
+from hf_mim.training.pretrain import pretrain
 from hf_mim.training.saving import last_checkpoint
 from hf_mim.training.shards import Shards, UnreadableShard
 from hf_mim.training.sources import DataArguments
@@ -74,6 +78,17 @@ def test_a_damaged_shard_is_used_as_far_as_it_goes(tmp_path, make, good):
     later = opened(place)
     later.seek(run.position(20))
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], take(later, 7, workers=1), strict=True))
+
+
+def test_a_run_says_which_shard_is_damaged(tmp_path):
+    (tmp_path / "tars").mkdir()
+    words = [*TINY, "data.streaming=true", f"data.dataset={tars(tmp_path / 'tars')}", "data.max_train_images=null"]
+    words += ["training.per_device_train_batch_size=8", "training.max_steps=4", "training.watch_every=0"]
+    out = io.StringIO()
+    pretrain("quick", [*words, f"training.output_dir={tmp_path / 'run'}"], Console(file=out, width=300))
+    sentence = f"{tmp_path / 'tars' / 'train-2.tar'} is damaged: 3 of its images can be read"
+    assert out.getvalue().count(f"{sentence}, the others are left out") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["damaged_shards"] == [sentence]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

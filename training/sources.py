@@ -44,7 +44,8 @@ class DataArguments:
         image_column, label_column, mask_column: None finds them; masks are for segmentation.
         streaming: read the data set as it comes instead of downloading or indexing it first; needs
             `training.max_steps`. Its shards (files; slices of a folder) are dealt to the loader's workers in all
-            processes: give it several times as many as workers, of like size. See `StreamedImages`.
+            processes: give it several times as many as workers, of like size. The number of workers and processes
+            at the beginning is part of what the order of the images follows from. See `StreamedImages`.
         shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
             a random order. 1 shuffles the shards only, 0 keeps the stream's own order.
         max_train_images: train only on the first so many; of a stream, each worker then reads all of them.

@@ -118,7 +118,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """The same images, whole, from the first one and for one reader."""
         other = copy.copy(self)
         other.data = replace(self.data, crop_scale=None, horizontal_flip=False)
-        other.start, other.lanes, other.process, other.processes = 0, 1, 0, 1
+        other.start, other.lanes, other.block, other.process, other.processes = 0, 1, 1, 0, 1
         return other
 
     # ---- images ----------------------------------------------------------------------------------------------------
