@@ -23,15 +23,13 @@ from hf_mim.training.processes import Lookout
 from hf_mim.training.saving import last_checkpoint
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What one process found, and in a folder what two did."""
-    folder = tmp_path_factory.mktemp("processes")
+def start(folder) -> SimpleNamespace:
+    """What one process found, and what two did, started once for all that is asked of them."""
     codes = torch.rand(5, 27, generator=torch.Generator().manual_seed(0))
     save_file({"codes": codes}, folder / "codes.safetensors")
     one = worker.as_one(folder / "1")  # first: it writes the teacher
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*start, str(ROOT / "tests" / "processes_worker.py"), str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tests" / "processes_worker.py"), str(folder)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
@@ -47,8 +45,7 @@ def assert_close(name: str, found: torch.Tensor, wanted: torch.Tensor, atol: flo
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.slow
-def test_the_moving_average_is_the_same_in_all_processes_and_as_of_one(two):
+def the_moving_average_is_the_same_in_all_processes_and_as_of_one(two):
     names = [name for name in two.one["tensors"] if name.startswith(("teacher.", "resumed."))]
     assert len(names) > 20
     for name in names:
@@ -58,8 +55,7 @@ def test_the_moving_average_is_the_same_in_all_processes_and_as_of_one(two):
         assert torch.equal(two.tensors[1][name], two.tensors[1][twin]), name
 
 
-@pytest.mark.slow
-def test_looks_see_what_they_see_with_one_process(two):
+def looks_see_what_they_see_with_one_process(two):
     looks = [[entry for entry in log if "watch_knn" in entry] for log in (two.one["found"]["log"], two.found[0]["log"])]
     assert [entry["step"] for entry in looks[0]] == [3, 6]
     for alone, together in zip(*looks, strict=True):
@@ -70,23 +66,20 @@ def test_looks_see_what_they_see_with_one_process(two):
     assert not [entry for entry in two.found[1]["log"] if "watch_knn" in entry]
 
 
-@pytest.mark.slow
-def test_codes_are_counted_over_all_processes(two):
+def codes_are_counted_over_all_processes(two):
     alone = [entry for entry in two.one["found"]["codes"] if "watch_code_perplexity" in entry]
     assert len(alone) == 2 and 1 < alone[0]["watch_code_perplexity"] <= 5
     assert [entry for entry in two.found[0]["codes"] if "watch_code_perplexity" in entry] == alone
 
 
-@pytest.mark.slow
-def test_one_process_fits_the_codebook_and_the_others_wait(two):
+def one_process_fits_the_codebook_and_the_others_wait(two):
     assert two.found[0]["fit"] == two.one["found"]["fit"] and two.found[0]["fit"]["perplexity"] > 1
     assert two.found[1]["fit"] == {}
     fitted = [load_file(two.folder / name / "fitted.safetensors") for name in ("1", "2")]
     assert equal(*fitted)
 
 
-@pytest.mark.slow
-def test_masks_are_those_of_the_images_and_no_two_are_the_same(two):
+def masks_are_those_of_the_images_and_no_two_are_the_same(two):
     masks = torch.cat([tensors["masks"] for tensors in two.tensors], dim=1)
     assert torch.equal(masks, two.one["tensors"]["masks"])
     own = torch.cat([tensors["noise_masks"] for tensors in two.tensors], dim=1)
@@ -98,8 +91,7 @@ def test_masks_are_those_of_the_images_and_no_two_are_the_same(two):
     assert len({*seeds[0], *seeds[1]}) == 2 * worker.STEPS and seeds[0] == two.one["found"]["seeds"]
 
 
-@pytest.mark.slow
-def test_weights_sharded_by_fsdp2_train_as_those_of_one(two):
+def weights_sharded_by_fsdp2_train_as_those_of_one(two):
     losses, whole = worker.sharded_steps(False)
     assert losses[-1] < losses[0]
     assert two.found[0]["losses"] == pytest.approx(losses, rel=1e-5)
@@ -109,17 +101,16 @@ def test_weights_sharded_by_fsdp2_train_as_those_of_one(two):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_run_that_saves_shards_ends_whole_can_be_resumed_and_merged(two, tmp_path):
+def a_run_that_saves_shards_ends_whole_can_be_resumed_and_merged(two):
     folder = two.folder / "sharded"
     finished, last = weights(folder), last_checkpoint(folder)
-    worker.fsdp_run(tmp_path / "one")
-    alone = weights(tmp_path / "one")
+    worker.fsdp_run(two.folder / "one")
+    alone = weights(two.folder / "one")
     assert finished.keys() == alone.keys()
     for name, value in alone.items():
         assert_close(name, finished[name], value, 1e-5)
     assert equal(finished, weights(two.folder / "broken"))
-    results = [json.loads((path / "metrics.json").read_text())["trained"] for path in (folder, tmp_path / "one")]
+    results = [json.loads((path / "metrics.json").read_text())["trained"] for path in (folder, two.folder / "one")]
     assert results[0]["knn_mean"] == pytest.approx(results[1]["knn_mean"], abs=4)  # of 64 images, a few may tip over
     assert not list(folder.glob("_fsdp*.py")) and (folder / "modeling_mim.py").is_file()
     assert (last / "pytorch_model_fsdp_0" / ".metadata").is_file() and not (last / "model.safetensors").exists()
@@ -132,6 +123,18 @@ def test_a_run_that_saves_shards_ends_whole_can_be_resumed_and_merged(two, tmp_p
     assert equal(weights(last), finished)
     encoder = load_encoder(str(last)).state_dict()
     assert all(torch.equal(value, finished[f"mim.{name}"]) for name, value in encoder.items())
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    two = start(tmp_path)
+    the_moving_average_is_the_same_in_all_processes_and_as_of_one(two)
+    looks_see_what_they_see_with_one_process(two)
+    codes_are_counted_over_all_processes(two)
+    one_process_fits_the_codebook_and_the_others_wait(two)
+    masks_are_those_of_the_images_and_no_two_are_the_same(two)
+    weights_sharded_by_fsdp2_train_as_those_of_one(two)
+    a_run_that_saves_shards_ends_whole_can_be_resumed_and_merged(two)
 
 
 # ---- when one is gone ----------------------------------------------------------------------------------------------
