@@ -137,7 +137,8 @@ def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None
         save()
         say_stopped(run, trainer, command)
         raise
-    save()
+    with lookout(run, command):
+        save()
     if stop.stopped is not None:
         say_stopped(run, trainer, command)
         raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)

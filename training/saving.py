@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 
@@ -89,6 +90,11 @@ class SafeCheckpointMixin:
             best = self.state.best_model_checkpoint = str(folder / Path(best).name)
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether each process holds a share of the weights: only all of them together can run the model."""
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
     @property
     def saves_shards(self) -> bool:

@@ -13,7 +13,6 @@ from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
@@ -170,11 +169,6 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
                     f"target {self.model.config.target!r} follows the student's whole weights: it works with FSDP2 "
                     "(--fsdp_version 2), DeepSpeed's stages 1 and 2 and without sharding"
                 )
-
-    @property
-    def has_shares(self) -> bool:
-        """Whether each process holds a share of the weights: only all of them together can run the model."""
-        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
     @property
     def target(self):
