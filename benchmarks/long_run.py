@@ -71,7 +71,7 @@ def sample(args) -> dict:
         folder = Path(scratch) / "run"
         run = start(folder, args)
         process, started = psutil.Process(run.pid), time.monotonic()
-        while (seconds := time.monotonic() - started) < 60 * args.minutes:
+        while (seconds := time.monotonic() - started) < 60 * args.minutes and last_step(folder) < args.steps:
             if run.poll() is not None:
                 raise RuntimeError(f"the run ended with exit code {run.returncode}: {run.stderr.read()[-500:]}")
             for name, value in zip(found, (seconds, last_step(folder), *resident(process))):
@@ -149,6 +149,7 @@ def report(found: dict, line: dict, args) -> str:
 def arguments(argv: list[str] | None):
     numbers = {
         "minutes": 60.0,
+        "steps": (10**9, "stop before, after so many"),
         "every": (5.0, "seconds between samples"),
         "bound": (1.0, "MB per 1,000 steps that are still constant"),
         "workers": 1,

@@ -110,7 +110,20 @@ def test_long_run(tmp_path):
     """Few steps: what their memory does says nothing, so that every slope is within the bound."""
     page, samples = tmp_path / "benchmarks.md", tmp_path / "samples.json"
     small = ["data.max_train_images=16", "training.per_device_train_batch_size=4", "training.bf16=false"]
-    words = ["--minutes", "0.4", "--every", "0.5", "--save-steps", "2", "--watch-every", "1000", "--bound", "1e9"]
+    words = [
+        "--minutes",
+        "5",
+        "--steps",
+        "40",
+        "--every",
+        "0.1",
+        "--save-steps",
+        "2",
+        "--watch-every",
+        "1000",
+        "--bound",
+        "1e9",
+    ]
     code = long_run.main([*words, "--workers", "0", "--json", str(samples), "--out", str(page), *small])
     assert code == 0 and "MB per 1,000 steps after the warm-up, within the bound" in page.read_text()
     found = json.loads(samples.read_text())
@@ -132,7 +145,7 @@ def test_the_line_of_a_long_run_finds_a_leak():
 
 def test_a_long_run_that_ends_by_itself_is_an_error(tmp_path):
     args = SimpleNamespace(
-        minutes=1, every=0.2, save_steps=2, workers=0, watch_every=0, json=None, settings=["modell.x=1"]
+        minutes=1, steps=9, every=0.2, save_steps=2, workers=0, watch_every=0, json=None, settings=["modell.x=1"]
     )
     with pytest.raises(RuntimeError, match=r"exit code 2: error: unknown section.*'modell'"):
         long_run.sample(args)
