@@ -26,7 +26,7 @@ from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.training import metrics
 from hf_mim.training import recipe as recipes
-from hf_mim.training.checkpoint import load_encoder, load_model, untrained_twin
+from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
 from hf_mim.training.data import MIMCollator, MIMDataset, Splits, load_splits
 from hf_mim.training.sources import DataArguments
 from hf_mim.training.watch import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
@@ -46,7 +46,7 @@ def doctor(source: str, overrides: list[str] = (), console: Console | None = Non
     """Prints what is wrong with a checkpoint.
 
     Args:
-        source: a checkpoint of this project or a vision model of transformers, a folder or an id on the Hub.
+        source: a checkpoint of this project or a vision model of transformers, a folder, a URL or an id on the Hub.
         overrides: `data.dataset=...` and the like.
 
     Returns:
@@ -84,6 +84,7 @@ def examine(source: str, overrides: list[str] = (), say=lambda words: None) -> l
     data = DataArguments(**changes.get("data", {}))
     if data.streaming:
         raise ValueError("doctor draws images at random, which data.streaming=true does not allow")
+    source = resolve(source)
     encoder = load_encoder(source)
     looked = look_at_weights(read_weights(source))
     checks = [check_finite(looked), *check_positions(looked)]

@@ -175,6 +175,18 @@ def test_what_fails_once_is_said_and_copied_at_the_next_save(part):
     assert saves.said[-1].startswith(f"all of it is at {URL}") and saves.remote.failed == {}
 
 
+def test_a_disk_without_links_or_room(monkeypatch):
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(remote.os, "link", full)
+    saves = Saves()
+    saves.save(1)  # copied instead
+    monkeypatch.setattr(remote.shutil, "copyfile", full)
+    saves.save(2)
+    assert RemoteRun(URL)._complete_there() == [2] and saves.said == []
+
+
 def test_what_stays_away_is_named_at_the_end(tmp_path):
     saves = Saves()
     saves.save(1)

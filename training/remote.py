@@ -21,6 +21,7 @@ from hf_mim.training.saving import UNFINISHED, last_checkpoint, publish
 
 MARKER = "trainer_state.json"  # the last file of a checkpoint to arrive, and the first to go
 OUTGOING = "outgoing"  # in a run's folder: links to what is being copied, which may be rotated away meanwhile
+SHOWN = 8  # names of files in a line
 MODEL_FILES = (".json", ".safetensors")  # neither code nor pickles
 LEFT_OUT = "training_args.bin"  # a pickle; recipe.yaml says the same to people
 
@@ -54,7 +55,8 @@ class RemoteRun(TrainerCallback):
         self.folder = cached("runs", self.url)
         self.there = set()  # complete checkpoints that are known to be there
         self.failed = {}  # what is not there: why
-        self.saves, self.limit, self.begun = 0, None, False
+        self.saves, self.limit = 0, None
+        self.begun = self.ending = False
         self.pool = ThreadPoolExecutor(1)
 
     # ---- before a run ----------------------------------------------------------------------------------------------
@@ -129,9 +131,8 @@ class RemoteRun(TrainerCallback):
                 held[name] = self.folder / OUTGOING / str(number) / name
                 try:
                     shutil.copytree(self.folder / name, held[name], copy_function=link, dirs_exist_ok=True)
-                except (OSError, shutil.Error) as error:
-                    self._fault(name, error)
-                    del held[name]
+                except (OSError, shutil.Error):  # a full disk: it may be rotated away while it is copied, then
+                    held[name] = self.folder / name
         return held
 
     def _copy(self, number: int, held: dict[str, Path]) -> None:
@@ -142,9 +143,12 @@ class RemoteRun(TrainerCallback):
             shutil.rmtree(self.folder / OUTGOING / str(number), ignore_errors=True)
 
     def _copy_checkpoints(self, held: dict[str, Path]) -> None:
-        self.failed = {name: why for name, why in self.failed.items() if name in held}  # others are gone here, too
+        self.failed = {}
         for name, source in held.items():
             if name in self.there:
+                continue
+            if self.failed:  # what does not answer takes its time to say so
+                self.failed[name] = next(iter(self.failed.values()))
                 continue
             try:
                 self._remove([f"{name}/{file}" for file in urls.list_below(urls.join(self.url, name))])
@@ -152,7 +156,6 @@ class RemoteRun(TrainerCallback):
                 for file in sorted(files, key=lambda file: file == MARKER):
                     self._put(source / file, f"{name}/{file}")
                 self.there.add(name)
-                self.failed.pop(name, None)
             except Exception as error:
                 self._fault(name, error)
         if all(name in self.there for name in held):
@@ -191,7 +194,8 @@ class RemoteRun(TrainerCallback):
 
     def _fault(self, name: str, error: Exception) -> None:
         self.failed[name] = urls.one_line(error)
-        self.say(f"cannot copy {name} to {self.url}: {self.failed[name]}; it will be tried again")
+        again = "" if self.ending else "; it will be tried again"
+        self.say(f"cannot copy {name} to {self.url}: {self.failed[name]}{again}")
 
     # ---- at its beginning and end ----------------------------------------------------------------------------------
     def begin(self, name: str) -> None:
@@ -200,6 +204,7 @@ class RemoteRun(TrainerCallback):
         Raises:
             Unreachable: it cannot be written. At the beginning nothing is lost by that, and no trace is left.
         """
+        shutil.rmtree(self.folder / OUTGOING, ignore_errors=True)  # of a process that was killed
         try:
             self._put(self.folder / name, name)
         except Exception as error:
@@ -219,20 +224,23 @@ class RemoteRun(TrainerCallback):
         """Waits for what is under way, copies what is missing, and says what could not be."""
         self.say(f"copying the run to {self.url}")
         self.pool.shutdown()
-        self.saves += 1
+        self.saves, self.ending = self.saves + 1, True
         self._copy(self.saves, self._hold(self.saves))
         paths = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
         own = [p.as_posix() for p in paths if checkpoint_step(p.parts[0]) is None and p.parts[0] not in SCRATCH]
         for name in sorted(own, key=lambda name: name == "config.json"):  # what makes a folder a model comes last
+            if len(self.failed) > 1:
+                self.failed[name] = next(iter(self.failed.values()))
+                continue
             try:
                 self._put(self.folder / name, name)
             except Exception as error:
                 self.failed[name] = urls.one_line(error)
         if self.failed:
-            names, (why, *_) = ", ".join(self.failed), self.failed.values()
-            self.say(
-                f"NOT at {self.url}: {names} ({why}). They are in {self.folder}; training.resume=true copies again"
-            )
+            names = sorted(self.failed, key=lambda name: name.endswith(".py"))
+            more = f" and {len(names) - SHOWN} more files" if len(names) > SHOWN else ""
+            where = f"They are in {self.folder}; training.resume=true copies again"
+            self.say(f"NOT at {self.url}: {', '.join(names[:SHOWN])}{more} ({self.failed[names[0]]}). {where}")
         else:
             self.say(f"all of it is at {self.url}, and a copy in {self.folder}")
 
