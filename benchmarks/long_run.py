@@ -104,9 +104,11 @@ def fit(found: dict) -> dict:
     started = int((steps == 0).sum())  # loading and compiling before the first checkpoint say nothing of steps
     first = started + int(WARM_UP * (len(steps) - started))
     steps, megabytes = steps[first:], megabytes[first:]
-    if len(np.unique(steps)) < 3:
-        raise RuntimeError(f"{len(steps)} samples of {len(np.unique(steps))} checkpoints: let it run for longer")
-    slope, level = np.polyfit((steps - steps[0]) / 1000, megabytes, 1)
+    checkpoints = np.unique(steps)
+    if len(checkpoints) < 3:
+        raise RuntimeError(f"{len(steps)} samples of {len(checkpoints)} checkpoints: let it run for longer")
+    means = [megabytes[steps == step].mean() for step in checkpoints]  # so that a pause does not weigh more
+    slope, level = np.polyfit((checkpoints - checkpoints[0]) / 1000, means, 1)
     return {
         "slope": float(slope),
         "level": float(level),
