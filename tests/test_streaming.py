@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-import stream_reading
 import torch
 from test_data import config, folder, rows
 from test_pretrain import ROOT
@@ -238,6 +237,8 @@ def test_no_images_are_said_to_be_none():
 
 
 def test_the_benchmark_counts_what_is_read(tmp_path):
+    import stream_reading  # not above: `stream_worker.py` imports this file where benchmarks are not at hand
+
     page = tmp_path / "scaling.md"
     rows = stream_reading.main(["--images", "32", "--out", str(page)])
     one, four = (float(row[3]) for row in rows[:2])  # all readers together, of the stream
