@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_pretrain import ROOT, TINY, equal, weights
+from test_pretrain import ROOT, TINY, equal, run, weights
 from test_trainer import dataset, make, model
 
 
@@ -42,12 +42,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 ENVIRONMENT["THP_MEM_ALLOC_ENABLE"] = "1"  # or the command would start itself again with it, and import torch twice
 
 
-def launch(processes: int, folder, *words, command=("-m", "hf_mim", "pretrain"), code=0) -> tuple[str, str]:
-    """Runs a command under accelerate and returns what it printed and its errors."""
-    start = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+def launch(folder, *words, command=("-m", "hf_mim", "pretrain"), code=0) -> tuple[str, str]:
+    """Runs a command in two processes under accelerate and returns what it printed and its errors."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
     # accelerate has no switch for several processes on one machine's CPU; without a GPU this one does it.
-    start += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
-    start += ["--mixed_precision=no", "--dynamo_backend=no", *command, *words]
+    start += ["--multi_gpu", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", *command, *words]
     done = subprocess.run(
         [*start, f"training.output_dir={folder}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -60,8 +59,9 @@ def test_two_processes_are_one_with_the_doubled_batch_and_go_on_after_one_was_ki
     words = [*TINY, "data.crop_scale=[0.5, 1.0]", "training.save_strategy=steps", "training.save_steps=3"]
     words += ["training.save_total_limit=10", "training.watch_every=4"]
     losses, folders = [], [tmp_path / "1", tmp_path / "2"]
-    for processes, batch, folder in ((1, 16, folders[0]), (2, 8, folders[1])):
-        printed, _ = launch(processes, folder, f"training.per_device_train_batch_size={batch}", *words)
+    for processes, folder in enumerate(folders, start=1):
+        batch = [f"training.per_device_train_batch_size={16 // processes}"]
+        printed = launch(folder, *words, *batch)[0] if processes > 1 else run(folder, *batch, base=words)
         for line in ("accuracy of the frozen encoder", f"pictures: {folder}", "training: total batch 16"):
             assert printed.count(line) == 1  # only one process prints
         state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
@@ -73,14 +73,14 @@ def test_two_processes_are_one_with_the_doubled_batch_and_go_on_after_one_was_ki
     files = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in folders]
     assert all("rng_state" in name for name in files[0] ^ files[1])
     killed = tmp_path / "killed"
-    words = ["training.per_device_train_batch_size=8", *words, "data.max_eval_images=0", "training.watch_every=0"]
+    words = [*words, *batch, "data.max_eval_images=0", "training.watch_every=0"]
     # That it ends at all: the other process would wait for half an hour.
-    _, errors = launch(2, killed, *words, command=(str(ROOT / "tests" / "killed_worker.py"), "pretrain"), code=1)
+    _, errors = launch(killed, *words, command=(str(ROOT / "tests" / "killed_worker.py"), "pretrain"), code=1)
     (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     again = f"accelerate launch --num_processes 2 ... -m hf_mim pretrain {killed} training.resume=true"
     assert "process 1 of 2 (pid " in message and "is gone" in message
     assert f"the last complete checkpoint is {killed / 'checkpoint-3'}; go on with: {again}" in message
     assert "hf_mim/training" not in errors  # no traceback of ours
-    printed, _ = launch(2, killed, *words, "training.resume=true")
+    printed, _ = launch(killed, *words, "training.resume=true")
     assert printed.count(f"resuming from {killed / 'checkpoint-3'}") == 1
     assert equal(weights(folders[1]), weights(killed))
