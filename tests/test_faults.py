@@ -125,6 +125,27 @@ def test_what_may_be_read_tomorrow_stops_the_run(error, words):
     assert not found.damaged.any()
 
 
+def test_a_damaged_shard_that_cannot_be_reached_stops_the_run_too():
+    errors = [EOFError("cut short"), ConnectionResetError("gone")]
+
+    def failing(parts):
+        yield {"image": {"bytes": solid(1), "path": None}}
+        raise errors.pop(0)
+
+    found = Shards(datasets.IterableDataset.from_generator(failing, gen_kwargs={"parts": [[0], [1]]}), "image", 0.01)
+    with pytest.raises(UnreadableShard, match="cannot read shard 1 of 2: gone"):
+        list(found.read(0))
+
+
+def test_a_file_of_which_nothing_can_be_read_is_left_out(tmp_path):
+    place = parquets(tmp_path)
+    images = opened(place)
+    os.truncate(tmp_path / "train-2.parquet", 300)  # its table of contents is at its end
+    lane = list(itertools.islice(shards.Lane(images.shards, 0, 1, 3, 3).rows(0), 36))
+    assert {epoch for epoch, _, _ in lane} == {0, 1} and len({file["bytes"] for _, _, file in lane}) == 18
+    assert images.shards.lengths.tolist() == [6, 6, 0, 6] and "train-2.parquet is damaged: 0 of" in images.damaged()[0]
+
+
 def test_a_shard_that_had_more_images_stops_the_run(tmp_path):
     place = tars(tmp_path)
     images = opened(place, buffer=0)

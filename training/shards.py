@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow
@@ -64,6 +65,8 @@ class Shards:
         while number != length:
             try:
                 files = next(rows, {self.column: ()})[self.column]
+            except UnreadableShard:
+                raise
             except (OSError, *DAMAGE) as error:
                 self._note(index, length, error)
                 rows, files = self._rest(index, number), ()
@@ -92,18 +95,30 @@ class Shards:
     def _rest(self, index: int, number: int) -> Iterator[dict]:
         """One by one, the rows of a damaged shard that can be read, from `number` on: of a parquet file all row groups
         but the damaged ones, of others what comes before the damage."""
-        shard = self._open(index)
-        pieces = shard if self.single else shard.reshard()
-        for i in range(1 if self.single else pieces.num_shards):
-            rows = pieces.iter(batch_size=1) if self.single else pieces.shard(pieces.num_shards, i).iter(batch_size=1)
-            try:
-                for row in rows:
-                    number -= 1
-                    if number < 0:
-                        yield row
-            except (OSError, *DAMAGE) as error:
-                if not is_damage(error):
-                    raise UnreadableShard(f"cannot read {self.name(index)}: {error}".partition("\n")[0]) from error
+        with self._only_damage(index):
+            pieces = [self.stream] if self.single else self._row_groups(index)
+            for piece in pieces:
+                with self._only_damage(index):
+                    for row in piece.iter(batch_size=1):
+                        number -= 1
+                        if number < 0:
+                            yield row
+
+    def _row_groups(self, index: int) -> Iterator:
+        pieces = self._open(index).reshard()
+        for i in range(pieces.num_shards):
+            yield pieces.shard(pieces.num_shards, i)
+
+    @contextmanager
+    def _only_damage(self, index: int) -> Iterator[None]:
+        """Passes over damage, and over nothing else."""
+        try:
+            yield
+        except UnreadableShard:
+            raise
+        except (OSError, *DAMAGE) as error:
+            if not is_damage(error):
+                raise UnreadableShard(f"cannot read {self.name(index)}: {error}".partition("\n")[0]) from error
 
     def _open(self, index: int):
         return self.stream if self.count == 1 else self.stream.shard(self.count, index)
