@@ -48,8 +48,9 @@ def announce(page: str | Path, names: list[str]) -> str:
     minutes = {name: recorded(page, name) for name in names}
     unknown = [name for name, value in minutes.items() if value is None]
     total = sum(value for value in minutes.values() if value is not None)
-    words = f"{len(names)} comparisons to go: about {total:.0f} minutes, as recorded"
-    return words + (f", and those that have no record yet: {', '.join(unknown)}" if unknown else "")
+    times = [f"about {total:.0f} minutes, as recorded"] if len(unknown) < len(names) else []
+    times += [f"not recorded yet: {', '.join(unknown)}"] if unknown else []
+    return f"{len(names)} of {len(SCRIPTS)} comparisons to go; {'; '.join(times)}"
 
 
 def run(name: str, page: str | Path) -> bool:

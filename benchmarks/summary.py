@@ -24,14 +24,17 @@ def file_of(page: str | Path, name: str) -> Path:
 
 
 def publish(page: str | Path | None, name: str, text: str, rows: list[dict], where: str | None = None) -> None:
-    """Prints a section; puts it and its rows into the page, unless that is None.
+    """Puts a section and its rows into the page, unless that is None, and prints it.
 
     Args:
         where: machine and versions; None is those of this process.
     """
+    if page:
+        keep(page, name, text, rows, where)
     print(text, flush=True)
-    if not page:
-        return
+
+
+def keep(page: str | Path, name: str, text: str, rows: list[dict], where: str | None) -> None:
     write_section(page, name, text)
     found = {"machine": where or machine(), "seconds": round(time.monotonic() - STARTED), "rows": rows}
     file = file_of(page, name)

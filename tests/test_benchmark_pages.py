@@ -70,7 +70,7 @@ def test_make_bench_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     words = ["--out", str(page), "--state", str(state)]
     assert run_all.main(words) == 1 and ran == ["a", "b", "c"]
     shown = capsys.readouterr()
-    assert "3 comparisons to go: about 2 minutes, as recorded, and those that have no record yet: b, c" in shown.out
+    assert "3 of 3 comparisons to go; about 2 minutes, as recorded; not recorded yet: b, c\n" in shown.out
     assert shown.err == "failed: b; the same command tries them again\n" and state.read_text() == "a\nc\n"
     broken.clear()
     assert run_all.main(words) == 0 and ran[3:] == ["b"] and not state.exists()
