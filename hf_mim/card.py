@@ -128,7 +128,10 @@ def shareable(value):
 
 
 def is_local(text: str) -> bool:
-    """Whether a text is a path on this machine, and not an id on the Hub, which has one `/` or none."""
+    """Whether a text is a path on this machine or in somebody's bucket, and not an id on the Hub, which has one `/` or
+    none, or a page on the web."""
+    if re.match(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+://\S+$", text):
+        return True
     if text.startswith(("/", "./", "../", "~/")) or re.match(r"[A-Za-z]:[\\/]", text):
         return True
     return "/" in text and " " not in text and "://" not in text and (text.count("/") > 1 or Path(text).exists())
@@ -141,6 +144,8 @@ def dataset_of(data: dict | None) -> dict:
     name = data.get("dataset")
     if name is None:
         return {"words": SHIPPED, "type": "fashion_mnist_subset", "id": None}
+    if "://" in name:
+        return {"words": clean(name), "type": "web", "id": None}
     if "/" in name:  # local paths have lost theirs
         return {"words": f"`{clean(name)}`", "type": name, "id": name}
     return {"words": f"`{clean(name)}`, a local data set", "type": "local", "id": None}
@@ -204,7 +209,7 @@ def card_data(
         library_name="transformers",
         pipeline_tag=TASKS[task][0],
         license=license,
-        base_model=start if start and "/" in start else None,
+        base_model=start if start and "/" in start and "://" not in start else None,
         datasets=[data["id"]] if data["id"] else None,
         tags=["hf_mim", "masked-image-modeling", "self-supervised-learning", config.encoder],
         **({"model_name": repo.split("/")[-1], "eval_results": results} if results else {}),

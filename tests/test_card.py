@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ResNetConfig
 
 from hf_mim import cli
-from hf_mim.card import PICTURES, license_of, make_card, read_recipe, shareable
+from hf_mim.card import PICTURES, dataset_of, license_of, make_card, read_recipe, shareable
 from hf_mim.hub import stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 
@@ -160,6 +160,13 @@ def test_what_leaves_this_machine_holds_no_paths_and_no_tokens(full, tmp_path, m
     (full / "recipe.yaml").write_text(RECIPE.replace("me/photos", str(tmp_path / "photos")))
     assert read_recipe(full)["data"]["dataset"] == "photos"
     assert "`photos`, a local data set" in make_card(full, "me/tiny").text
+
+
+def test_of_urls_only_those_of_the_web_are_published():
+    urls = ["s3://secret-bucket/team/photos", "file:///home/me/photos", "hf://datasets/me/photos", "https://host/x.tar"]
+    found = [shareable({"dataset": url}) for url in urls]
+    assert [entry["dataset"] for entry in found] == ["photos", "photos", "photos", "https://host/x.tar"]
+    assert [dataset_of(entry)["id"] for entry in found] == [None] * 4 and "secret" not in str(found)
 
 
 def test_a_name_cannot_break_out_of_its_table(full):
