@@ -240,7 +240,8 @@ def test_two_processes_are_one_with_the_doubled_batch(source, tmp_path):
     words = [*ALL[:-1], "finetune.drop_path=0"]
     run(source, tmp_path / "one", *words)
     batch = "training.per_device_train_batch_size=8"
-    printed = launch(2, tmp_path / "two", *TINY, *words, batch, command=("finetune", str(source)))
+    command = ("-m", "hf_mim", "finetune", str(source))
+    printed, _ = launch(tmp_path / "two", *TINY, *words, batch, command=command)
     assert printed.count("total batch 16") == 1 and printed.count("output folder") == 2  # only one process prints
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and np.sum(two["test"]["confusion"]) == 40 and one["best_step"] == two["best_step"]
