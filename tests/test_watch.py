@@ -58,7 +58,8 @@ def test_looks_are_written_logged_and_not_noticed(tmp_path):
 
 def test_a_share_and_a_stream(tmp_path):
     source = ["data.streaming=true", "training.max_steps=10", "training.watch_every=0.5"]
-    run(tmp_path / "run", *source, "training.per_device_train_batch_size=4")
+    printed = run(tmp_path / "run", *source, "training.per_device_train_batch_size=4")
+    assert f"pictures: {tmp_path}/run/watch, {tmp_path}/run/loss.png\n" in printed
     assert len(list((tmp_path / "run" / "watch").iterdir())) == 2
     assert [e["step"] for e in history(tmp_path / "run") if "watch_effective_rank" in e] == [5, 10]
 

@@ -308,8 +308,10 @@ def results_table(results: dict) -> Table:
 
 def say_what_next(run: Run) -> None:
     folder = shlex.quote(place_of(run))
+    # A stream is not opened again for examples; those of the looks are there.
+    drawn = [name for name in ("reconstructions.png", "watch", "loss.png") if (run.folder / name).exists()]
     for line in (
-        f"pictures: {folder}/reconstructions.png, {folder}/loss.png",
+        f"pictures: {', '.join(f'{folder}/{name}' for name in drawn)}",
         f"next, train it further: hf-mim pretrain {folder} model.init_from={folder}",
         f"or let it fill in an image of yours: hf-mim reconstruct {folder} IMAGE",
         f"output folder: {folder}",
