@@ -42,6 +42,14 @@ def fresh(monkeypatch, tmp_path):
     Flaky.reset()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights of the same run in a folder."""
+    folder = tmp_path_factory.mktemp("runs") / "here"
+    pretrain("quick", [*SMALL, f"training.output_dir={folder}"], Console(file=io.StringIO()))
+    return weights(folder)
+
+
 def run(*overrides, name="quick", base=SMALL, url=URL) -> str:
     out = io.StringIO()
     pretrain(name, [*base, *overrides, f"training.output_dir={url}"], Console(file=out, width=250))
@@ -58,22 +66,20 @@ def local() -> Path:
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("protocol", ["memory", "file"])
-def test_a_run_at_a_url_is_the_run_in_a_folder(protocol, tmp_path):
+def test_a_run_at_a_url_is_the_run_in_a_folder(protocol, tmp_path, whole):
     url = f"{protocol}://{tmp_path}/bucket/run"
     text = run(url=url)
-    pretrain("quick", [*SMALL, f"training.output_dir={tmp_path / 'here'}"], Console(file=io.StringIO()))
     assert f"output folder: {url}" in text and f"all of it is at {url}" in text and "NOT" not in text
     checkpoints = {name.partition("/")[0] for name in there(url) if name.startswith("checkpoint-")}
     assert there(url) >= FILES | {f"checkpoint-4/{MARKER}"} and checkpoints == {"checkpoint-4"}
     assert not any(name.endswith("training_args.bin") for name in there(url))
     assert f"hf-mim pretrain {url}/recipe.yaml" in urls.read(f"{url}/recipe.yaml").decode()
-    assert equal(load_model(url).state_dict(), weights(tmp_path / "here"))
+    assert equal(load_model(url).state_dict(), whole)
     if protocol == "memory":
         fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)
 
 
-def test_another_machine_goes_on_exactly(tmp_path, monkeypatch):
-    run(url="flaky://bucket/whole")
+def test_another_machine_goes_on_exactly(tmp_path, monkeypatch, whole):
     step = MIMTrainer.training_step
 
     def die(self, *args, **kwargs):
@@ -89,7 +95,7 @@ def test_another_machine_goes_on_exactly(tmp_path, monkeypatch):
     out = io.StringIO()
     pretrain(URL, ["training.resume=true"], Console(file=out, width=250))
     assert f"resuming from {tmp_path / 'elsewhere'}" in out.getvalue() and "checkpoint-2" in out.getvalue()
-    assert equal(load_model(URL).state_dict(), load_model("flaky://bucket/whole").state_dict())
+    assert equal(load_model(URL).state_dict(), whole)
     assert last_checkpoint(local()).name == "checkpoint-4"
 
 
