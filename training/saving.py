@@ -240,7 +240,8 @@ def outlive_sigterm(first, number: int) -> None:
 
 
 def several() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
 
 
 class StopCallback(TrainerCallback):
