@@ -77,7 +77,9 @@ def decode(value, num_channels: int) -> np.ndarray:
     except urls.Unreachable:
         raise
     except FAILURES as error:
-        raise Undecodable(f"cannot decode {name}: {error}".partition("\n")[0]) from None
+        # Pillow names the object in memory that it was given.
+        reason = "of no format that is known" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise Undecodable(f"cannot decode {name}: {reason}".partition("\n")[0]) from None
     return to_channels(to_uint8(pixels, name), num_channels, name)
 
 
