@@ -56,6 +56,7 @@ def morphed(teacher: str, more: str = "") -> list[str]:
 
 A2MIM, UNSCALED = "a2mim_resnet18_small", "model.encoder_config.mask_scale_init_value=null"
 SPATIAL = "model.target_config.weight=0"
+NORM = "model.encoder_config.final_norm=true"  # what `a2mim_vit_small` had until its ablation was known
 # student -> method -> (recipe, overrides); None is the encoder as it is drawn
 STUDENTS = {
     "vit": {
@@ -63,8 +64,8 @@ STUDENTS = {
         "mae": ("quick", []),
         "simmim": ("maskfeat_small", [*PIXELS, "model.encoder_config.final_norm=false"]),
         "hog": ("maskfeat_small", []),
-        "a2mim": ("a2mim_vit_small", [SPATIAL]),
-        "a2mim+frequency": ("a2mim_vit_small", []),
+        "a2mim": ("a2mim_vit_small", [SPATIAL, NORM]),
+        "a2mim+frequency": ("a2mim_vit_small", [NORM]),
         "distillation": ("maskdistill_small", features(VIT)),
         "distillation, mae teacher": ("maskdistill_small", features(MAE)),
         "img2vec, resnet teacher": ("img2vec_small", features(RESNET)),
@@ -91,8 +92,8 @@ STUDENTS = {
 # One thing changed of a method above; with the first seed only.
 ABLATIONS = {
     "vit": {
-        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL, "model.encoder_config.final_norm=false"]),
-        "a2mim+frequency, batch spectra": ("a2mim_vit_small", ["model.target_config.average_spectra=true"]),
+        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL]),
+        "a2mim+frequency, batch spectra": ("a2mim_vit_small", [NORM, "model.target_config.average_spectra=true"]),
         "dtm, fixed schedule": ("dtm_small", morphed(VIT, ", num_merged: 24, num_iterations: 7")),
         "dtm, random merging": ("dtm_small", morphed(VIT, ", matching: random")),
     },
