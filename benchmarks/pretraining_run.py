@@ -12,6 +12,7 @@ counted from the end of the first step to the end of the last.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
             for name, values in speeds.items():
                 values.append(run_arm(name, args))
                 print(f"{name}: {values[-1]:.1f} images per second", file=sys.stderr, flush=True)
-    where = machine().replace("1 thread; ", "")
+    where = re.sub(r" \d+ thread;", "", machine())
     publish(args.out, "pretraining_run", f"{where}\n\n{report(speeds, args)}", rows_of(speeds, args), where)
     return speeds
 
