@@ -230,7 +230,8 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(ChildProcessError, match=words):
         trainer(tmp_path / "run", **options).train()
     assert not multiprocessing.active_children()  # nor is the other one left
-    assert not (tmp_path / "run" / "unfinished").exists() and last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert not (tmp_path / "run" / "unfinished").exists()
+    assert last_checkpoint(tmp_path / "run").name in ("checkpoint-4", "checkpoint-6")  # it is noticed a step later, too
     again = finish(tmp_path / "run", **options)
     assert equal(whole[0], again[0])
     np.testing.assert_array_equal(whole[1], again[1])
@@ -255,7 +256,9 @@ def test_on_the_command_line_a_killed_worker_is_one_sentence(tmp_path, monkeypat
     assert cli.main([*words, f"training.output_dir={tmp_path / 'run'}"]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert printed[-1].startswith("error: a worker of the loader is gone after step 1")
-    assert f"go on from {tmp_path / 'run' / 'checkpoint-10'} with training.resume=true" in printed[-1]
+    last = last_checkpoint(tmp_path / "run")
+    assert last.name in ("checkpoint-10", "checkpoint-15")
+    assert f"go on from {last} with training.resume=true" in printed[-1]
     assert not any("Traceback" in line for line in printed)
     assert cli.main(["pretrain", str(tmp_path / "run"), "training.resume=true"]) == 0
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
