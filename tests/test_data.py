@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
 from hf_mim.training import sources, transforms
 from hf_mim.training.data import MIMCollator, MIMDataset, StreamedImages, load_splits, processor_for
 from hf_mim.training.sources import DataArguments
@@ -311,3 +311,31 @@ def test_the_collator_masks_finished_pixel_values_too():
     batch = MIMCollator(config(masking_config={"ratio": 0.5}), (2, 2))(features)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert batch["bool_masked_pos"].sum(1).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("shape, size, levels", [((60, 64), 24, 0), ((90, 100), (72, 80), 2)])
+def test_crops_on_the_device_are_those_of_the_loader(shape, size, levels):
+    """Above `SMALL` the loader resamples by torchvision, whose weights have 8 bits: see the test of Pillow's crops."""
+    many = rows(8, sizes=(shape,))
+    options, batches = {"crop_scale": [0.2, 1.0], "memory_limit_mb": 64}, []
+    for on_device in (False, True):
+        dataset = MIMDataset(many, config(size), DataArguments(crop_on_device=on_device, **options), seed=3)
+        dataset.set_epoch(2)
+        raw = MIMCollator(config(size), normalized=False)(dataset.__getitems__(list(range(8))))
+        assert ("crops" in raw) == on_device
+        batches.append((raw, MIMCollator(config(size))(dataset.__getitems__(list(range(8))))))
+    (loader, finished), (whole, same) = batches
+    assert whole["pixel_values"].shape[-2:] == shape and 0 < whole["crops"][:, 4].sum() < 8
+    cropped = transforms.crop_and_flip(whole["pixel_values"], whole["crops"], pair(size))
+    difference = (cropped.int() - loader["pixel_values"].int()).abs()
+    assert difference.max() <= levels and difference.float().mean() < 0.1
+    one_level = 1 / (255 * min(config().image_std))
+    assert (finished["pixel_values"] - same["pixel_values"]).abs().max() <= (levels + 0.01) * one_level
+    assert finished.keys() == same.keys()
+
+
+def test_crops_on_the_device_need_images_of_one_size():
+    with pytest.raises(ValueError, match="data.crop_on_device needs images of one size"):
+        MIMDataset(rows(sizes=((20, 24), (24, 20))), config(), DataArguments(crop_on_device=True, crop_scale=[0.2, 1]))
+    with pytest.raises(ValueError, match="leave out data.streaming"):
+        DataArguments(crop_on_device=True, streaming=True)

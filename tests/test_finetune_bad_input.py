@@ -62,6 +62,7 @@ REFUSED = {
     "negative": (None, ["finetune.class_weights=[1,1,1,1,1,1,1,1,1,-1]"], "must be positive numbers or 0"),
     "weights' name": (None, ["finetune.class_weights=balance"], "did you mean 'balanced'"),
     "streaming": (None, ["data.streaming=true"], "leave out data.streaming"),
+    "crops": (None, ["data.crop_on_device=true"], "leave out data.crop_on_device"),
     "lora layers": (None, ["finetune.lora=true", "finetune.lora_layers=[qvk]"], "did you mean 'qkv'"),
     "lora and freeze": (None, ["finetune.lora=true", "finetune.freeze=true"], "finetune.freeze=true forbids"),
     "key": (None, ["finetune.mixupp=1"], "did you mean 'mixup'"),

@@ -123,6 +123,16 @@ def test_a_saved_recipe_gives_the_same_weights_again(finished, tmp_path):
     assert not equal(weights(folder), weights(tmp_path / "other"))
 
 
+def test_crops_on_the_device_train_the_same_weights(tmp_path):
+    words = ["data.crop_scale=[0.3, 1.0]", "training.watch_every=0", "data.max_eval_images=0"]
+    for name in ("loader", "device"):
+        run(tmp_path / name, *words, f"data.crop_on_device={str(name == 'device').lower()}")
+    assert equal(weights(tmp_path / "loader"), weights(tmp_path / "device"))
+    whole = tmp_path / "whole"
+    run(whole, *words[1:])
+    assert not equal(weights(whole), weights(tmp_path / "device"))
+
+
 def test_init_from_continues_with_weights_and_config_of_the_checkpoint(finished, tmp_path):
     folder, _ = finished
     options = [f"model.init_from={folder}", "model.masking_config.ratio=0.5", "data.max_eval_images=0"]

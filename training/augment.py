@@ -5,7 +5,7 @@ what happens to an image then depends neither on the process, nor on the worker,
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ ERASED = ((0.02, 1 / 3), (0.3, 10 / 3))  # area and aspect ratio of an erased re
 class LabelledBatch(ImageBatch):
     """An `ImageBatch` with labels (batch,); `train` says whether it is to be augmented further."""
 
+    _: KW_ONLY
     labels: Tensor
     train: bool
 
@@ -54,7 +55,8 @@ class LabelledImages(torch.utils.data.Dataset):
     def __getitems__(self, positions: list[int]) -> list[LabelledBatch]:
         indices = self.indices[positions].tolist()
         (batch,) = self.dataset.__getitems__(indices)
-        return [LabelledBatch(batch.images, batch.rngs, self.dataset.true_labels(indices), self.dataset.train)]
+        labels = self.dataset.true_labels(indices)
+        return [LabelledBatch(batch.images, batch.rngs, labels=labels, train=self.dataset.train)]
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)

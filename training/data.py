@@ -20,6 +20,7 @@ from hf_mim.training.transforms import (
     UNIFORMS,
     ImageBatch,
     crop,
+    crop_and_flip,
     crop_batch,
     crop_boxes,
     flip_batch,
@@ -61,17 +62,23 @@ class MIMDataset(torch.utils.data.Dataset):
         self.size, self.num_channels = pair(config.image_size), config.num_channels
         self.crop_scale = data.crop_scale if train else None
         self.horizontal_flip = data.horizontal_flip and train
+        self.crops_on_device = data.crop_on_device and self.crop_scale is not None
         self.labels, self.classes = _labels(dataset, label_column, classes)
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of)
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
+        if self.images is None and self.crops_on_device:
+            raise ValueError(
+                "data.crop_on_device needs images of one size that fit into data.memory_limit_mb="
+                f"{data.memory_limit_mb}: leave it out"
+            )
         self.cache = self._open_cache(data) if data.cache_decoded and self.images is None else None
 
     def without_augmentation(self) -> "MIMDataset":
         """The same images, whole, sharing memory."""
         other = copy.copy(self)
-        other.train, other.crop_scale, other.horizontal_flip = False, None, False
+        other.train, other.crop_scale, other.horizontal_flip, other.crops_on_device = False, None, False, False
         other._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # training must not learn of this one's
         return other
 
@@ -93,6 +100,9 @@ class MIMDataset(torch.utils.data.Dataset):
         """The images at `indices` as one `ImageBatch`, in a list because a loader hands lists to the collator."""
         rngs = [sample_rng(self.seed, self.epoch, index) for index in indices]
         uniforms = np.stack([rng.random(UNIFORMS) for rng in rngs])
+        if self.crops_on_device:
+            images = self.images[torch.as_tensor(self.bad.replace(indices))]
+            return [ImageBatch(images, rngs, self._crops(images, uniforms))]
         if self.images is not None:
             images = self._crop_equal(self.images[torch.as_tensor(self.bad.replace(indices))], uniforms)
         else:
@@ -137,6 +147,11 @@ class MIMDataset(torch.utils.data.Dataset):
         for cropped, image, box in zip(batch, images, boxes):
             cropped.copy_(crop(image, box, self.size))
         return batch
+
+    def _crops(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
+        sizes = np.tile(images.shape[-2:], (len(images), 1))
+        flips = (uniforms[:, -1:] < 0.5) & self.horizontal_flip
+        return torch.from_numpy(np.hstack([crop_boxes(uniforms, sizes, self.size, self.crop_scale), flips]))
 
     def _crop_equal(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
         if self.crop_scale is None:
@@ -219,19 +234,32 @@ class MIMCollator:
                 from torch's generator.
 
         Returns:
-            `pixel_values` (batch, channels, height, width), float32 or uint8, and `bool_masked_pos` (batch, tokens).
+            `pixel_values` (batch, channels, height, width), float32 or uint8, and `bool_masked_pos` (batch, tokens);
+            `crops` (batch, 5) for uint8 images that are to be cropped on the device.
         """
         if isinstance(features[0], ImageBatch):
             images = torch.cat([feature.images for feature in features]) if len(features) > 1 else features[0].images
             rngs = [rng for feature in features for rng in feature.rngs]
-            mean, std = self.config.image_mean, self.config.image_std
-            batch = {"pixel_values": normalize(images, mean, std) if self.normalized else images}
+            batch = {"pixel_values": images}
+            if features[0].crops is not None:
+                batch["crops"] = torch.cat([feature.crops for feature in features])
+            if self.normalized:
+                batch = finish(batch, self.config)
         else:
             batch = {"pixel_values": torch.stack([torch.as_tensor(feature["pixel_values"]) for feature in features])}
             rngs = [np.random.default_rng(int(seed)) for seed in torch.randint(2**62, (len(features),))]
         if self.grid is not None:
             batch["bool_masked_pos"] = sample_masks(self.config, self.grid, rngs)
         return batch
+
+
+def finish(batch: dict[str, torch.Tensor], config: MIMConfig, out: torch.Tensor | None = None) -> dict:
+    """Crops uint8 `pixel_values` where that is still to be done, and normalises them to `out`, all on their device."""
+    images = batch["pixel_values"]
+    if "crops" in batch:
+        images = crop_and_flip(images, batch["crops"], pair(config.image_size))
+        batch = {name: value for name, value in batch.items() if name != "crops"}
+    return {**batch, "pixel_values": normalize(images, config.image_mean, config.image_std, out)}
 
 
 def processor_for(config: MIMConfig) -> ViTImageProcessor:

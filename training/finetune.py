@@ -113,6 +113,8 @@ def set_up(source: str, recipe: dict, console: Console, paper: str = "") -> Fine
     options, data = FinetuneArguments(**recipe["finetune"]), DataArguments(**recipe["data"])
     if data.streaming:
         raise ValueError("fine-tuning needs data with a length: leave out data.streaming")
+    if data.crop_on_device:
+        raise ValueError("fine-tuning crops in the loader: leave out data.crop_on_device")
     arguments = training_arguments(recipe["training"])
     wanted = recipe["training"].get("output_dir")
     if arguments.resume and wanted is None:

@@ -52,6 +52,8 @@ class DataArguments:
         max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
+        crop_on_device: crop and flip on the device instead of in the loader; for images of one size that are held in
+            memory. Slower on a processor, and not measured on a GPU.
         max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
             least one image), or a number. The same holds for damaged shards of a stream.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
@@ -73,6 +75,7 @@ class DataArguments:
     max_eval_images: int | None = None
     crop_scale: list[float] | None = None
     horizontal_flip: bool = True
+    crop_on_device: bool = False
     max_bad_images: float = 0.01
     memory_limit_mb: int = 1024
     cache_decoded: bool = False
@@ -82,6 +85,8 @@ class DataArguments:
     def __post_init__(self):
         urls.check_url("data.dataset", self.dataset)
         urls.check_local("data.cache_dir", self.cache_dir)
+        if self.streaming and self.crop_on_device:
+            raise ValueError("data.crop_on_device needs images that are held in memory: leave out data.streaming")
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}")

@@ -16,10 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
+from hf_mim.modeling.configuration_mim import pair
+from hf_mim.training.data import finish
 from hf_mim.training.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
 from hf_mim.training.throughput import Throughput, flops_per_image, peak_flops
-from hf_mim.training.transforms import normalize
 
 
 # What wrappers put before a parameter's name.
@@ -181,10 +182,11 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if images is None or images.dtype != torch.uint8:
             return inputs
         config = self.accelerator.unwrap_model(self.model).config
-        if self.pixels is None or (self.pixels.shape, self.pixels.device) != (images.shape, images.device):
+        shape = (*images.shape[:2], *pair(config.image_size)) if "crops" in inputs else images.shape
+        if self.pixels is None or (self.pixels.shape, self.pixels.device) != (shape, images.device):
             # Kept for the next step: fresh pages of memory would cost a processor more than the arithmetic.
-            self.pixels = torch.empty(images.shape, device=images.device)
-        return {**inputs, "pixel_values": normalize(images, config.image_mean, config.image_std, out=self.pixels)}
+            self.pixels = torch.empty(shape, device=images.device)
+        return finish(inputs, config, out=self.pixels)
 
     def get_batch_samples(self, *args, **kwargs):
         try:

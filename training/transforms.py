@@ -25,10 +25,12 @@ class ImageBatch:
     Args:
         images: (batch, channels, height, width), uint8.
         rngs: one generator per image, for its mask; it has already given the numbers for crop and flip.
+        crops: for images that are still whole, (batch, 5), int: what `crop_and_flip` is to do on the device.
     """
 
     images: torch.Tensor
     rngs: list[np.random.Generator]
+    crops: torch.Tensor | None = None
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -89,20 +91,20 @@ def resize(image: torch.Tensor, size: tuple[int, int], box=None) -> torch.Tensor
     return resized[0] if image.ndim == 3 else resized
 
 
-def resample_matrix(starts: np.ndarray, lengths: np.ndarray, source: int, out: int) -> torch.Tensor:
+def resample_matrix(starts: torch.Tensor, lengths: torch.Tensor, source: int, out: int) -> torch.Tensor:
     """Weights of antialiased bicubic resampling of an interval to `out` pixels, one matrix per image.
 
     Args:
         starts, lengths: (batch,), the intervals in pixels, within [0, source).
 
     Returns:
-        (batch, out, source), float32; rows sum to one.
+        (batch, out, source), float32, on the same device; rows sum to one.
     """
-    starts, lengths = torch.from_numpy(starts)[:, None, None], torch.from_numpy(lengths)[:, None, None]
+    starts, lengths = starts[:, None, None], lengths[:, None, None]
     step = lengths.float() / out
     widen = step.clamp(min=1)
-    centres = (torch.arange(out)[:, None] + 0.5) * step
-    pixels = torch.arange(source) - starts
+    centres = (torch.arange(out, device=starts.device)[:, None] + 0.5) * step
+    pixels = torch.arange(source, device=starts.device) - starts
     x = ((pixels + 0.5 - centres) / widen).abs()
     # Keys' cubic with a = -0.5, which PIL and torchvision use where they antialias.
     near = (1.5 * x - 2.5) * x * x + 1
@@ -131,8 +133,13 @@ def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -
     height, width = images.shape[-2:]
     if max(height, width, *size) > SMALL:
         return torch.stack([resize(image, size, box) for image, box in zip(images, boxes, strict=True)])
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], height, size[0])
-    columns = resample_matrix(boxes[:, 1], boxes[:, 3], width, size[1])
+    return resample(images, torch.from_numpy(boxes), size)
+
+
+def resample(images: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`crop_batch` by two matrix products, on the device of images and boxes, which nobody waits for."""
+    rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[-2], size[0])
+    columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[-1], size[1])
     # Rounded between the passes as well, as torchvision and PIL do.
     resized = (images.float() @ columns[:, None].mT).round_().clamp_(0, 255)
     return (rows[:, None] @ resized).round_().clamp_(0, 255).to(torch.uint8)
@@ -143,6 +150,17 @@ def flip_batch(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:
     for i in np.flatnonzero(flips):
         images[i] = images[i].flip(-1)
     return images
+
+
+def crop_and_flip(images: torch.Tensor, crops: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`crop_batch` and `flip_batch` on the device of the images.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        crops: (batch, 5), int: top, left, height, width, and 1 where the image is mirrored.
+    """
+    cropped = resample(images, crops, size)
+    return torch.where(crops[:, 4].bool()[:, None, None, None], cropped.flip(-1), cropped)
 
 
 def normalize(
