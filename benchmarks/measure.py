@@ -39,10 +39,12 @@ def parser(description: str, out: str | None = "put the tables into this Markdow
     return made
 
 
-def alternate(arms: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(
+    arms: dict[str, Callable], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     """Seconds of every call, `rounds` of each arm. The arms take turns, so that whatever else the machine does
-    falls on all of them, and each round begins with another one. Counted is the processor's time, which on one thread
-    is that of the clock on a machine that does nothing else."""
+    falls on all of them, and each round begins with another one. Counted is, by default, the processor's time, which on
+    one thread is that of the clock on a machine that does nothing else."""
     names = list(arms)
     for _ in range(warmup):
         for name in names:
@@ -50,9 +52,9 @@ def alternate(arms: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[s
     seconds = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.process_time()
+            start = clock()
             arms[name]()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import crops
 import input_pipeline
 import measure
 import numpy as np
@@ -62,6 +63,12 @@ def test_input_pipeline(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_crops(tmp_path):
+    rows = crops.main(["--batch", "4", "--rounds", "1", "--out", str(tmp_path / "page.md")])
+    assert [row[0] for row in rows] == ["28x28x1", "32x32x3", "64x64x3", "96x96x3", "224x224x3"]
+    assert "<!-- crops -->" in (tmp_path / "page.md").read_text()
+
+
 def test_pretraining_run(tmp_path):
     page = tmp_path / "benchmarks.md"
     words = ["--size", "test", "--images", "8", "--batch", "4", "--steps", "3", "--rounds", "1", "--float32"]

@@ -12,7 +12,7 @@ CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of the crops, relative to that of t
 TRIES = 10  # crops that do not fit into the image are drawn again, as in torchvision
 UNIFORMS = 4 * TRIES + 1  # how many numbers an image's crop and flip take from its generator, whatever the options
 # Up to this size a crop is resampled as two matrix products for the whole batch; above, one image at a time is faster.
-SMALL = 64
+SMALL = 48
 
 # How many values a processor normalises at a time: they stay in its cache between the three operations.
 IN_CACHE = 2**17
