@@ -1,5 +1,6 @@
 """Random crops, flips and normalisation; every random number follows from (seed, epoch, sample index)."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -168,10 +169,17 @@ def normalize(
 ) -> torch.Tensor:
     """(batch, channels, height, width) uint8 -> float32 `pixel_values` on the same device, written to `out` if given:
     (pixel / 255 - mean) / std per channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device)[:, None, None]
+    scale, shift = scale_and_shift(tuple(mean), tuple(std), images.device)
     result = torch.empty(images.shape, device=images.device) if out is None else out
     count = max(1, IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
     for part, normalized in zip(images.split(count), result.split(count), strict=True):
         normalized.copy_(part).mul_(scale).add_(shift)
     return result
+
+
+@functools.cache  # made anew at each step, they would have a GPU waited for
+def scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both (channels, 1, 1), on the device: pixel * scale + shift is normalised."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device)[:, None, None]
+    return scale, shift
