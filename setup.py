@@ -7,9 +7,11 @@ from setuptools import find_packages, setup
 # installed: they are excluded from the search, so that only this table decides what is packaged, and where from.
 MAPPED = {"hf_mim.modeling": "modeling", "hf_mim.training": "training", "hf_mim.model_cards": "model_cards"}
 OWN = find_packages(include=["hf_mim", "hf_mim.*"], exclude=[*MAPPED, *(f"{name}.*" for name in MAPPED)])
+# Only the roots are mapped to folders: setuptools finds a sub-package below its parent's.
+ROOMS = [f"hf_mim.training.{name}" for name in find_packages("training")]
 
 setup(
-    packages=[*OWN, *MAPPED],
+    packages=[*OWN, *MAPPED, *ROOMS],
     package_dir={"hf_mim": "hf_mim", **MAPPED},
     package_data={
         "hf_mim": ["data/*.py", "data/fashion_mnist/*"],

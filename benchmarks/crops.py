@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from measure import alternate, machine, markdown_table, parser, quartiles, spread, write_section
 
-from hf_mim.training.transforms import UNIFORMS, crop_and_flip, crop_batch, crop_boxes, flip_batch
+from hf_mim.training.data.transforms import UNIFORMS, crop_and_flip, crop_batch, crop_boxes, flip_batch
 
 
 SHAPES = ((1, 28), (3, 32), (3, 64), (3, 96), (3, 224))  # channels, side

@@ -8,7 +8,7 @@ In bf16, compiled, with the recipes' models at 224 px: MAE ViT-B/16 and ViT-L/16
 size and random weights; A2MIM ResNet-50. A step is forward, loss, backward and fused AdamW on images that are on the
 device. Arms take turns of `--steps` steps, timed by CUDA events (by the clock, uncompiled, on a processor). The share
 of morphing is that of its loss alone, forward and backward, run by itself. MFU counts the FLOPs of
-`hf_mim.training.throughput`. Memory is what a step holds at most beyond what it found, with the arm's own weights and
+`training.trainer.throughput`. Memory is what a step holds at most beyond what it found, with the arm's own weights and
 optimizer.
 
 Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the command goes on where it was.
@@ -33,10 +33,10 @@ from peers import Arm, Batch, make_batch, make_transformers
 from summary import publish
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
-from hf_mim.training.data import MIMCollator, MIMDataset
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
+from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.recipe import merge, resolve
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.throughput import flops_per_image, peak_flops
+from hf_mim.training.trainer.throughput import flops_per_image, peak_flops
 
 
 OURS, CROSS, PEER, EAGER = "hf_mim", "hf_mim, cross_attention", "transformers", "transformers, not compiled"

@@ -28,12 +28,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
 from hf_mim.modeling.configuration_mim import pair
-from hf_mim.training import metrics
 from hf_mim.training import recipe as recipes
-from hf_mim.training.data import MIMCollator, load_splits
-from hf_mim.training.pretrain import set_up, train, write_results
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import has_bf16
+from hf_mim.training.commands.pretrain import set_up, train, write_results
+from hf_mim.training.data.pretraining import MIMCollator, load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import metrics
+from hf_mim.training.trainer.trainer import has_bf16
 
 
 PIXELS = ["model.target=pixel", "model.target_config={normalize: false, loss: l1}"]

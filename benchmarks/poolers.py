@@ -22,9 +22,9 @@ from transformers import set_seed
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.training import recipe as recipes
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.probe import encode, probe_poolers
-from hf_mim.training.probe_setup import set_up
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.commands.probe import encode, probe_poolers
+from hf_mim.training.commands.probe_setup import set_up
 
 
 ENCODERS = {

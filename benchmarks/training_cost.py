@@ -2,7 +2,7 @@
 
     python benchmarks/training_cost.py --out docs/scaling.md
 
-FLOPs of an image are counted on this machine (`hf_mim.training.throughput.flops_per_image`), a frozen teacher's forward
+FLOPs of an image are counted on this machine (`training.trainer.throughput`), a frozen teacher's forward
 pass is added. GPU hours follow from the number of epochs in the recipe, the vendor's peak and the share of it that is
 assumed to be reached; images per second are what the loader must then deliver to each GPU.
 """
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.training.recipe import list_recipes, resolve
-from hf_mim.training.throughput import PEAKS, flops_per_image
+from hf_mim.training.trainer.throughput import PEAKS, flops_per_image
 
 
 IMAGES = 1_281_167  # ImageNet-1K's training split

@@ -42,8 +42,8 @@ def split(words: list[str] | None) -> tuple[str | None, list[str]]:
 @app.command()
 def pretrain(words: Words = None):
     """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
-    from hf_mim.hub import push_run
-    from hf_mim.training.pretrain import pretrain as run
+    from hf_mim.hub.push import push_run
+    from hf_mim.training.commands.pretrain import pretrain as run
 
     name, overrides = split(words)
     done = push_run(run(name or "quick", overrides))
@@ -57,8 +57,8 @@ def finetune(
     words: FinetuneWords = None,
 ):
     """Fine-tune on labelled images: `hf-mim finetune MODEL data.dataset=me/photos finetune.lora=true`."""
-    from hf_mim.hub import push_run
-    from hf_mim.training.finetune import finetune as run
+    from hf_mim.hub.push import push_run
+    from hf_mim.training.commands.finetune import finetune as run
 
     done = push_run(run(model, *split(words)))
     if done is not None:
@@ -89,7 +89,7 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
 ):
     """Hide parts of an image and let a checkpoint fill them in."""
-    from hf_mim.training.reconstruct import reconstruct_file
+    from hf_mim.training.commands.reconstruct import reconstruct_file
 
     reconstruct_file(checkpoint, image, out)
     typer.echo(out)
@@ -121,7 +121,7 @@ def probe(
     uncached: Annotated[bool, typer.Option("--uncached", help="Run the encoder again in every epoch: slow.")] = False,
 ):
     """What a frozen encoder is worth, and behind which pooler: `hf-mim probe FOLDER data.dataset=me/photos`."""
-    from hf_mim.training.probe import probe as run
+    from hf_mim.training.commands.probe import probe as run
 
     run(model, [*(overrides or []), *(["probe.uncached=true"] if uncached else [])])
 
@@ -132,7 +132,7 @@ def teacher(
     overrides: Overrides = None,
 ):
     """Show what a teacher would give: channels, grid and token diversity of its layers, images per second."""
-    from hf_mim.training.teacher import describe_teacher
+    from hf_mim.training.commands.teacher import describe_teacher
 
     describe_teacher(model, list(overrides or []))
 
@@ -146,7 +146,7 @@ def codebook(
     images: Annotated[int, typer.Option(help="How many training images to fit them on.")] = 2000,
 ):
     """Fit a codebook of a teacher's features, for the target discrete_token."""
-    from hf_mim.training.teacher import fit_codebook
+    from hf_mim.training.commands.teacher import fit_codebook
 
     fit_codebook(model, out, list(overrides or []), codes, images)
 
@@ -165,7 +165,7 @@ def push(
     license: License = None,
 ):
     """Publish a checkpoint on the Hub, with card, results and pictures. The token: `hf auth login` or HF_TOKEN."""
-    from hf_mim.hub import push as run
+    from hf_mim.hub.push import push as run
 
     done = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license)
     typer.echo(done.url if done.uploaded else f"nothing to send, it is all there already: {done.url}")
@@ -179,7 +179,7 @@ def card(
     license: License = None,
 ):
     """Write the model card that `push` would send, to read or change it first: `push` takes a README.md as it is."""
-    from hf_mim.hub import write_card
+    from hf_mim.hub.push import write_card
 
     typer.echo(write_card(checkpoint, repo, out, license))
 
@@ -208,7 +208,7 @@ def doctor(
     overrides: Overrides = None,
 ):
     """Look for known faults in a checkpoint, and say what to do. Exit code 1 where one is found."""
-    from hf_mim.doctor import doctor as run
+    from hf_mim.doctor.checks import doctor as run
 
     raise typer.Exit(run(checkpoint, list(overrides or [])))
 
@@ -311,7 +311,7 @@ def describe(error: Exception) -> str | None:
     if usage is not None:
         return f"{usage()} See hf-mim --help"
     if "huggingface_hub" in sys.modules:
-        from hf_mim.hub_errors import explain
+        from hf_mim.hub.errors import explain
 
         if (message := explain(error)) is not None:
             return message

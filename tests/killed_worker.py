@@ -5,7 +5,7 @@ import signal
 import sys
 
 from hf_mim.cli import main
-from hf_mim.training.trainer import MIMTrainer
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 STEP = 5

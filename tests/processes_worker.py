@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.data import MIMCollator, Splits
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.teacher import fit_codebook
-from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
-from hf_mim.training.watch import Watch
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.commands.teacher import fit_codebook
+from hf_mim.training.data.pretraining import MIMCollator, Splits
+from hf_mim.training.trainer.monitor import Watch
+from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 
 
 BATCH, STEPS = 8, 6  # images of all processes together

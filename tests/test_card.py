@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import ResNetConfig
 
 from hf_mim import cli
-from hf_mim.card import PICTURES, dataset_of, license_of, make_card, read_recipe, shareable
-from hf_mim.hub import stage, write_card
+from hf_mim.hub.card import PICTURES, dataset_of, license_of, make_card, read_recipe, shareable
+from hf_mim.hub.push import stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 
 
@@ -197,7 +197,7 @@ def test_the_cards_of_released_models(path):
 
 
 def test_the_teacher_of_a_wrapped_target_is_named():
-    from hf_mim.card import teacher_of
+    from hf_mim.hub.card import teacher_of
 
     assert teacher_of({"teacher": "me/dino"}) == "me/dino" == teacher_of({"features": {"teacher": "me/dino"}})
     assert teacher_of({}) is None

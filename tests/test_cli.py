@@ -70,8 +70,8 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
 
 
 def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
-    from hf_mim import hub
-    from hf_mim.training import pretrain
+    from hf_mim.hub import push as hub
+    from hf_mim.training.commands import pretrain
 
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
@@ -82,7 +82,7 @@ def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
 
 
 def test_an_interrupt_has_its_own_code_and_a_mistake_of_ours_its_traceback(monkeypatch):
-    from hf_mim.training import pretrain
+    from hf_mim.training.commands import pretrain
 
     def raising(error):
         def run(*arguments):
@@ -108,8 +108,8 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_pretraining_starts_again_tuned_for_the_processor(monkeypatch):
     started = []
     monkeypatch.setattr(cli.os, "execve", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr("hf_mim.training.pretrain.pretrain", lambda *words: Path("folder"))
-    monkeypatch.setattr("hf_mim.hub.push_run", lambda folder: None)
+    monkeypatch.setattr("hf_mim.training.commands.pretrain.pretrain", lambda *words: Path("folder"))
+    monkeypatch.setattr("hf_mim.hub.push.push_run", lambda folder: None)
     monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "mae"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "mae"])
     monkeypatch.setattr(cli, "GPUS", ("/nowhere",))

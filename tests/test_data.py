@@ -11,9 +11,9 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
-from hf_mim.training import sources, transforms
-from hf_mim.training.data import MIMCollator, MIMDataset, StreamedImages, load_splits, processor_for
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.data import sources, transforms
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, StreamedImages, load_splits, processor_for
+from hf_mim.training.data.sources import DataArguments
 
 
 def picture(seed: int, size=(20, 24), mode="RGB") -> PIL.Image.Image:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hf_mim import MIMConfig
-from hf_mim.training import decoded_cache
-from hf_mim.training.data import MIMDataset
-from hf_mim.training.decoded_cache import DecodedCache
-from hf_mim.training.sources import DataArguments, decode
+from hf_mim.training.data import decoded_cache
+from hf_mim.training.data.decoded_cache import DecodedCache
+from hf_mim.training.data.pretraining import MIMDataset
+from hf_mim.training.data.sources import DataArguments, decode
 
 
 SIZES = [(40, 52), (36, 36), (70, 33), (41, 60), (38, 45)]

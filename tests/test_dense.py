@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
-from hf_mim.training.dense import (
+from hf_mim.training.commands.dense import (
     NEITHER,
     LinearReader,
     NeighbourReader,
@@ -26,10 +26,10 @@ from hf_mim.training.dense import (
     probe_dense,
     read_tokens,
 )
-from hf_mim.training.features import Features
-from hf_mim.training.iou import IGNORE, pixel_counts, scores
-from hf_mim.training.metrics import TEMPERATURE
-from hf_mim.training.segmentation_data import MaskedSplits
+from hf_mim.training.data.masked import MaskedSplits
+from hf_mim.training.evaluation.features import Features
+from hf_mim.training.evaluation.iou import IGNORE, pixel_counts, scores
+from hf_mim.training.evaluation.metrics import TEMPERATURE
 
 
 QUIET = Console(quiet=True)

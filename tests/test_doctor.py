@@ -16,10 +16,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mim import MIMForPreTraining, MIMModel, cli
 from hf_mim.conversion import convert
-from hf_mim.doctor import compare_with_twin, doctor, examine
-from hf_mim.doctor_weights import Check, look_at_weights, read_weights, state_of_table
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.sources import SHIPPED
+from hf_mim.doctor.checks import compare_with_twin, doctor, examine
+from hf_mim.doctor.weights import Check, look_at_weights, read_weights, state_of_table
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data.sources import SHIPPED
 
 
 SMALL = {"patch_size": 7, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}

@@ -21,14 +21,14 @@ from test_sources import broken, shard
 from test_streaming import consume, numbered, solid, take
 
 from hf_mim import cli
-from hf_mim.training import shards, streaming
-from hf_mim.training.data import load_splits
-from hf_mim.training.decoding import TooManyBadImages
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.saving import last_checkpoint
-from hf_mim.training.shards import Shards, UnreadableShard
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import MIMTrainer
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data import shards, streaming
+from hf_mim.training.data.decoding import TooManyBadImages
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.shards import Shards, UnreadableShard
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.trainer.saving import last_checkpoint
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 # ---- damaged shards ------------------------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ from test_pretrain import equal
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTModel
 
 from hf_mim import MIMForImageClassification, MIMForPreTraining
-from hf_mim.hub import write_card
-from hf_mim.training import classification, evaluation
-from hf_mim.training import finetune as commands
-from hf_mim.training.finetune import finetune
-from hf_mim.training.finetune_trainer import FinetuneTrainer
-from hf_mim.training.saving import last_checkpoint
+from hf_mim.hub.push import write_card
+from hf_mim.training.commands import classification
+from hf_mim.training.commands import finetune as commands
+from hf_mim.training.commands.finetune import finetune
+from hf_mim.training.evaluation import classification as evaluation
+from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
+from hf_mim.training.trainer.saving import last_checkpoint
 
 
 TINY = [

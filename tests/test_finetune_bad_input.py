@@ -11,7 +11,7 @@ from helpers import RESNET, tiny_config
 from test_finetune import TINY, images, run
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.pretrain import pretrain
+from hf_mim.training.commands.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")

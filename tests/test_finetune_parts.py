@@ -13,16 +13,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_mim import MIMForImageClassification
-from hf_mim.training import evaluation
-from hf_mim.training.augment import ClassificationCollator, LabelledImages
-from hf_mim.training.classification import ClassificationLoss
-from hf_mim.training.data import MIMDataset
-from hf_mim.training.finetune_arguments import FinetuneArguments
-from hf_mim.training.finetune_trainer import FinetuneTrainer
-from hf_mim.training.labelled_data import balanced_weights, hold_out_labelled
-from hf_mim.training.layer_decay import layer_of_parameters
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import MIMTrainingArguments
+from hf_mim.training.commands.classification import ClassificationLoss
+from hf_mim.training.data.augment import ClassificationCollator, LabelledImages
+from hf_mim.training.data.labelled import balanced_weights, hold_out_labelled
+from hf_mim.training.data.pretraining import MIMDataset
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import classification as evaluation
+from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
+from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
+from hf_mim.training.trainer.layer_decay import layer_of_parameters
+from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 CLASSES = 3

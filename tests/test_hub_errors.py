@@ -13,10 +13,10 @@ from huggingface_hub import constants, errors
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_mim import MIMConfig, cli
-from hf_mim.hub import push, weight_files
-from hf_mim.hub_errors import explain
+from hf_mim.hub.errors import explain
+from hf_mim.hub.push import push, weight_files
 from hf_mim.training.checkpoint import load_model
-from hf_mim.training.trainer import MIMTrainingArguments
+from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "checkpoint_v1"
@@ -41,7 +41,7 @@ def wrapped(error: Exception) -> Exception:
 
 
 def test_without_network_it_says_what_the_cache_holds(monkeypatch):
-    monkeypatch.setattr("hf_mim.hub_errors.in_cache", lambda: "; in the cache: me/kept")
+    monkeypatch.setattr("hf_mim.hub.errors.in_cache", lambda: "; in the cache: me/kept")
     missing = errors.LocalEntryNotFoundError("not there")
     for off, words in ((True, "is switched off (HF_HUB_OFFLINE=1)"), (False, "cannot be reached")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", off)
@@ -51,7 +51,7 @@ def test_without_network_it_says_what_the_cache_holds(monkeypatch):
 def test_the_models_of_a_cache_are_listed(tmp_path, monkeypatch):
     from huggingface_hub.utils import _cache_manager
 
-    from hf_mim.hub_errors import in_cache
+    from hf_mim.hub.errors import in_cache
 
     monkeypatch.setattr(_cache_manager, "HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

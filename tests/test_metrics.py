@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from hf_mim import MIMModel
-from hf_mim.training import metrics
+from hf_mim.training.evaluation import metrics
 
 
 def blobs(count=300, dim=6, classes=4, spread=1.2, seed=0):

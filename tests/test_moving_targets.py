@@ -5,9 +5,9 @@ from helpers import tiny_config
 from torch.utils.data import Dataset
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.data import MIMCollator
-from hf_mim.training.saving import MOVING_STATE
-from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments, seed_of
+from hf_mim.training.data.pretraining import MIMCollator
+from hf_mim.training.trainer.saving import MOVING_STATE
+from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments, seed_of
 
 
 class Noise(Dataset):

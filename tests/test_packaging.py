@@ -59,7 +59,7 @@ def expected_files() -> set[str]:
     files = {path.relative_to(ROOT).as_posix() for path in own}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_mim/data/fashion_mnist").iterdir()}
     files.add("hf_mim/analysis/report.html")
-    for pattern in ("modeling/*.py", "training/*.py", "training/recipes/*.yaml", "model_cards/*.md"):
+    for pattern in ("modeling/*.py", "training/*.py", "training/*/*.py", "training/recipes/*.yaml", "model_cards/*.md"):
         files |= {f"hf_mim/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
     return files
 

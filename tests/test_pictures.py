@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_config
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training import pictures
+from hf_mim.training.plots import pictures
 
 
 def reconstruction(size=(16, 16), channels=1, count=5):

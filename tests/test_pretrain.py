@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import AutoImageProcessor, AutoModel, set_seed
 
 from hf_mim import MIMForPreTraining, MIMModel
-from hf_mim.training import pretrain as commands
 from hf_mim.training.checkpoint import load_config, load_model
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.reconstruct import reconstruct_file
+from hf_mim.training.commands import pretrain as commands
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.commands.reconstruct import reconstruct_file
 
 
 ROOT = Path(__file__).parent.parent

@@ -14,12 +14,19 @@ from transformers import ViTConfig, ViTModel
 
 from hf_mim import MIMForPreTraining, MIMModel, cli
 from hf_mim.modeling.configuration_mim import pair
-from hf_mim.training import heads as heads_module
-from hf_mim.training import metrics, probe_scores
-from hf_mim.training.features import PoolerChoice
-from hf_mim.training.heads import Group, Schedule, hold_out, learning_rate_factor, make_optimizer, train_heads
-from hf_mim.training.probe import choose_settings, probe
-from hf_mim.training.probe_setup import ProbeArguments, choose_poolers
+from hf_mim.training.commands.probe import choose_settings, probe
+from hf_mim.training.commands.probe_setup import ProbeArguments, choose_poolers
+from hf_mim.training.evaluation import heads as heads_module
+from hf_mim.training.evaluation import metrics, probe_scores
+from hf_mim.training.evaluation.features import PoolerChoice
+from hf_mim.training.evaluation.heads import (
+    Group,
+    Schedule,
+    hold_out,
+    learning_rate_factor,
+    make_optimizer,
+    train_heads,
+)
 
 
 SCHEDULE = Schedule(epochs=4, patience=9, batch_size=16, optimizer="adamw", weight_decay=0.0)
@@ -313,7 +320,7 @@ def test_models_of_transformers_without_a_class_token_and_pooled_vectors(photos,
 
 @pytest.mark.usefixtures("quick_scores")
 def test_a_disk_that_is_too_small(photos, checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_mim.training.probe.free_bytes", lambda folder: 40_000)
+    monkeypatch.setattr("hf_mim.training.commands.probe.free_bytes", lambda folder: 40_000)
     found = run(checkpoint, photos, tmp_path / "one", "probe.untrained=false", "probe.seeds=[0]")
     assert set(found["poolers"]) == {"cls", "mean"} and "untrained" not in found
     out = " ".join(capsys.readouterr().out.split())
@@ -324,7 +331,7 @@ def test_a_disk_that_is_too_small(photos, checkpoint, tmp_path, capsys, monkeypa
 
 @pytest.mark.usefixtures("quick_scores")
 def test_ctrl_c_keeps_what_was_encoded(photos, checkpoint, tmp_path, capsys, monkeypatch):
-    from hf_mim.training import features
+    from hf_mim.training.evaluation import features
 
     monkeypatch.setattr(features, "BATCH", 16)
     encode, calls = features.Features.__call__, []
@@ -351,7 +358,7 @@ def test_ctrl_c_keeps_what_was_encoded(photos, checkpoint, tmp_path, capsys, mon
 
 def test_the_flag_uncached_is_the_setting(monkeypatch):
     called = []
-    monkeypatch.setattr("hf_mim.training.probe.probe", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr("hf_mim.training.commands.probe.probe", lambda *arguments: called.append(arguments))
     assert cli.main(["probe", "model", "probe.views=2", "--uncached"]) == cli.main(["probe", "model"]) == 0
     assert called == [("model", ["probe.views=2", "probe.uncached=true"]), ("model", [])]
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_ddp import ENVIRONMENT
 from test_pretrain import ROOT, equal, weights
 
-from hf_mim.training import processes
 from hf_mim.training.checkpoint import load_encoder, load_model
-from hf_mim.training.processes import Lookout
-from hf_mim.training.saving import last_checkpoint
+from hf_mim.training.trainer import processes
+from hf_mim.training.trainer.processes import Lookout
+from hf_mim.training.trainer.saving import last_checkpoint
 
 
 def start(folder) -> SimpleNamespace:

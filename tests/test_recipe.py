@@ -9,9 +9,9 @@ from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
-from hf_mim.training.finetune import training_arguments
-from hf_mim.training.finetune_arguments import FinetuneArguments
-from hf_mim.training.trainer import MIMTrainingArguments
+from hf_mim.training.commands.finetune import training_arguments
+from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
+from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 NAMES = sorted(recipes.recipe_files())

@@ -17,13 +17,14 @@ from test_pretrain import FILES, TINY, equal, weights
 from transformers import TrainerControl, TrainerState
 
 from hf_mim import MIMForPreTraining, MIMModel
-from hf_mim.training import remote, urls
 from hf_mim.training.checkpoint import load_encoder, load_model
-from hf_mim.training.finetune import finetune
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.remote import MARKER, RemoteRun, fetch_files, fetch_model
-from hf_mim.training.saving import last_checkpoint
-from hf_mim.training.trainer import MIMTrainer
+from hf_mim.training.commands.finetune import finetune
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data import urls
+from hf_mim.training.trainer import remote
+from hf_mim.training.trainer.remote import MARKER, RemoteRun, fetch_files, fetch_model
+from hf_mim.training.trainer.saving import last_checkpoint
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 URL = "flaky://bucket/run"

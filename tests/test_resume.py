@@ -20,14 +20,14 @@ from test_pretrain import ROOT, TINY, equal, weights
 from test_trainer import dataset
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training import pretrain as commands
 from hf_mim.training import recipe as recipes
-from hf_mim.training import saving
-from hf_mim.training.data import MIMCollator, MIMDataset, StreamedImages
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.saving import UNFINISHED, last_checkpoint
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.commands import pretrain as commands
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, StreamedImages
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.trainer import saving
+from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint
+from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 
 
 # Two passes of 22 images in batches of 4 with 2 accumulated: 3 steps an epoch, the last of two batches, one of them

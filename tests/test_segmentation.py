@@ -19,18 +19,18 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, U
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
-from hf_mim.training.finetune import finetune, read_recipe
-from hf_mim.training.finetune_arguments import FinetuneArguments
-from hf_mim.training.iou import IGNORE, MeanIoU
-from hf_mim.training.mask_pictures import draw_masks
-from hf_mim.training.scenes import Scenes
-from hf_mim.training.segmentation import check_grid, choose_stages, make_segmenter, predict
-from hf_mim.training.segmentation_data import (
+from hf_mim.training.commands.finetune import finetune, read_recipe
+from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter, predict
+from hf_mim.training.data.masked import (
     BadMask,
     Pairs,
     load_masked_splits,
 )
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.data.scenes import Scenes
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation.iou import IGNORE, MeanIoU
+from hf_mim.training.plots.masks import draw_masks
+from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 
 
 QUIET = Console(quiet=True)

@@ -11,9 +11,7 @@ from helpers import png, tiny_config, write_pairs
 from rich.console import Console
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from hf_mim.training.iou import IGNORE, MeanIoU, intervals, pixel_counts, scores
-from hf_mim.training.scenes import Scenes
-from hf_mim.training.segmentation_data import (
+from hf_mim.training.data.masked import (
     BadMask,
     MaskedDataset,
     SegmentationCollator,
@@ -22,7 +20,9 @@ from hf_mim.training.segmentation_data import (
     find_pairs,
     load_masked_splits,
 )
-from hf_mim.training.sources import DataArguments, list_files
+from hf_mim.training.data.scenes import Scenes
+from hf_mim.training.data.sources import DataArguments, list_files
+from hf_mim.training.evaluation.iou import IGNORE, MeanIoU, intervals, pixel_counts, scores
 
 
 QUIET = Console(quiet=True)

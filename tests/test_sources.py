@@ -14,10 +14,10 @@ from rich.console import Console
 from test_data import config, folder, picture, rows
 from test_pretrain import TINY
 
-from hf_mim.training.data import MIMCollator, load_splits
-from hf_mim.training.decoding import TooManyBadImages, allowed, decode, is_plain_jpeg
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data.decoding import TooManyBadImages, allowed, decode, is_plain_jpeg
+from hf_mim.training.data.pretraining import MIMCollator, load_splits
+from hf_mim.training.data.sources import DataArguments
 
 
 def png(image) -> bytes:

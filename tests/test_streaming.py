@@ -16,10 +16,10 @@ from test_data import config, folder, rows
 from test_pretrain import ROOT
 from test_trainer import make, model
 
-from hf_mim.training import shards
-from hf_mim.training.data import MIMCollator, StreamedImages, load_splits
-from hf_mim.training.shards import Shards
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.data import shards
+from hf_mim.training.data.pretraining import MIMCollator, StreamedImages, load_splits
+from hf_mim.training.data.shards import Shards
+from hf_mim.training.data.sources import DataArguments
 
 
 SIZES = (5, 1, 9, 0, 7, 12, 2, 6)  # images in each shard: 42 in all

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.modeling.target_discrete import nearest_code
-from hf_mim.training import metrics
-from hf_mim.training.data import load_splits
-from hf_mim.training.metrics import token_diversity
-from hf_mim.training.pretrain import pretrain
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.teacher import report_usage
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.commands.teacher import report_usage
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation.metrics import token_diversity
 
 
 def test_token_diversity_against_a_loop():

@@ -9,9 +9,9 @@ from helpers import tiny_config
 from test_trainer import make, model
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training import throughput
-from hf_mim.training.profiling import PARTS, ProfileCallback
-from hf_mim.training.throughput import Throughput, flops_per_image, mean_throughput, peak_flops
+from hf_mim.training.trainer import throughput
+from hf_mim.training.trainer.profiling import PARTS, ProfileCallback
+from hf_mim.training.trainer.throughput import Throughput, flops_per_image, mean_throughput, peak_flops
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:

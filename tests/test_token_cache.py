@@ -10,9 +10,11 @@ import torch
 from helpers import NATIVE_VIT, RESNET, perturb, tiny_config
 
 from hf_mim import MIMModel
-from hf_mim.training import token_cache
-from hf_mim.training.data import load_splits
-from hf_mim.training.features import (
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import feature_store as token_cache
+from hf_mim.training.evaluation.feature_store import RowFile, data_hash, weights_hash
+from hf_mim.training.evaluation.features import (
     CachedSource,
     Features,
     ImageViews,
@@ -23,8 +25,6 @@ from hf_mim.training.features import (
     missing_bytes,
     plan,
 )
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.token_cache import RowFile, data_hash, weights_hash
 
 
 def row_file(folder, count=10, description=None, shape=(3, 4), dtype=torch.bfloat16) -> RowFile:
@@ -181,7 +181,7 @@ def test_cached_and_uncached_features_are_the_same_in_every_view(photos, tmp_pat
 
 def test_what_was_encoded_before_an_interruption_is_not_encoded_again(photos, tmp_path, monkeypatch):
     features, images = make(photos)
-    monkeypatch.setattr("hf_mim.training.features.BATCH", 8)
+    monkeypatch.setattr("hf_mim.training.evaluation.features.BATCH", 8)
     expected, done, encode = features(pixels_of(images))["tokens/2"].bfloat16(), [], features.__call__
 
     class Interrupted(Features):

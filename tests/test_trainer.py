@@ -12,10 +12,10 @@ from helpers import tiny_config
 from rich.console import Console
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training import trainer as trainers
-from hf_mim.training.data import MIMCollator, MIMDataset
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.trainer import trainer as trainers
+from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 
 
 def model(seed=0, **changes) -> MIMForPreTraining:

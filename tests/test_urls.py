@@ -16,10 +16,10 @@ from helpers import write_pairs
 from test_data import config, folder, picture, rows
 from test_sources import png, shard
 
-from hf_mim.training import urls
-from hf_mim.training.data import MIMCollator, load_splits
-from hf_mim.training.segmentation_data import load_masked_splits
-from hf_mim.training.sources import DataArguments, list_files
+from hf_mim.training.data import urls
+from hf_mim.training.data.masked import load_masked_splits
+from hf_mim.training.data.pretraining import MIMCollator, load_splits
+from hf_mim.training.data.sources import DataArguments, list_files
 
 
 @pytest.fixture(scope="module")

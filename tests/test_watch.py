@@ -14,9 +14,10 @@ from test_trainer import dataset, make, model
 from hf_mim import MIMForPreTraining
 from hf_mim.cli import main
 from hf_mim.modeling.targets import TARGETS
-from hf_mim.training import saving, watch
-from hf_mim.training.data import Splits
-from hf_mim.training.pretrain import pretrain
+from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.data.pretraining import Splits
+from hf_mim.training.trainer import monitor as watch
+from hf_mim.training.trainer import saving
 
 
 def run(folder, *words) -> str:

@@ -35,19 +35,19 @@ def keys_of(arguments: type) -> dict:
 
 
 def _data_keys() -> dict:
-    from hf_mim.training.sources import DataArguments
+    from hf_mim.training.data.sources import DataArguments
 
     return keys_of(DataArguments)
 
 
 def _training_keys() -> dict:
-    from hf_mim.training.trainer import MIMTrainingArguments
+    from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
     return keys_of(MIMTrainingArguments)
 
 
 def _finetune_keys() -> dict:
-    from hf_mim.training.finetune_arguments import FinetuneArguments
+    from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 
     return keys_of(FinetuneArguments)
 
@@ -196,7 +196,7 @@ def find(name: str) -> Path:
     if name in recipe_files():
         return recipe_files()[name]
     if "://" in name:
-        from hf_mim.training.remote import fetch_recipe
+        from hf_mim.training.trainer.remote import fetch_recipe
 
         return fetch_recipe(name)
     path = Path(name).expanduser()

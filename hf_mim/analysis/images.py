@@ -7,9 +7,10 @@ import datasets
 import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig, pair
-from hf_mim.training import metrics, sources
-from hf_mim.training.data import MIMDataset
-from hf_mim.training.sources import DataArguments
+from hf_mim.training.data import sources
+from hf_mim.training.data.pretraining import MIMDataset
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import metrics
 
 
 @dataclass

@@ -15,8 +15,8 @@ from hf_mim.analysis.images import EncoderImages, choose_images
 from hf_mim.analysis.interaction import PAPER, Partial, Plan
 from hf_mim.modeling.configuration_mim import unknown
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
-from hf_mim.training import metrics
 from hf_mim.training.checkpoint import load_config, resolve
+from hf_mim.training.evaluation import metrics
 
 
 TITLE = "Interaction strength"

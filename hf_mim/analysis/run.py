@@ -24,9 +24,9 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
-from hf_mim.training.running import versions
-from hf_mim.training.sources import DataArguments
-from hf_mim.training.urls import check_local
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.urls import check_local
+from hf_mim.training.run import versions
 
 
 FORMAT = 1  # of report.json

@@ -1,0 +1,289 @@
+"""The command `doctor`: known faults of a checkpoint, each with what was seen and what to do."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from hf_mim.doctor.weights import (
+    STATES,
+    Check,
+    Looked,
+    check_finite,
+    check_positions,
+    file_of,
+    look_at_weights,
+    read_weights,
+)
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.masking import sample_masks
+from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits, load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import metrics
+from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
+
+
+IMAGES = 64  # that the predictions and the target are computed of
+SAME = 1e-3  # the spread of predictions, as a share of their size or their target's spread, below which they are one
+IGNORED = 1e-2  # the change of predictions by other visible pixels, as a share of their spread: 0.15 and more untrained
+TOKENS_PER_CODE = 10  # fewer, and a living code may go unseen
+DEAD = 0.5  # the share of dead codes from which on the codebook is at fault
+WORK = 3e12  # parameters x tokens x images: how much k-NN may cost; a minute for a ViT-B on a few cores
+FEWEST, MOST = 160, 1800  # images of k-NN, a third of them to test on
+SEED_SPREAD = 2.0  # percent: the standard deviation of untrained k-NN over seeds, of the recipe quick
+
+
+def doctor(source: str, overrides: list[str] = (), console: Console | None = None) -> int:
+    """Prints what is wrong with a checkpoint.
+
+    Args:
+        source: a checkpoint of this project or a vision model of transformers, a folder, a URL or an id on the Hub.
+        overrides: `data.dataset=...` and the like.
+
+    Returns:
+        1 where a fault was found, else 0.
+
+    Raises:
+        ValueError, OSError: the checkpoint or the data cannot be read.
+    """
+    console = console or Console()
+    with console.status("looking at the weights") as status:
+        checks = examine(source, list(overrides), status.update)
+    console.print(table_of(checks))
+    faults = [check for check in checks if check.state == "fault"]
+    for check in faults:
+        console.print(Text.assemble((f"{check.name}: ", "bold"), check.remedy))
+    found = f"{len(faults)} fault{'s' * (len(faults) > 1)} found" if faults else "no known fault found"
+    console.print(f"{source}: {found}", highlight=False, markup=False, soft_wrap=True)
+    return int(bool(faults))
+
+
+def table_of(checks: list[Check]) -> Table:
+    table = Table("looked at", "", "what was seen")
+    table.columns[0].no_wrap = True
+    for check in checks:
+        table.add_row(Text(check.name), Text(check.state, STATES[check.state]), Text(check.seen))
+    return table
+
+
+def examine(source: str, overrides: list[str] = (), say=lambda words: None) -> list[Check]:
+    """All checks, the quick ones first. Arguments and errors as of `doctor`; `say` is told what is going on."""
+    changes = recipes.parse_overrides(list(overrides))
+    recipes.check(changes, "the overrides")
+    if extra := changes.keys() - {"data"}:
+        raise ValueError(f"doctor takes data.key=value only, not {sorted(extra)[0]}")
+    data = DataArguments(**changes.get("data", {}))
+    if data.streaming:
+        raise ValueError("doctor draws images at random, which data.streaming=true does not allow")
+    source = resolve(source)
+    encoder = load_encoder(source)
+    looked = look_at_weights(read_weights(source))
+    checks = [check_finite(looked), *check_positions(looked)]
+    untrained = bool(looked.norms) and all(looked.norms)
+    if untrained:
+        checks.append(Check("training", "note", f"none: the weights of all {len(looked.norms)} norms are exactly 1"))
+    if looked.not_finite:
+        return [*checks, Check("predictions and features", "skipped", "nothing can be computed with such weights")]
+    say("reading images")
+    splits = load_splits(data, encoder.config)
+    checks += check_pretraining(source, looked, splits, untrained, say)
+    say("comparing the features with those of the untrained twin")
+    return checks + check_features(encoder, splits, untrained)
+
+
+# ---- what pretraining left -----------------------------------------------------------------------------------------
+def check_pretraining(source: str, looked: Looked, splits: Splits, untrained: bool, say) -> list[Check]:
+    """Target, codes, and what the decoder predicts."""
+    names = ("target", "predictions", "decoder")
+    if not looked.has_decoder or not is_mim(source):
+        reason = "no decoder and target of hf_mim in this checkpoint"
+        return [Check(f"{names[0]}, {names[1]}", "skipped", reason)]
+    say("looking at target and predictions")
+    model = load_model(source).eval()
+    pixel_values = pixels_of(whole(splits.test or splits.train), model.config, IMAGES)
+    checks = check_target(model, pixel_values, splits)
+    if untrained:
+        return [*checks, Check("predictions", "skipped", "nothing was trained")]
+    return checks + check_predictions(model, pixel_values)
+
+
+def is_mim(source: str) -> bool:
+    path = file_of(source, "config.json")
+    return path is not None and json.loads(Path(path).read_text()).get("model_type") == MIMConfig.model_type
+
+
+def whole(dataset: MIMDataset) -> MIMDataset:
+    return dataset.without_augmentation()
+
+
+def pixels_of(dataset: MIMDataset, config: MIMConfig, count: int) -> Tensor:
+    """(count, channels, height, width), normalised; always the same images."""
+    batches = dataset.__getitems__(metrics.subset_indices(len(dataset), count))
+    return MIMCollator(config)(batches)["pixel_values"]
+
+
+@torch.no_grad()
+def check_target(model: MIMForPreTraining, pixel_values: Tensor, splits: Splits) -> list[Check]:
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    try:
+        model.target.bind(model.mim.encoder)
+        values = model.target.values(pixel_values, grid)["patches"]
+    except (ValueError, OSError) as error:  # a teacher or a codebook that is not at hand
+        return [Check("target", "skipped", f"it cannot be computed: {str(error).strip().splitlines()[0]}")]
+    flat = values.flatten(0, 1)
+    of = f"{len(flat):,} tokens of {len(pixel_values)} images"
+    varies = bool((flat != flat[0]).any()) if not flat.is_floating_point() else spread_and_size(flat)[0] > 0
+    if flat.is_floating_point():
+        spread, size = spread_and_size(flat)
+        varies = spread > 1e-6 * size
+        seen = f"{model.config.target}: varies by {spread:.3g} around a size of {size:.3g} over {of}"
+    else:
+        seen = f"{model.config.target}: {len(flat.unique())} different codes among {of}"
+    remedy = (
+        "there is nothing to learn: look at the images (are they all blank, or one and the same?), at the layers of "
+        "the teacher (hf-mim teacher), and at model.target_config"
+    )
+    check = Check("target", "ok", seen) if varies else Check("target", "fault", f"{seen}: it is constant", remedy)
+    return [check] + (check_codes(model, splits, grid) if hasattr(model.target, "usage") else [])
+
+
+def check_codes(model: MIMForPreTraining, splits: Splits, grid: tuple[int, int]) -> list[Check]:
+    number, dataset = model.target.num_codes, whole(splits.train)
+    count = min(len(dataset), math.ceil(TOKENS_PER_CODE * number / math.prod(grid)), MOST)
+    batches = pixels_of(dataset, model.config, max(count, IMAGES)).split(IMAGES)
+    codes = torch.cat([model.target.values(batch, grid)["patches"] for batch in batches])
+    perplexity, dead = model.target.usage(codes)
+    seen = f"{dead} of {number} are never used by {codes.numel():,} tokens; perplexity {perplexity:.1f}"
+    if codes.numel() < TOKENS_PER_CODE * number:
+        return [Check("codes", "skipped", f"{seen}, which is too few to tell")]
+    if dead <= DEAD * number:
+        return [Check("codes", "ok", seen)]
+    remedy = "fit the codebook again on the features and images that it is used for (hf-mim codebook), or fewer codes"
+    return [Check("codes", "fault", seen, remedy)]
+
+
+def spread_and_size(values: Tensor) -> tuple[float, float]:
+    """(count, dim) -> the root mean square of what they differ by from their mean, and of the values."""
+    values = values.double()
+    centred = values - values.mean(dim=0)
+    return centred.square().mean().sqrt().item(), values.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def check_predictions(model: MIMForPreTraining, pixel_values: Tensor) -> list[Check]:
+    """Whether predictions differ between tokens, and whether they follow what is visible."""
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    mask = sample_masks(model.config, grid, [np.random.default_rng(0)]).flatten(0, -2)[:1]
+    masks = mask.expand(len(pixel_values), -1)
+    hidden = mask.view(1, 1, *grid)
+    for axis, length in ((2, pixel_values.shape[2]), (3, pixel_values.shape[3])):
+        hidden = hidden.repeat_interleave(length // hidden.shape[axis], dim=axis)
+    # The visible pixels are those of the next image; the hidden ones, which must not matter, stay.
+    exchanged = torch.where(hidden, pixel_values, pixel_values.roll(1, 0))
+    before, after = (hidden_predictions(model, images, masks) for images in (pixel_values, exchanged))
+    spread, size = spread_and_size(before.flatten(0, 1))
+    of = f"{before.shape[1]} hidden tokens in each of {len(before)} images"
+    seen = f"differ by {spread:.3g} around a size of {size:.3g} over {of}"
+    remedy = (
+        "the model has learned nothing but a mean: raise the learning rate or train longer, and compare the loss with "
+        "that of predicting the mean (the log's watch_mean_loss)"
+    )
+    if not spread > SAME * size:
+        return [Check("predictions", "fault", f"{seen}: all are the same", remedy)]
+    change = (before - after).double().square().mean().sqrt().item()
+    seen_change = f"predictions change by {change:.3g} with other visible pixels, and differ by {spread:.3g} in all"
+    remedy = (
+        "it predicts from the positions alone: check that it is given the encoded tokens (a decoder of your own), that "
+        "the encoder's features are not all the same, and that some patches are visible at all (masking_config.ratio)"
+    )
+    ignores = not change > IGNORED * spread
+    follows = Check("decoder", "fault" if ignores else "ok", seen_change, remedy if ignores else "")
+    return [Check("predictions", "ok", seen), follows]
+
+
+def hidden_predictions(model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
+    """(batch, hidden, dim)"""
+    predicted = model(pixel_values, masks, return_loss=False).logits
+    if predicted.shape[1] == masks.shape[1]:
+        predicted = predicted[:, masks[0]]
+    return predicted
+
+
+# ---- the features --------------------------------------------------------------------------------------------------
+def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[Check]:
+    """Whether features differ between images, and whether training made them better."""
+    count = images_for(encoder)
+    labelled = splits.test is not None
+    datasets = [splits.train_eval, splits.test] if labelled else [whole(splits.train)]
+    shares = (2 * count // 3, count // 3)
+    subsets = [metrics.subset(dataset, share) for dataset, share in zip(datasets, shares)] if labelled else []
+    images = [subset[0] for subset in subsets] or [
+        torch.utils.data.Subset(datasets[0], metrics.subset_indices(len(datasets[0]), count // 3))
+    ]
+    features = [features_of(encoder, dataset) for dataset in images]
+    if not all(torch.isfinite(value).all() for found in features for value in found.values()):
+        remedy = "values overflow inside the encoder: go back to an earlier checkpoint, or compute in float32"
+        return [Check("features", "fault", f"not finite on {len(images[0])} images", remedy)]
+    if untrained:
+        return [Check("features", "skipped", "nothing was trained: they are those of an untrained encoder")]
+    checks = [check_collapse(features[-1])]
+    if not labelled:
+        return [*checks, Check("better than untrained", "skipped", f"k-NN needs labels: {splits.note}")]
+    twin = [features_of(untrained_twin(encoder), dataset) for dataset in images]
+    labels = [metrics.labels_of(subset) for subset in subsets]
+    return [*checks, compare_with_twin(*(knn_of(found, labels) for found in (features, twin)), len(images[1]))]
+
+
+def images_for(encoder: MIMModel) -> int:
+    tokens = math.prod(encoder.encoder.token_grid(*pair(encoder.config.image_size))) + encoder.encoder.num_prefix_tokens
+    return int(min(MOST, max(FEWEST, WORK / (encoder.num_parameters() * tokens))))
+
+
+def features_of(encoder: MIMModel, dataset) -> dict[str, Tensor]:
+    found = metrics.extract_features(encoder, metrics.pixel_loader(dataset, encoder.config))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_collapse(features: dict[str, Tensor]) -> Check:
+    rank, spread = max((effective_rank(value) for value in features.values()), key=lambda found: min(found))
+    dim = next(iter(features.values())).shape[1]
+    seen = f"effective rank {rank:.1f} of {dim}, spread {spread:.2g} of their mean's norm"
+    if rank >= COLLAPSED_RANK and spread >= COLLAPSED_SPREAD:
+        return Check("features", "ok", seen)
+    remedy = "all images look alike to it: a lower learning rate, a longer warm-up, or a target that moves more slowly"
+    return Check("features", "fault", f"{seen}: they have collapsed", remedy)
+
+
+def knn_of(features: list[dict[str, Tensor]], labels: list[Tensor]) -> float:
+    """Percent, with the pooling that does best."""
+    train, test = features
+    return max(metrics.knn_accuracy(train[name], labels[0], test[name], labels[1]) for name in train)
+
+
+def compare_with_twin(trained: float, untrained: float, images: int) -> Check:
+    """A fault only beyond three standard deviations of chance: of the images drawn, and of the twin's seed."""
+    drawn = sum(share * (1 - share) / images for share in (trained / 100, untrained / 100))
+    margin = 3 * math.sqrt(1e4 * drawn + SEED_SPREAD**2)
+    seen = (
+        f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images "
+        f"(at fault below {untrained - margin:.1f})"
+    )
+    if margin >= untrained:
+        return Check("better than untrained", "skipped", f"{seen}: too few images to tell")
+    if trained >= untrained - margin:
+        return Check("better than untrained", "ok", seen)
+    remedy = (
+        "training has destroyed more than it built. A run that has just begun looks so too: train it further. Else "
+        "check that these images are normalised as in training (image_mean, image_std, channels), then lower the "
+        "learning rate or take an earlier checkpoint"
+    )
+    return Check("better than untrained", "fault", seen, remedy)

@@ -1,0 +1,1 @@
+"""What leaves for the Hub: pushes, cards, and errors in the user's words."""

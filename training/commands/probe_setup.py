@@ -1,0 +1,223 @@
+"""Setting up a probing: its arguments, and everything that can be wrong before it runs."""
+
+import dataclasses
+import math
+import shlex
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import load_encoder
+from hf_mim.training.data import sources
+from hf_mim.training.data.pretraining import Splits, load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.urls import check_local
+from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
+from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
+from hf_mim.training.evaluation.metrics import subset_indices
+
+
+DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")
+VIEW_SCALE = [0.2, 1.0]  # area of the random crops of further views, where data.crop_scale says nothing
+CACHE = "outputs/token-cache"
+
+
+@dataclass
+class ProbeArguments:
+    """The section `probe`.
+
+    Args:
+        poolers: names of poolers; None is cls (where there is a class token), mean, abmilp and efficient.
+        pooler_config: options of poolers by name. With `pooler` among them the name is one of your own:
+            `{deep: {pooler: abmilp, depth: 2}}` makes `deep` a pooler.
+        layers: whose tokens to read; -1 is the last, 0 the embedding.
+        learning_rates: each pooler tries all of them; None is three around a usual one.
+        seeds: of the held-out images, the order and the parameters. The first chooses each pooler's layer and learning
+            rate, the others train only those.
+        views: 1 sees whole images. More are random crops and flips of them, which the epochs take in turn; they too are
+            encoded once.
+        epochs: at most.
+        patience: epochs without a better validation accuracy after which a head stops.
+        batch_size: images in a step, fewer where there are few images.
+        optimizer: `adamw`, or `lars`, the papers' own, with learning rates for a batch of 256. AdamW is the safer
+            choice for poolers with several layers.
+        weight_decay: of weights, not of biases.
+        validation: share of the training images that is held out to choose settings. The test images never do.
+        apply_final_norm: whether poolers see the tokens after the encoder's last norm. Beyond [cls] has them before.
+        untrained: compare with the same encoder untrained.
+        uncached: run the encoder again in every epoch: slow, and without the disk.
+        cache: the folder that keeps the features; None is `outputs/token-cache`.
+        workers: processes that decode images.
+        output_dir: None is `outputs/probe-<model>-<date>`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    poolers: list[str] | None = None
+    pooler_config: dict | None = None
+    layers: list[int] = field(default_factory=lambda: [-1])
+    learning_rates: list[float] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    views: int = 1
+    epochs: int = 20
+    patience: int = 5
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    validation: float = 0.1
+    apply_final_norm: bool = True
+    untrained: bool = True
+    uncached: bool = False
+    cache: str | None = None
+    workers: int = 0
+    output_dir: str | None = None
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"probe.optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.learning_rates is None:
+            self.learning_rates = list(LEARNING_RATES[self.optimizer])
+        for name, least in (("views", 1), ("epochs", 1), ("patience", 1), ("batch_size", 2), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"probe.{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("layers", "learning_rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"probe.{name} must hold one value or more, each once, not {values}")
+        if self.poolers is not None and (not self.poolers or len(set(self.poolers)) < len(self.poolers)):
+            raise ValueError(f"probe.poolers must name one pooler or more, each once, not {self.poolers}")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"probe.learning_rates must be above 0, not {self.learning_rates}")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"probe.validation must be a share between 0 and 1, not {self.validation}")
+
+
+@dataclass
+class Probe:
+    """A probing that is set up. `images` are those of "train" and "test", `kept` says whether only the vectors of
+    poolers without parameters are kept."""
+
+    source: str
+    arguments: ProbeArguments
+    data: DataArguments
+    folder: Path
+    console: Console
+    model: torch.nn.Module
+    splits: Splits
+    images: dict[str, ImageViews]
+    choices: list[PoolerChoice]
+    layers: list[int]
+    command: str
+    kept: bool = False
+
+    @property
+    def title(self) -> str:
+        return Path(self.source).name or Path(self.source).absolute().name
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.arguments.cache or CACHE).expanduser()
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(**{one.name: getattr(self.arguments, one.name) for one in dataclasses.fields(Schedule)})
+
+
+def set_up(source: str, overrides: list[str], console: Console) -> Probe:
+    """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
+    arguments, data = recipes.read_sections(overrides, probe=ProbeArguments, data=DataArguments)
+    check_local("probe.output_dir", arguments.output_dir)
+    if arguments.views > 1 and data.crop_scale is None:
+        data = replace(data, crop_scale=VIEW_SCALE)
+    check_labels(data)
+    model = load_encoder(source).float()
+    name = Path(source).name or Path(source).absolute().name
+    folder = Path(arguments.output_dir or f"outputs/probe-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
+    if (folder / "probe.json").exists():
+        raise ValueError(f"{folder} holds another probing; choose another probe.output_dir, or remove it")
+    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
+    choices = choose_poolers(arguments, model)
+    needs = any(choice.make(model).needs_attentions for choice in choices)
+    layers = choose_layers(model.encoder, arguments.layers, needs)
+    splits = load_splits(data, model.config, seed=0)
+    images = open_images(splits, data, model.config, arguments.views)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.to(device)
+    command = shlex.join(["hf-mim", "probe", source, *overrides])
+    return Probe(source, arguments, data, folder, console, model, splits, images, choices, layers, command)
+
+
+def check_labels(data: DataArguments) -> None:
+    """Raises:
+    ValueError: there are no labels, or of a type that names no classes.
+    """
+    if data.streaming:
+        raise ValueError("probing keeps what it has read and cannot stream: leave out data.streaming")
+    splits = sources.open_dataset(data)
+    features = splits[sources.choose_splits(splits, data)[0]].features
+    _, label = sources.find_columns(features, data)
+    if label is None:
+        raise ValueError(
+            f"probing needs labels, and no column seems to hold any; the columns are {', '.join(features)}. If one "
+            "does, name it in data.label_column; of image files, put those of each class into a folder"
+        )
+    if not sources._is_class(features[label]):
+        kind = getattr(features[label], "dtype", None) or type(features[label]).__name__
+        raise ValueError(f"column {label!r} holds {kind}; labels are whole numbers or text: see data.label_column")
+
+
+def choose_poolers(arguments: ProbeArguments, model) -> list[PoolerChoice]:
+    """The poolers that were asked for, or the default ones.
+
+    Raises:
+        ValueError: one is unknown, or does not fit the encoder.
+    """
+    config = {name: dict(options) for name, options in (arguments.pooler_config or {}).items()}
+    names = arguments.poolers
+    if names is None:
+        names = [name for name in DEFAULT_POOLERS if name != "cls" or model.encoder.has_cls_token]
+        names += [name for name in config if name not in names]
+        # As many queries as its default or, for widths that 32 does not divide, the most that do.
+        config.setdefault("efficient", {}).setdefault("num_queries", math.gcd(32, model.encoder.hidden_size))
+    for name in config:
+        if name not in names and name != "efficient":
+            raise ValueError(f"probe.pooler_config has options of {name!r}, which is not among probe.poolers")
+        if "apply_final_norm" in config[name]:
+            raise ValueError("apply_final_norm is the same for all poolers: set probe.apply_final_norm")
+    options = {name: config.get(name, {}) for name in names}
+    choices = [PoolerChoice(name, own.pop("pooler", name), own) for name, own in options.items()]
+    for choice in choices:
+        choice.make(model)  # that it fits the encoder
+    return choices
+
+
+def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict[str, ImageViews]:
+    """The images of both splits.
+
+    Raises:
+        ValueError: they cannot be probed on: labels are missing, there is one class, or fewer images than classes.
+    """
+    if splits.test is None:
+        raise ValueError(f"probing needs labelled images, some of them to test on; here: {splits.note}")
+    labels, classes = splits.train_eval.labels, splits.train_eval.classes
+    if len(labels.unique()) < 2:
+        raise ValueError(
+            f"all {len(labels):,} training images are of one class, {classes[int(labels[0])]!r}: probing tells classes "
+            "apart. Check data.label_column and, if the images are sorted by class, data.max_train_images"
+        )
+    if len(labels) < len(classes):
+        raise ValueError(
+            f"{len(labels):,} training images are fewer than the {len(classes):,} classes: give more images, or check "
+            "data.label_column"
+        )
+    test = subset_indices(len(splits.test), data.max_eval_images or len(splits.test))
+    augmented = splits.train if views > 1 else None
+    return {
+        "train": ImageViews(splits.train_eval, augmented, list(range(len(labels))), config, "train"),
+        "test": ImageViews(splits.test, None, test, config, "test"),
+    }

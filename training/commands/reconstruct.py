@@ -1,0 +1,44 @@
+"""The command `reconstruct`: a checkpoint fills in the hidden parts of one image."""
+
+from pathlib import Path
+
+import torch
+
+from hf_mim.modeling.configuration_mim import pair
+from hf_mim.training.checkpoint import load_model
+from hf_mim.training.data import sources
+from hf_mim.training.data.pretraining import ImageBatch, MIMCollator
+from hf_mim.training.data.transforms import resize, sample_rng
+from hf_mim.training.plots import pictures
+
+
+def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> None:
+    """Writes the picture of one image: as it is, what the model sees of it, and what it makes of the rest.
+
+    Args:
+        checkpoint: a folder, or an id on the Hub.
+        image: any file that Pillow reads; it is resized to the size of the model's training images.
+        out: the picture to write; its ending says the format.
+        seed: of the mask.
+
+    Raises:
+        ValueError, OSError: the checkpoint or the image cannot be read, or `out` cannot be written.
+    """
+    if not image.is_file():
+        raise ValueError(f"there is no image {image}")
+    if out.suffix.lower() not in sources.EXTENSIONS:
+        raise ValueError(f"{out} must end in one of {', '.join(sorted(sources.EXTENSIONS))}")
+    model = load_model(checkpoint).eval()
+    size = pair(model.config.image_size)
+    try:
+        pixels = torch.from_numpy(sources.decode(str(image), model.config.num_channels))[None]
+    except ValueError as error:
+        if "mode" in str(error):  # it is one, of other channels
+            raise
+        raise ValueError(f"{image} cannot be read as an image") from None
+    batch = ImageBatch(resize(pixels, size), [sample_rng(seed, 0, 0)])
+    inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside what should have been predicted, where that needs no teacher, which may be far away or lost.
+    shown = model.reconstruct(**inputs, with_target=getattr(model.target, "alone", False))
+    pictures.draw_reconstructions(shown).save(out)

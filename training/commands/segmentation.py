@@ -1,0 +1,308 @@
+"""The command `finetune` with `task=segmentation`: from an encoder and images with masks to a UperNet."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import SegformerImageProcessor
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
+from hf_mim.training.checkpoint import load_encoder
+from hf_mim.training.commands import finetune
+from hf_mim.training.commands.finetune import FinetuneRun
+from hf_mim.training.data.masked import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
+from hf_mim.training.data.pretraining import BICUBIC
+from hf_mim.training.data.scenes import SIZE
+from hf_mim.training.evaluation.iou import IGNORE, intervals, ious, pixel_counts, scores
+from hf_mim.training.plots.masks import draw_masks
+from hf_mim.training.run import copied, lookout, place_of
+from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
+from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
+
+
+DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the blocks whose maps UperNet gets: 4, 6, 8 and 12 of 12, as BEiT and MAE choose
+SHOWN = 8  # images in the picture
+# Of `FinetuneArguments`, what has no meaning here.
+ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "randaugment", "random_erasing", "class_weights", "lora")
+
+
+def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
+    """Fine-tunes an encoder inside a UperNet. Arguments, result and errors as of `finetune`."""
+    options = FinetuneArguments(**recipe["finetune"])
+    check_options(options)
+    wanted = recipe["model"].get("image_size")
+    others = set(recipe["model"]) - {"init_from", "image_size"}
+    if others:
+        raise ValueError(f"of section 'model' segmentation knows image_size, not {', '.join(sorted(others))}")
+    run = finetune.set_up(source, recipe, console)
+    encoder = load_encoder(source)
+    size = input_size(encoder, wanted, run.data.dataset is None)
+    recipe["model"]["image_size"] = list(size)
+    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console)
+    batch = min(run.arguments.train_batch_size, len(splits.train))
+    model = make_segmenter(encoder, options, splits.classes, batch)
+    trainer = make_trainer(run, model, splits, size)
+    describe(run, model, splits, size)
+    started = time.perf_counter()
+    with copied(run):
+        finetune.train(run, trainer, lambda: save(run, trainer))
+        with lookout(run, "finetune"):
+            write_results(run, trainer, splits, time.perf_counter() - started)
+            trainer.accelerator.wait_for_everyone()
+    return run.folder
+
+
+# ---- before --------------------------------------------------------------------------------------------------------
+def check_options(options: FinetuneArguments) -> None:
+    """Raises:
+    ValueError: an option is set that only classification has.
+    """
+    for name in ELSEWHERE:
+        if getattr(options, name) != getattr(FinetuneArguments(), name):
+            raise ValueError(f"finetune.{name} is for task=classification; leave it out for segmentation")
+
+
+def input_size(encoder: MIMModel, wanted, composed: bool) -> tuple[int, int]:
+    """The (height, width) that images are brought to: as wanted; for the composed scenes their own, if the encoder's
+    cells fill it; else that of the encoder's config.
+
+    Raises:
+        ValueError: the encoder's cells do not fill it, or its tokens have no place in the image.
+    """
+    size = pair(encoder.config.image_size)
+    if wanted is not None:
+        size = pair(wanted)
+        check_grid(encoder, size)
+    elif composed:
+        try:
+            encoder.encoder.token_grid(*SIZE)
+            size = SIZE
+        except ValueError:
+            pass
+    check_grid(encoder, size)
+    return size
+
+
+@torch.no_grad()
+def check_grid(encoder: MIMModel, size: tuple[int, int]) -> None:
+    """Raises:
+    ValueError: there is not one token for every cell of an image of this size.
+    """
+    rows, cols = encoder.encoder.token_grid(*size)
+    tokens = encoder(torch.zeros(1, encoder.config.num_channels, *size)).last_hidden_state
+    found = tokens.shape[1] - encoder.encoder.num_prefix_tokens
+    if tokens.ndim != 3 or found != rows * cols or rows * cols < 2:
+        raise ValueError(
+            f"this encoder has no patch tokens: {found} for an image of {size[0]}x{size[1]}, where segmentation needs "
+            "one for every cell of a grid"
+        )
+
+
+def make_segmenter(encoder: MIMModel, options: FinetuneArguments, classes: list[str], batch: int) -> MIMUperNet:
+    """A UperNet over an encoder, with the encoder's weights unless `options.from_scratch`.
+
+    Args:
+        batch: images in a step on one device. With a single one, the pyramid pooling has no map of one pixel: batch
+            norms of UperNet need two values.
+
+    Raises:
+        ValueError: the encoder has too few stages, or no drop path to set.
+    """
+    fields = {k: v for k, v in encoder.config.to_dict().items() if k not in ("out_features", "out_indices")}
+    if options.drop_path is not None:
+        fields["encoder_config"] = {**fields["encoder_config"], "drop_path_rate": options.drop_path}
+    names, factors = choose_stages(encoder, options.pyramid)
+    try:
+        backbone = MIMConfig.from_dict({**fields, "out_features": names, "feature_pyramid": factors})
+    except ValueError as error:
+        if "'drop_path_rate'" not in str(error):
+            raise
+        raise ValueError("this encoder has no drop path: set finetune.drop_path=null") from None
+    config = MIMUperNetConfig(
+        backbone_config=backbone,
+        hidden_size=options.head_size,
+        pool_scales=[1, 2, 3, 6] if batch > 1 else [2, 3, 6],
+        use_auxiliary_head=len(names) > 2,  # it reads the third map
+        auxiliary_channels=max(1, options.head_size // 2),
+        loss_ignore_index=IGNORE,
+        id2label=dict(enumerate(classes)),
+        label2id={name: i for i, name in enumerate(classes)},
+    )
+    model = MIMUperNet(config)
+    if not options.from_scratch:
+        model.backbone.mim.load_state_dict(encoder.state_dict())
+    if factors is None:  # the last norm (Swin's) is no part of such stages, and DDP wants no parameter without gradient
+        model.backbone.mim.encoder.final_norm.requires_grad_(False)
+    return model.train()
+
+
+def choose_stages(encoder: MIMModel, factors: list[float] | None) -> tuple[list[str], list[float] | None]:
+    """The stages whose maps UperNet gets, and the factors of the pyramid over them.
+
+    An encoder of one stride gives the maps of four blocks, `DEPTHS`, scaled to strides 4, 8, 16 and 32 unless
+    `factors` says otherwise; one of several strides the last map of each width, at most four, as they are.
+
+    Raises:
+        ValueError: there are fewer than four maps of one stride, or fewer than two of several.
+    """
+    names, widths = encoder.encoder.stage_names, encoder.encoder.num_features
+    if len(set(widths)) > 1 or hasattr(encoder.encoder, "strides"):
+        if factors is not None:
+            raise ValueError("finetune.pyramid is for encoders of one stride; the stages of this one have several")
+        last = [name for name, width, after in zip(names, widths, [*widths[1:], None]) if width != after][-4:]
+        if len(last) < 2:
+            raise ValueError("this encoder has a single map, of one stride; UperNet needs maps of several")
+        return last, None
+    depth = len(names) - 1
+    chosen = sorted({round(depth * share) for share in DEPTHS})
+    chosen = chosen if len(chosen) == 4 else list(range(depth + 1))[-4:]
+    if len(chosen) < 4:
+        raise ValueError(f"UperNet takes the maps of four blocks, and this encoder has {depth} blocks; 3 would do")
+    if factors is None:
+        cell = pair(encoder.config.image_size)[0] / encoder.encoder.token_grid(*pair(encoder.config.image_size))[0]
+        finest = 2.0 ** round(math.log2(cell / 4))
+        factors = [finest, finest / 2, finest / 4, finest / 8]
+    return [names[i] for i in chosen], factors
+
+
+def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]) -> None:
+    where = f"{run.arguments.device.type}, {'bf16' if run.arguments.bf16 else 'float32'}"
+    inside, whole = model.backbone.mim.num_parameters() / 1e6, model.num_parameters() / 1e6
+    background = int(splits.shares.argmax())
+    run.console.print(
+        f"data: {run.data.dataset or 'scenes composed from the shipped images'}, {len(splits.train):,} training, "
+        f"{len(splits.validation):,} validation, {len(splits.test):,} test images at {size[0]}x{size[1]}, "
+        f"{len(splits.classes)} classes; {100 * splits.shares[background]:.0f} percent of the pixels are "
+        f"{splits.classes[background]!r}\n"
+        f"model: {model.backbone.config.encoder} encoder, {inside:.2f} M parameters, with UperNet {whole:.2f} M; "
+        f"maps of {', '.join(model.backbone.out_features)}\n"
+        f"training: total batch {run.arguments.total_batch_size}, learning rate {run.arguments.learning_rate:.3g}, "
+        f"on {where}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+class SegmentationTrainer(FinetuneTrainer):
+    """A `FinetuneTrainer` that evaluates masks at their own sizes. It keeps three numbers per image and class, not the
+    predictions, which for a data set do not fit into memory."""
+
+    def get_train_dataloader(self):
+        # A last batch of one image would stop UperNet's batch norms. For training only: the argument is of both.
+        args, whole = self.args, self.args.train_batch_size * self.args.world_size
+        before, args.dataloader_drop_last = args.dataloader_drop_last, len(self.train_dataset) >= whole
+        try:
+            return super().get_train_dataloader()
+        finally:
+            args.dataloader_drop_last = before
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(inputs["pixel_values"]).logits
+        counts = []
+        for found, labels, size in zip(logits, inputs["labels"], inputs["sizes"].tolist()):
+            predicted, mask = predict(found, size).cpu(), labels[: size[0], : size[1]].cpu()
+            counts.append(pixel_counts(predicted.numpy(), mask.numpy(), logits.shape[1]))
+        counts = torch.from_numpy(np.stack(counts)).to(logits.device)
+        return None, counts, torch.zeros(len(counts), device=logits.device)
+
+
+def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Class scores (classes, rows, cols) -> the best class of every pixel (height, width), scores upsampled first."""
+    return F.interpolate(scores[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]):
+    arguments, config = run.arguments, model.backbone.config
+    arguments.metric_for_best_model = run.recipe["training"].get("metric_for_best_model", "mean_iou")
+    flip = run.data.horizontal_flip
+    return SegmentationTrainer(
+        model=model,
+        args=arguments,
+        options=run.options,
+        encoder=model.backbone.mim.encoder,
+        train_dataset=MaskedDataset(splits.train, config, size, True, arguments.seed, flip),
+        eval_dataset=MaskedDataset(splits.validation, config, size, False),
+        data_collator=SegmentationCollator(config),
+        compute_metrics=lambda found: scores(found.predictions),
+        processing_class=segmentation_processor(config, size),
+        console=run.console,
+    )
+
+
+def segmentation_processor(config: MIMConfig, size: tuple[int, int]) -> SegformerImageProcessor:
+    """A stock image processor that gives a segmenter's `pixel_values`, and whose
+    `post_process_semantic_segmentation(outputs, target_sizes)` gives masks."""
+    return SegformerImageProcessor(
+        size={"height": size[0], "width": size[1]},
+        resample=BICUBIC,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        do_reduce_labels=False,
+    )
+
+
+def save(run: FinetuneRun, trainer: SegmentationTrainer) -> None:
+    with trainer.averaged():
+        trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
+    if trainer.is_world_process_zero():
+        (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
+
+
+# ---- after ---------------------------------------------------------------------------------------------------------
+def write_results(run: FinetuneRun, trainer: SegmentationTrainer, splits: MaskedSplits, seconds: float) -> None:
+    """Evaluates on the test images, writes metrics.json and segmentation.png, and prints the table."""
+    best = trainer.state.best_metric
+    dataset = MaskedDataset(splits.test, trainer.train_dataset.config, trainer.train_dataset.size, False)
+    counts = trainer.predict(dataset).predictions
+    if not trainer.is_world_process_zero():
+        return
+    results = {
+        **scores(counts),
+        "intervals": intervals(counts),
+        "iou": dict(zip(splits.classes, [None if np.isnan(v) else 100 * v for v in ious(counts.sum(axis=0))])),
+        "best_validation_mean_iou": best,
+        "pretrained": not run.options.from_scratch,
+        "evaluation": {"test_images": len(dataset), "test": splits.note},
+    }
+    finetune.write_results(run, trainer, seconds, results)
+    with trainer.averaged():
+        draw_examples(trainer.model, dataset, splits.classes).save(run.folder / "segmentation.png")
+    run.console.print(results_table(results))
+    run.console.print(f"output folder: {place_of(run)}", highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def draw_examples(model: MIMUperNet, dataset: MaskedDataset, classes: list[str]):
+    """The picture of the first images of a data set: their masks, and what the model finds."""
+    model.eval()
+    originals = [dataset.source[index] for index in range(min(SHOWN, len(dataset)))]
+    collate, found = SegmentationCollator(dataset.config), []
+    for index, (_, mask) in enumerate(originals):
+        logits = model(collate([dataset[index]])["pixel_values"].to(model.device)).logits
+        found.append(predict(logits[0], mask.shape).cpu().numpy())
+    images, masks = map(list, zip(*originals, strict=True))
+    return draw_masks(images, masks, {"predicted": found}, classes)
+
+
+def results_table(results: dict) -> Table:
+    images = results["evaluation"]["test_images"]
+    table = Table(title="segmentation, percent", caption=f"{images:,} test images; intervals over images, 95 percent")
+    for column in ("", "value", "interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for key, title in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
+        low, high = results["intervals"][key]
+        table.add_row(title, f"{results[key]:.1f}", f"{low:.1f} to {high:.1f}")
+    for name, value in results["iou"].items():
+        table.add_row(f"IoU, {name}", "-" if value is None else f"{value:.1f}", "")
+    return table

@@ -1,0 +1,177 @@
+"""Teachers before training: what one would give, and codebooks of its features."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.target_discrete import code_usage, nearest_code
+from hf_mim.modeling.target_teacher import TeacherFeatureTarget
+from hf_mim.modeling.teachers import load_teacher
+from hf_mim.training import recipe as recipes
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.evaluation import metrics
+from hf_mim.training.trainer.processes import Lookout
+
+
+IMAGES = 256  # on which a teacher is described
+BATCH = 32
+DEAD_SHARE = 0.1  # of the codes may never be used before there is a warning
+PATCHLESS = {"size": "tiny", "num_hidden_layers": 1, "patch_size": 1}  # an encoder that takes any image size
+
+
+def images_of(recipe: dict, config, count: int) -> list[Tensor]:
+    """Batches of the first `count` training images, whole: `pixel_values` (batch, channels, height, width)."""
+    data = DataArguments(**{**recipe["data"], "max_train_images": count})
+    dataset = load_splits(data, config).train.without_augmentation()
+    return list(metrics.pixel_loader(dataset, config, BATCH))
+
+
+def describe_teacher(source: str, overrides: list[str], console: Console | None = None) -> list[dict]:
+    """Prints, for every layer of a teacher, what it would give as a target.
+
+    Args:
+        source: Hub id or local folder.
+        overrides: `data.dataset=...` and the like; images are those of the recipe `maskdistill_small` otherwise.
+
+    Returns:
+        per layer: name, dim, grid (rows, cols) at the teacher's own input size, token diversity.
+
+    Raises:
+        ValueError, OSError: the teacher or the data cannot be loaded.
+    """
+    console = console or Console()
+    model = load_teacher(source)
+    recipe = recipes.resolve("maskdistill_small", overrides)
+    fields = {name: getattr(model.config, name) for name in ("image_size", "num_channels", "image_mean", "image_std")}
+    config = MIMConfig(**{**fields, "image_size": list(pair(fields["image_size"])), "encoder_config": PATCHLESS})
+    batches, tokens, seconds = images_of(recipe, config, IMAGES), {}, 0.0
+    for pixel_values in track(batches, "running the teacher", console=console, transient=True):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            encoded = model.encoder(pixel_values, output_hidden_states=True)
+            stages = model.encoder.stage_maps(encoded, *pixel_values.shape[2:])
+        seconds += time.perf_counter() - started
+        for name, stage in zip(model.encoder.stage_names, stages):
+            tokens.setdefault(name, []).append((tuple(stage.shape[2:]), stage.flatten(2).transpose(1, 2)))
+    rows = []
+    for (name, parts), dim in zip(tokens.items(), model.encoder.num_features):
+        diversity = metrics.token_diversity(torch.cat([part for _, part in parts]))
+        rows.append({"layer": name, "dim": dim, "grid": parts[0][0], **diversity})
+    count = sum(map(len, batches))
+    console.print(teacher_table(source, rows, config, count / seconds, count), highlight=False)
+    return rows
+
+
+@torch.no_grad()
+def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
+    """Token diversity of the features that a `MIMForPreTraining` has for targets, before they are normalised.
+
+    Args:
+        pixel_values: (batch, channels, height, width), as the student sees them.
+
+    Returns:
+        per layer: teacher, layer (its name), grid (the student's), and `metrics.token_diversity`; [] without a teacher.
+    """
+    teacher = teacher_of(model.target)
+    if teacher is None:
+        return []
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    tokens = [stage.flatten(2).transpose(1, 2) for stage in teacher.maps(pixel_values, grid)]
+    rows = zip(teacher.layer_names(), tokens)
+    return [
+        {"teacher": teacher.source, "layer": name, "grid": list(grid), **metrics.token_diversity(layer)}
+        for name, layer in rows
+    ]
+
+
+def teacher_of(target):
+    """The `Teacher` of a target, or of the one that it wraps; None without one."""
+    return getattr(getattr(target, "wrapped", target), "teacher", None)
+
+
+def teacher_table(source: str, rows: list[dict], config, speed: float, count: int) -> Table:
+    height, width = pair(config.image_size)
+    table = Table(
+        *("layer", "channels", "grid"),
+        title=f"{source}: {height}x{width} pixels, {config.num_channels} channels, {speed:,.0f} images/s",
+        caption=f"Token diversity on {count} images: 1 - the mean cosine of two tokens, and of two tokens less their "
+        "image's mean. Compare teachers at equal grids.",
+    )
+    for title in ("token diversity", "centred"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        cells = (row["layer"], str(row["dim"]), f"{row['grid'][0]}x{row['grid'][1]}")
+        table.add_row(*cells, f"{row['raw']:.3f}", f"{row['centred']:.3f}")
+    return table
+
+
+def fit_codebook(
+    source: str, out: Path, overrides: list[str], codes: int = 512, images: int = 2000, console: Console | None = None
+) -> dict:
+    """Fits a codebook by k-means on a teacher's features, as target `discrete_token` sees them, and writes it.
+
+    Args:
+        out: a safetensors file with `codes` (codes, dim).
+        overrides: of the recipe `maskdistill_small`: its image size, encoder and `target_config` (layers, match, norm)
+            say what the features are.
+        codes: 256 to 1024 for small data, 8192 in BEiT.
+
+    Returns:
+        "perplexity" and "dead", the codes that no token has. Of several processes the first fits; the others wait, and
+        return {}.
+
+    Raises:
+        ValueError, OSError: the teacher or the data cannot be loaded, or there are fewer tokens than codes.
+    """
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    with Lookout(processes.num_processes, lambda: "there is no codebook: start again"):
+        try:
+            return _fit_codebook(source, out, overrides, codes, images, console) if processes.is_main_process else {}
+        finally:
+            processes.wait_for_everyone()
+
+
+def _fit_codebook(source: str, out: Path, overrides: list[str], codes: int, images: int, console) -> dict:
+    from sklearn.cluster import MiniBatchKMeans
+
+    console = console or Console()
+    override = f"model.target_config.teacher={source}"
+    recipe = recipes.resolve("maskdistill_small", [override, *overrides])
+    config = MIMConfig(**recipe["model"])
+    encoder = make_encoder(config)
+    target, grid = (
+        TeacherFeatureTarget(config, encoder, **config.target_config),
+        encoder.mask_grid(*pair(config.image_size)),
+    )
+    batches = track(images_of(recipe, config, images), "running the teacher", console=console, transient=True)
+    features = torch.cat([target.values(batch, grid)["patches"].flatten(0, 1) for batch in batches])
+    if len(features) < codes:
+        raise ValueError(f"{len(features)} tokens are too few for {codes} codes: give more images or fewer codes")
+    with console.status(f"fitting {codes} codes to {len(features):,} tokens"):
+        kmeans = MiniBatchKMeans(codes, batch_size=4096, n_init=3, random_state=0).fit(features.numpy())
+    table = torch.from_numpy(np.ascontiguousarray(kmeans.cluster_centers_, dtype=np.float32))
+    save_file({"codes": table}, out)
+    return report_usage(table, features, out, console)
+
+
+def report_usage(table: Tensor, features: Tensor, out: Path, console: Console) -> dict:
+    """Prints how evenly the codes are used; warns of dead ones."""
+    perplexity, dead = code_usage(torch.bincount(nearest_code(features, table), minlength=len(table)))
+    console.print(
+        f"{out}: {len(table)} codes of dimension {table.shape[1]}, perplexity {perplexity:.0f}", highlight=False
+    )
+    if dead > DEAD_SHARE * len(table):
+        console.print(f"warning: {dead} codes are never used; fit fewer codes, or on more images", highlight=False)
+    return {"perplexity": perplexity, "dead": dead}

@@ -1,0 +1,1 @@
+"""Frozen features, and what is read from them: heads, scores, protocols."""

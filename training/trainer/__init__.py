@@ -1,0 +1,1 @@
+"""`MIMTrainer` and everything that belongs to a run that trains."""

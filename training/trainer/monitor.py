@@ -1,0 +1,255 @@
+"""Looking at a run while it trains: pictures, online k-NN, and warnings that name the sign and the remedy."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from hf_mim.modeling.configuration_mim import pair
+from hf_mim.training.commands.teacher import DEAD_SHARE, teacher_diversity
+from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits
+from hf_mim.training.evaluation import metrics
+from hf_mim.training.plots import pictures
+
+
+KNN_TRAIN, KNN_TEST = 500, 250  # images of the online k-NN: they are decoded once and kept, as uint8
+IMAGES = 64  # images of which the loss of predicting the mean is computed
+BATCH = 50
+COLLAPSED_RANK = 2.0  # features that vary in fewer directions tell few images apart
+COLLAPSED_SPREAD = 1e-3  # of the features around their mean, as a share of its norm
+PLATEAU, PATIENCE = 0.97, 0.2  # the loss over that of the mean, from that share of the training on
+
+
+class Watch(TrainerCallback):
+    """Every so often: a picture of reconstructions in `watch/`, online k-NN where there are labels, the effective rank
+    of the features, the loss of predicting the mean and what the target has to say (how its codes are used), logged as
+    `watch_*`, and what is wrong, said once.
+
+    Nothing that training depends on changes: neither random states nor epochs nor modes. Between looks it does not
+    touch the device. Of several processes the first looks, with one whole model; the others hand in what they counted.
+
+    Args:
+        trainer: a `MIMTrainer` of a `MIMForPreTraining`.
+        splits: what it trains on.
+        folder: of the run.
+        every: steps, or a share of the training below 1.
+        say: is told the warnings.
+    """
+
+    def __init__(self, trainer, splits: Splits, folder: Path, every: float, say=print):
+        self.trainer, self.splits, self.folder, self.every, self.say = trainer, splits, folder, every, say
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.warned, self.mean_loss, self.last = set(), None, 0
+        self.looks = trainer.is_world_process_zero()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = int(self.every) if self.every >= 1 else max(1, round(self.every * state.max_steps))
+        if not self.looks:
+            return
+        self.last = state.global_step
+        config = self.model.config
+        self.collate = MIMCollator(config, self.model.mask_grid(*pair(config.image_size)))
+        self.batches = list(example_batches(self.splits))
+        self.labelled = None
+        if self.splits.test is not None:
+            self.labelled = [
+                fetch(d, n) for d, n in ((self.splits.train_eval, KNN_TRAIN), (self.splits.test, KNN_TEST))
+            ]
+        self._quietly(lambda: self._look_at_target(self._inputs()))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps and state.global_step != state.max_steps:
+            return
+        self.model.target.gather_figures()
+        if self.looks:
+            wanted = control.should_log  # logging below clears it, and the loss is still to be logged
+            self._quietly(lambda: self._look(state))
+            control.should_log, self.last = wanted, state.global_step
+
+    def _quietly(self, look) -> None:
+        training = self.model.training
+        with torch.random.fork_rng(), torch.no_grad():
+            self.model.eval()
+            try:
+                look()
+            finally:
+                self.model.train(training)
+
+    def _inputs(self) -> dict[str, Tensor]:
+        # A copy of the generators: drawing a mask moves them, and every look is to hide the same patches.
+        return {name: value.to(self.model.device) for name, value in self.collate(copy.deepcopy(self.batches)).items()}
+
+    def _look(self, state) -> None:
+        inputs, found = self._inputs(), {}
+        if self.target_moves:
+            self._look_at_target(inputs)
+        shown = self.model.reconstruct(*(value[: pictures.EXAMPLES] for value in inputs.values()), with_target=True)
+        picture = pictures.draw_reconstructions(shown)
+        (self.folder / "watch").mkdir(parents=True, exist_ok=True)
+        path = self.folder / "watch" / f"step-{state.global_step:06}.png"
+        picture.save(path)
+        bf16 = self.trainer.args.bf16
+        if self.labelled is None:
+            features = metrics.extract_features(self.model.mim, inputs["pixel_values"].split(BATCH), bf16)["mean"]
+        else:
+            (train, train_labels), (test, labels) = ((self._features(b, bf16), y) for b, y in self.labelled)
+            found["watch_knn"] = metrics.knn_accuracy(train, train_labels, test, labels)
+            features = test
+        rank, spread = effective_rank(features)
+        found |= {"watch_effective_rank": rank, "watch_spread": spread}
+        if self.mean_loss is not None:
+            found["watch_mean_loss"] = self.mean_loss
+        found |= {f"watch_{name}": value for name, value in self.model.target.figures().items()}
+        self._warn_of_codes(found)
+        self._warn(state, rank, spread, features.shape[1])
+        self.trainer.log(found)
+        show_picture(self.trainer, picture, path, state.global_step)
+
+    def _features(self, batches: list[Tensor], bf16: bool) -> Tensor:
+        plain = MIMCollator(self.model.config)
+        pixels = (plain([batch])["pixel_values"] for batch in batches)
+        return metrics.extract_features(self.model.mim, pixels, bf16)["mean"]
+
+    @property
+    def target_moves(self) -> bool:
+        return bool(self.model.target.moving_state())
+
+    def _look_at_target(self, inputs: dict[str, Tensor]) -> None:
+        self.mean_loss = loss_of_the_mean(self.model, **inputs)
+
+    def _warn(self, state, rank: float, spread: float, dim: int) -> None:
+        if rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD:
+            what = f"effective rank {rank:.1f} of {dim}" if spread >= COLLAPSED_SPREAD else "all images have the same"
+            remedy = "lower training.base_learning_rate or lengthen training.warmup_steps"
+            if self.target_moves:
+                remedy += ", or let the target move more slowly (decay in model.target_config)"
+            self._once("collapse", f"the features have collapsed at step {state.global_step} ({what}): {remedy}")
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
+        late = state.global_step >= PATIENCE * state.max_steps
+        if late and losses and self.mean_loss is not None and np.mean(losses) > PLATEAU * self.mean_loss:
+            self._once(
+                "plateau",
+                f"the loss, {np.mean(losses):.4g} at step {state.global_step}, is no better than always predicting the "
+                f"mean ({self.mean_loss:.4g}): nothing is learned of the images yet. Raise training.base_learning_rate "
+                "or train longer; if that does not help, lower model.masking_config.ratio and look at the pictures",
+            )
+
+    def _warn_of_codes(self, found: dict) -> None:
+        dead = found.get("watch_dead_codes", 0)
+        codes = self.model.target.outputs["patches"]
+        if dead > DEAD_SHARE * codes:
+            self._once(
+                "codes",
+                f"{dead} of {codes} codes are never used: fit a codebook with fewer codes, or on more images, with "
+                "hf-mim codebook",
+            )
+
+    def _once(self, sign: str, text: str) -> None:
+        if sign not in self.warned:
+            self.warned.add(sign)
+            self.say(f"warning: {text}")
+
+
+class TeacherWatch(TrainerCallback):
+    """At the start of a run with a teacher: how different its tokens are within an image (Img2Vec), logged and said.
+
+    Attributes:
+        found: as of `teacher_diversity`; None before.
+    """
+
+    def __init__(self, trainer, splits: Splits, say=print):
+        self.trainer, self.splits, self.say, self.found = trainer, splits, say, None
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        batches = list(example_batches(self.splits))
+        if not batches:
+            return
+        pixel_values = MIMCollator(self.model.config)(batches)["pixel_values"].to(self.model.device)
+        self.found = teacher_diversity(self.model, pixel_values)
+        for row in self.found:
+            rows, cols = row["grid"]
+            self.say(
+                f"teacher {row['teacher']}, {row['layer']}: token diversity {row['raw']:.3f}, centred "
+                f"{row['centred']:.3f}, on {rows}x{cols} tokens of {len(pixel_values)} images"
+            )
+        names = {"raw": "teacher_diversity", "centred": "teacher_diversity_centred"}
+        self.trainer.log({f"{name}_{row['layer']}": row[key] for row in self.found for key, name in names.items()})
+
+
+# ---- what is looked at ---------------------------------------------------------------------------------------------
+def example_batches(splits: Splits):
+    """Up to `IMAGES` images, whole; those that the picture shows come first."""
+    dataset = splits.test
+    if dataset is None and not isinstance(splits.train, MIMDataset):
+        if not hasattr(splits.train, "seek"):
+            return
+        yield from itertools.islice(splits.train.without_augmentation(), IMAGES)
+        return
+    dataset = splits.train.without_augmentation() if dataset is None else dataset
+    shown = pictures.examples(dataset)
+    others = [i for i in metrics.subset_indices(len(dataset), IMAGES) if i not in shown]
+    for indices in (shown, others[: IMAGES - len(shown)]):
+        if indices:
+            yield from dataset.__getitems__(indices)
+
+
+def fetch(dataset: MIMDataset, most: int) -> tuple[list, Tensor]:
+    """Batches of at most so many images, always the same, and their labels (count,)."""
+    indices = metrics.subset_indices(len(dataset), most)
+    batches = [dataset.__getitems__(indices[i : i + BATCH])[0] for i in range(0, len(indices), BATCH)]
+    return batches, dataset.true_labels(indices)
+
+
+def effective_rank(features: Tensor) -> tuple[float, float]:
+    """In how many directions features (images, dim) vary, and how much.
+
+    Returns:
+        the exponential of the entropy of the centred features' singular values, in [1, min(images, dim)] (RankMe,
+        2210.02885, which does not centre); and their root mean square over the norm of the mean.
+    """
+    features = features.double()
+    centred = features - features.mean(dim=0)
+    values = torch.linalg.svdvals(centred)
+    if not values.sum() > 0:
+        return 1.0, 0.0
+    shares = values / values.sum()
+    spread = centred.square().sum(dim=1).mean().sqrt() / features.mean(dim=0).norm().clamp(min=1e-12)
+    return torch.special.entr(shares).sum().exp().item(), spread.item()
+
+
+def loss_of_the_mean(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> float | None:
+    """The loss where every hidden token is predicted as the mean of them all, or for codes by how frequent they are.
+
+    Args: as of `MIMForPreTraining.forward`. Returns: None where the target's predictions are no estimates of its
+    values.
+    """
+    target, grid = model.target, model.mask_grid(*pixel_values.shape[2:])
+    masks = bool_masked_pos[:, 0] if bool_masked_pos.ndim == 3 else bool_masked_pos
+    target.bind(model.mim.encoder)
+    values = target.values(pixel_values, grid)
+    hidden, dim = values["patches"][masks], target.outputs["patches"]
+    if hidden.is_floating_point():
+        mean = hidden.float().mean(dim=0)
+    else:
+        mean = (torch.bincount(hidden.flatten(), minlength=dim) / hidden.numel()).clamp(min=1e-9).log()
+    if mean.shape != (dim,):
+        return None
+    count = masks.shape[1] if target.scope == "all" else int(masks[0].sum())
+    predictions = {"patches": mean.expand(len(masks), count, dim)}
+    if "global" in target.outputs:
+        predictions["global"] = values["global"].float().mean(dim=0).expand_as(values["global"])
+    return float(target.loss(predictions, values, masks, grid, torch.Generator().manual_seed(0)))
+
+
+def show_picture(trainer, picture, path: Path, step: int) -> None:
+    """Hands a picture to TensorBoard and Trackio, if the run reports there."""
+    for callback in trainer.callback_handler.callbacks:
+        if getattr(callback, "tb_writer", None) is not None:
+            callback.tb_writer.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
+        if getattr(callback, "_trackio", None) is not None:
+            callback._trackio.log({"reconstructions": callback._trackio.Image(str(path))}, step=step)
