@@ -27,7 +27,7 @@ from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.commands.pretrain import set_up, train, write_results
 from hf_mim.training.data.pretraining import MIMCollator, load_splits

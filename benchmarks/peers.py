@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mim import MIMConfig, MIMForPreTraining
-from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.layers import sincos_2d
 from hf_mim.modeling.masking import sample_masks
+from hf_mim.modeling.options import pair
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

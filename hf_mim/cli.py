@@ -281,9 +281,9 @@ def tune_for_processor() -> None:
 
 def check_command(arguments: list[str], commands: dict) -> None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        from hf_mim.modeling.choices import unknown
+        from hf_mim.modeling.options import unknown_choice
 
-        raise unknown("command", arguments[0], commands)
+        raise unknown_choice("command", arguments[0], commands)
 
 
 def check_words(arguments: list[str]) -> None:

@@ -1,14 +1,10 @@
 """The configuration of every model of hf_mim: five parts, each a name and a dict of options."""
 
-import inspect
-from types import UnionType
-from typing import Union, get_args, get_origin
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .choices import unknown
+from .options import Size, pair, unknown_choice
 
 
 # The Auto classes that a saved checkpoint answers to through remote code. `save_pretrained` of transformers writes
@@ -31,54 +27,6 @@ TRANSFORMERS_KEYS = {
 # Of checkpoints. It is raised by a change that this file's older versions would load wrongly, and then `from_dict`
 # learns to read the version before; a new field with a default is no such change.
 FORMAT_VERSION = 1
-
-Size = int | list[int] | tuple[int, int]
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """An int or a (height, width) pair as a (height, width) pair of positive ints."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-        raise ValueError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
-    return sides
-
-
-def options_of(entry) -> dict[str, object]:
-    """The options of a part with their defaults: the keyword-only arguments of its class or function."""
-    parameters = inspect.signature(entry).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def is_of(value, annotation) -> bool:
-    """Whether a value is of an annotated type. A list passes for a tuple and the reverse, an int for a float;
-    annotations that are no types pass everything."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for kind in (get_origin(kind) or kind for kind in kinds):
-        if not isinstance(kind, type) or kind is inspect.Parameter.empty:
-            return True
-        accepted = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)
-        if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
-    """Checks a part's name, and the names and types of its options.
-
-    Raises:
-        ValueError: the name or an option is unknown (the message lists the choices), or a value is of a wrong type.
-    """
-    if name not in entries:
-        raise unknown(kind, name, entries)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entries[name]).parameters.values())
-    choices = options_of(entries[name])
-    annotations = {p.name: p.annotation for p in inspect.signature(entries[name]).parameters.values()}
-    for option, value in options.items():
-        if option not in choices and not takes_any:
-            raise unknown(f"option of {kind} {name!r}", option, choices)
-        if option in choices and not is_of(value, annotations[option]):
-            wanted = inspect.formatannotation(annotations[option])
-            raise ValueError(f"option {option!r} of {kind} {name!r} must be {wanted}, got {value!r}")
 
 
 def check_format(version) -> None:
@@ -150,7 +98,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         fields += ["num_labels", "id2label", "label2id", "out_features", "out_indices"]
         for key in kwargs:
             if key not in TRANSFORMERS_KEYS and not key.startswith("_"):
-                raise unknown("key of MIMConfig", key, fields)
+                raise unknown_choice("key of MIMConfig", key, fields)
         for part in ("encoder", "masking", "decoder", "target", "pooler"):
             setattr(self, f"{part}_config", dict(getattr(self, f"{part}_config") or {}))
         self._fill_statistics()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_mim import pair
 from .encoder_base import Encoder, EncoderOutput, Grid, tokens_to_map
 from .layers import CrossLayer, FixedTables, ToGrid, ViTLayer, sincos_2d, take_tokens
+from .options import pair
 
 
 class Decoder(nn.Module):

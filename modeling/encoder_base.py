@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .configuration_mim import unknown
+from .options import unknown_choice
 
 
 Grid = tuple[int, int]
@@ -112,7 +112,7 @@ def choose(name: str, value: str, choices) -> str:
         ValueError: it is not.
     """
     if value not in choices:
-        raise unknown(name, value, choices)
+        raise unknown_choice(name, value, choices)
     return value
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_mim import pair, unknown
 from .encoder_base import NO_MASK_TOKEN, PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
 from .encoder_native import native_config, native_model
+from .options import pair, unknown_choice
 from .sparse import SparseMask, make_sparse
 
 
@@ -160,7 +160,7 @@ class TimmStages(nn.Module):
             raise ValueError("encoder_config model_type 'timm' needs the timm package: pip install timm")
         if not timm.is_model(model_name):
             near = timm.list_models(f"*{model_name[:6]}*")[:8]
-            raise unknown("timm model", model_name, near or timm.list_models("res*")[:8])
+            raise unknown_choice("timm model", model_name, near or timm.list_models("res*")[:8])
         loading = sorted(LOADING & set(options))
         if loading:
             raise ValueError(f"options of timm that load files are refused in a config: {', '.join(loading)}")

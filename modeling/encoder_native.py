@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
-from .configuration_mim import pair, unknown
 from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, cells, tokens_to_map
+from .options import pair, unknown_choice
 
 
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
@@ -32,13 +32,13 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
         ValueError: the model type or an option is unknown.
     """
     if model_type not in CONFIG_MAPPING:
-        raise unknown("transformers model type", model_type, sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))
+        raise unknown_choice("transformers model type", model_type, sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))
     config_class = CONFIG_MAPPING[model_type]
     fields = {**config_class().to_dict(), **dict.fromkeys(config_class.__dataclass_fields__)}
     for option in options:
         if option not in fields and not option.startswith("_"):
             own = sorted(name for name in fields if name not in PreTrainedConfig.__dataclass_fields__)
-            raise unknown(f"option of the transformers model {model_type!r}", option, own)
+            raise unknown_choice(f"option of the transformers model {model_type!r}", option, own)
     if "image_size" in fields:
         height, width = pair(config.image_size)
         square = height == width and isinstance(config_class().image_size, int)

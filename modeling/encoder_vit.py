@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_mim import pair
 from .encoder_base import (
     NO_MASK_TOKEN,
     PIXEL_FILLS,
@@ -31,6 +30,7 @@ from .layers import (
     take_tokens,
 )
 from .masking import num_hidden_tokens
+from .options import pair
 
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads), as in DeiT, ViT and MAE.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .configuration_mim import check_part, options_of, pair
+from .options import check_part, options_of, pair
 
 
 Grid = tuple[int, int]

@@ -18,12 +18,13 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_mim import MIMConfig, check_part, pair
+from .configuration_mim import MIMConfig
 from .decoders import DECODERS
 from .encoder_base import EncoderOutput, to_grey
 from .encoder_native import load_native
 from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
+from .options import check_part, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .poolers import POOLERS
 from .pyramid import make_pyramid

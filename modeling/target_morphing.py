@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .configuration_mim import check_part
 from .encoder_base import Encoder, Grid, choose
 from .layers import take_tokens
 from .morphing import Groups, draw_schedule, even_schedule, match_tokens
+from .options import check_part
 from .target_base import Target, code_colours, feature_colours
 from .target_teacher import FEATURE_DISTANCES, normalise_features
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
+from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, displayable
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_mim import pair
 from .encoder_base import Encoder, Grid, choose
+from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
 

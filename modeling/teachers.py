@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from .configuration_mim import pair, unknown
 from .encoder_base import Encoder, EncoderOutput, Grid
+from .options import pair, unknown_choice
 
 
 MATCHES = ("input", "stage", "dilate", "interpolate")
@@ -36,7 +36,7 @@ class Teacher:
 
     def __init__(self, source: str, layers, match: str, input_size, image_mean, image_std):
         if match not in MATCHES:
-            raise unknown("match of the teacher's grid", match, MATCHES)
+            raise unknown_choice("match of the teacher's grid", match, MATCHES)
         self.source, self.layers, self.match, self.input_size = source, layers, match, input_size
         self.image_mean, self.image_std = image_mean, image_std
         self.last = (None, None)
@@ -55,7 +55,7 @@ class Teacher:
         names = encoder.stage_names
         if isinstance(layer, str):
             if layer not in names:
-                raise unknown(f"layer of teacher {self.source}", layer, names)
+                raise unknown_choice(f"layer of teacher {self.source}", layer, names)
             return names.index(layer)
         if not -len(names) <= layer < len(names):
             raise ValueError(f"teacher {self.source} has no layer {layer}; it has {len(names)}: {', '.join(names)}")

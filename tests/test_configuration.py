@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
-from hf_mim.modeling.configuration_mim import is_of, options_of, pair
 from hf_mim.modeling.decoders import DECODERS, Decoder
 from hf_mim.modeling.encoder_base import Encoder, EncoderOutput, cells
 from hf_mim.modeling.encoders import ENCODERS
 from hf_mim.modeling.masking import MASK_GENERATORS, count_hidden
+from hf_mim.modeling.options import is_of, options_of, pair
 from hf_mim.modeling.poolers import POOLERS, Pooler
 from hf_mim.modeling.target_base import Target
 from hf_mim.modeling.targets import TARGETS

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.options import pair
 from hf_mim.training.data import sources, transforms
 from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, StreamedImages, load_splits, processor_for
 from hf_mim.training.data.sources import DataArguments

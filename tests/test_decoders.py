@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from helpers import DECODER_OPTIONS, NATIVE_VIT, RESNET, SWIN, perturb, random_masks, tiny_config
 
 from hf_mim import MIMForPreTraining
-from hf_mim.modeling.configuration_mim import options_of
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoder_base import EncoderOutput
 from hf_mim.modeling.layers import ToGrid
 from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.options import options_of
 
 
 OUT_DIM = 5

@@ -8,9 +8,9 @@ import torch
 from helpers import CONVNEXT, DECODER_OPTIONS, NATIVE_VIT, RESNET, SWIN, VIT, target_options
 
 from hf_mim import MIMConfig, MIMForPreTraining
-from hf_mim.modeling.configuration_mim import options_of
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoders import ENCODERS as ALL_ENCODERS
+from hf_mim.modeling.options import options_of
 from hf_mim.modeling.targets import TARGETS
 
 

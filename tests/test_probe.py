@@ -13,7 +13,7 @@ from helpers import NATIVE_VIT, RESNET, tiny_config
 from transformers import ViTConfig, ViTModel
 
 from hf_mim import MIMForPreTraining, MIMModel, cli
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 from hf_mim.training.commands.probe import choose_settings, probe
 from hf_mim.training.commands.probe_setup import ProbeArguments, choose_poolers
 from hf_mim.training.evaluation import heads as heads_module

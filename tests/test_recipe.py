@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_mim.modeling.configuration_mim import MIMConfig, check_part, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.options import check_part, pair
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
 from hf_mim.training.commands.finetune import training_arguments

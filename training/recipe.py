@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_mim.modeling.choices import unknown
+from hf_mim.modeling.options import unknown_choice
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -143,7 +143,7 @@ def check_value(key: str, value, kind) -> None:
         if isinstance(part, type) and issubclass(part, enum.Enum) and isinstance(value, str):
             choices = [member.value for member in part]
             if value not in choices:
-                raise unknown(f"{key}", value, choices)
+                raise unknown_choice(f"{key}", value, choices)
             return
     if not _fits(value, kind):
         raise ValueError(f"{key} must be {_describe(kind)}, not {value!r}")
@@ -155,7 +155,7 @@ def check_sections(recipe: dict, where: str, sections) -> None:
     """
     for section, values in recipe.items():
         if section not in sections:
-            raise unknown(f"section in {where}", section, sections)
+            raise unknown_choice(f"section in {where}", section, sections)
         if not isinstance(values, dict):
             raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
 
@@ -176,7 +176,7 @@ def check(recipe: dict, where: str, sections: dict | None = None) -> None:
         keys = sections[section]()
         for key, value in values.items():
             if key not in keys:
-                raise unknown(f"key in section {section!r} of {where}", key, keys)
+                raise unknown_choice(f"key in section {section!r} of {where}", key, keys)
             check_value(f"{section}.{key}", value, keys[key])
 
 
@@ -206,7 +206,7 @@ def find(name: str) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") or path.is_dir():
         raise ValueError(f"no recipe at {name}")
-    raise unknown("recipe", name, recipe_files())
+    raise unknown_choice("recipe", name, recipe_files())
 
 
 def read(name: str) -> dict:

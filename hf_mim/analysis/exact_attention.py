@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 
 
 NAME = "hf_mim_exact"

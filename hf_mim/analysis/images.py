@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.options import pair
 from hf_mim.training.data import sources
 from hf_mim.training.data.pretraining import MIMDataset
 from hf_mim.training.data.sources import DataArguments

@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_mim.analysis import interaction
 from hf_mim.analysis.images import EncoderImages, choose_images
 from hf_mim.analysis.interaction import PAPER, Partial, Plan
-from hf_mim.modeling.configuration_mim import unknown
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
+from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
 from hf_mim.training.evaluation import metrics
 
@@ -47,7 +47,7 @@ def plan_of(option, seed: int = 0) -> Plan | None:
     known = {field.name: field.type for field in dataclasses.fields(Plan)}
     for name, value in options.items():
         if name not in known:
-            raise unknown("option of analyze.interaction", name, known)
+            raise unknown_choice("option of analyze.interaction", name, known)
         is_list = name in ("orders", "grid")
         if isinstance(value, bool) or not isinstance(value, (list, tuple) if is_list else known[name]):
             raise ValueError(f"analyze.interaction.{name} must be {known[name]}, not {value!r}")

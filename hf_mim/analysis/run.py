@@ -18,9 +18,9 @@ from hf_mim.analysis.images import Choice, EncoderImages, choose_images
 from hf_mim.analysis.interaction_models import measure_interactions, plan_of
 from hf_mim.analysis.measurement import Measurement
 from hf_mim.analysis.shared_pass import measure
-from hf_mim.modeling.configuration_mim import pair, unknown
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair, unknown_choice
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
@@ -67,7 +67,7 @@ class AnalyzeArguments:
                 raise ValueError(f"analyze.{name} must be at least {least}, not {getattr(self, name)}")
         for name in self.measurements or []:
             if name not in MEASUREMENTS:
-                raise unknown("measurement", name, MEASUREMENTS)
+                raise unknown_choice("measurement", name, MEASUREMENTS)
         if self.image_size is not None:
             pair(self.image_size)
         plan_of(self.interaction)  # raises where it is wrong

@@ -7,10 +7,10 @@ from hf_mim.analysis import MEASUREMENTS
 from hf_mim.analysis.exact_attention import watched_attention
 from hf_mim.analysis.images import EncoderImages
 from hf_mim.analysis.measurement import Layer, Measurement, Seen, Setting
-from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.encoder_native import grid_of
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair
 
 
 def measure(

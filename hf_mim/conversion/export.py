@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, ViTConfig, ViTModel
 
-from hf_mim.modeling.configuration_mim import pair, unknown
 from hf_mim.modeling.encoder_native import native_config, native_model
 from hf_mim.modeling.layers import sincos_2d
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair, unknown_choice
 
 
 FORMATS = ("transformers", "timm", "onnx")
@@ -34,7 +34,7 @@ def export(checkpoint: str, out: str | Path, to: str) -> list[str]:
     from hf_mim.training.data.pretraining import processor_for
 
     if to not in FORMATS:
-        raise unknown("format", to, FORMATS)
+        raise unknown_choice("format", to, FORMATS)
     config = load_config(checkpoint)
     model = MIMModel.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True).float().eval()
     out = Path(out)

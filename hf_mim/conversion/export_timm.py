@@ -7,8 +7,8 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair
 
 from .convnets import timm_name
 from .export import check_same, named, patch_convolution, position_table, refuse, vit_obstacles

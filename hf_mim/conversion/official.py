@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.options import pair
 
 from . import vit_family as vit
 from .convnets import FROM_OFFICIAL, PARTS, convnext, mask_parts, resnet, timm_convnet

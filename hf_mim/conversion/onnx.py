@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

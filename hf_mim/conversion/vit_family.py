@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import pair
 from hf_mim.modeling.layers import sincos_2d
+from hf_mim.modeling.options import pair
 
 from .reading import Weights
 

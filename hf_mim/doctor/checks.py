@@ -21,9 +21,10 @@ from hf_mim.doctor.weights import (
     look_at_weights,
     read_weights,
 )
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
 from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits, load_splits

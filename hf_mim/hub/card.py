@@ -12,10 +12,11 @@ from yaml import YAMLError
 import hf_mim
 from hf_mim.hub import card_results as results_of
 from hf_mim.hub.card_results import clean, is_number
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoders import ENCODERS
 from hf_mim.modeling.masking import MASK_GENERATORS
+from hf_mim.modeling.options import pair
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes

@@ -12,9 +12,10 @@ from peft import PeftModel
 from rich.table import Table
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_config, model_type_of, resolve
 from hf_mim.training.commands.finetune import FinetuneRun, train, write_results

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, Size, unknown
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_base import patchify
+from hf_mim.modeling.options import Size, unknown_choice
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.segmentation import SHOWN, input_size, predict
@@ -126,7 +127,7 @@ def asks_for_dense(overrides: list[str]) -> bool:
     asked = [word.partition("=")[2] for word in overrides if word.partition("=")[0] in ("task", "probe.task")]
     for task in asked:
         if task != "dense":
-            raise unknown("probe.task", task, ["dense"])
+            raise unknown_choice("probe.task", task, ["dense"])
     return bool(asked)
 
 

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from transformers import set_seed
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.commands.teacher import teacher_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.data import sources
 from hf_mim.training.data.pretraining import ImageBatch, MIMCollator

@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import SegformerImageProcessor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
+from hf_mim.modeling.options import pair
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands import finetune
 from hf_mim.training.commands.finetune import FinetuneRun

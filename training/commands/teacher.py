@@ -13,8 +13,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.options import pair
 from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import load_teacher

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from hf_mim.modeling.configuration_mim import MIMConfig, unknown
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.data import sources
 from hf_mim.training.data.decoding import decode, read_file
 from hf_mim.training.data.scenes import COUNTS, Scenes
@@ -193,7 +194,7 @@ def find_mask_columns(features: dict, data: DataArguments) -> tuple[str, str]:
         ValueError: a named column does not exist, or none holds images or masks.
     """
     if data.mask_column is not None and data.mask_column not in features:
-        raise unknown("data.mask_column", data.mask_column, features)
+        raise unknown_choice("data.mask_column", data.mask_column, features)
     named = [name for wanted in MASK_NAMES for name in features if name.lower() == wanted and _is_map(features[name])]
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     others = [name for name in images if name != data.image_column][1 if data.image_column is None else 0 :]

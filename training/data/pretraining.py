@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from transformers import ViTImageProcessor
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
+from hf_mim.modeling.options import pair
 from hf_mim.training.data import sources, urls
 from hf_mim.training.data.decoded_cache import DecodedCache
 from hf_mim.training.data.decoding import BadImages, Undecodable

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
-from hf_mim.modeling.configuration_mim import pair, unknown
+from hf_mim.modeling.options import pair, unknown_choice
 from hf_mim.training.data.sources import DataArguments, decode, find_columns, open_dataset
 
 
@@ -37,7 +37,7 @@ class Scenes:
 
     def __init__(self, split: str = "train", count: int | None = None, size=SIZE, seed: int = 0, num_channels: int = 1):
         if split not in COUNTS:
-            raise unknown("split of the composed scenes", split, COUNTS)
+            raise unknown_choice("split of the composed scenes", split, COUNTS)
         self.split, self.size, self.seed, self.num_channels = split, pair(size), seed, num_channels
         if min(self.size) < 28:
             raise ValueError(f"a scene must be at least 28 pixels high and wide, not {self.size[0]}x{self.size[1]}")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet
 
 import hf_mim
-from hf_mim.modeling.configuration_mim import unknown
+from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.data import urls
 from hf_mim.training.data.decoding import decode  # noqa: F401
 
@@ -282,7 +282,7 @@ def choose_splits(splits: dict, data: DataArguments) -> tuple[str, str | None]:
     """
     for key in ("split", "eval_split"):
         if getattr(data, key) is not None and getattr(data, key) not in splits:
-            raise unknown(f"data.{key}", getattr(data, key), splits)
+            raise unknown_choice(f"data.{key}", getattr(data, key), splits)
     train = data.split or next((name for name in TRAIN_NAMES if name in splits), None)
     if train is None and len(splits) > 1:
         raise ValueError(f"which split to train on? Set data.split to one of {', '.join(splits)}")
@@ -299,7 +299,7 @@ def find_columns(features: dict, data: DataArguments) -> tuple[str, str | None]:
     """
     for key in ("image_column", "label_column"):
         if getattr(data, key) is not None and getattr(data, key) not in features:
-            raise unknown(f"data.{key}", getattr(data, key), features)
+            raise unknown_choice(f"data.{key}", getattr(data, key), features)
     image = data.image_column or next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     image = image or next((n for n in features if n.lower() in IMAGE_NAMES and _holds_files(features[n])), None)
     if image is None:

@@ -10,7 +10,8 @@ import datasets
 import numpy as np
 import torch
 
-from hf_mim.modeling.configuration_mim import MIMConfig, pair
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.options import pair
 from hf_mim.training.data import sources
 from hf_mim.training.data.decoding import allowed, too_many
 from hf_mim.training.data.shards import Lane, Shards, Window

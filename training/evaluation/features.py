@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from hf_mim.modeling.configuration_mim import check_part
+from hf_mim.modeling.options import check_part
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
 from hf_mim.training.evaluation.feature_store import RowFile, data_hash

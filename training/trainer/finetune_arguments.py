@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_mim.modeling.configuration_mim import unknown
+from hf_mim.modeling.options import unknown_choice
 
 
 TASKS = ("classification", "segmentation")
@@ -68,11 +68,11 @@ class FinetuneArguments:
 
     def __post_init__(self):
         if self.task not in TASKS:
-            raise unknown("finetune.task", self.task, TASKS)
+            raise unknown_choice("finetune.task", self.task, TASKS)
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
-            raise unknown("finetune.optimizer", self.optimizer, OPTIMIZERS)
+            raise unknown_choice("finetune.optimizer", self.optimizer, OPTIMIZERS)
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
-            raise unknown("finetune.class_weights", self.class_weights, ["balanced", "a list of numbers"])
+            raise unknown_choice("finetune.class_weights", self.class_weights, ["balanced", "a list of numbers"])
         for name in ("mix_probability", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"finetune.{name} must be in [0, 1], not {getattr(self, name)}")

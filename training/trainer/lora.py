@@ -8,8 +8,8 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hf_mim.modeling.configuration_mim import unknown
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
+from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.layer_decay import encoder_blocks
 
@@ -38,7 +38,7 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
         )
     for name in options.lora_layers or ():
         if name not in names:
-            raise unknown("layer in finetune.lora_layers", name, names)
+            raise unknown_choice("layer in finetune.lora_layers", name, names)
     chosen = [name for name in found if name.rpartition(".")[2] in (options.lora_layers or names)]
     trained = ["classifier", "mim.pooler", "mim.pooled_norm"]
     config = LoraConfig(

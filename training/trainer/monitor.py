@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 from hf_mim.training.commands.teacher import DEAD_SHARE, teacher_diversity
 from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits
 from hf_mim.training.evaluation import metrics

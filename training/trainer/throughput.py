@@ -5,7 +5,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the device's name.

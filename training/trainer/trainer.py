@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
-from hf_mim.modeling.configuration_mim import pair
+from hf_mim.modeling.options import pair
 from hf_mim.training.data.pretraining import finish
 from hf_mim.training.trainer.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.trainer.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm

@@ -1,0 +1,78 @@
+"""Sizes, and the names and options of parts: what is checked before anything is built. Needs neither torch nor
+transformers, and imports nothing of this project."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+
+Size = int | list[int] | tuple[int, int]
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that it cannot have.
+
+    Attributes:
+        option: its name, or what kind of name was looked for.
+        value: what was given.
+    """
+
+    def __init__(self, message: str, option: str = "", value: object = None):
+        super().__init__(message)
+        self.option, self.value = option, value
+
+
+def unknown_choice(kind: str, value: str, choices: Iterable[object]) -> OptionError:
+    """The error for a name that is not among the choices; it names the nearest one and lists them all."""
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return OptionError(f"unknown {kind} {value!r}{hint} Choices: {', '.join(names) or 'none'}", str(value), value)
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """An int or a (height, width) pair as a (height, width) pair of positive ints."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise OptionError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
+    return sides
+
+
+def options_of(entry) -> dict[str, object]:
+    """The options of a part with their defaults: the keyword-only arguments of its class or function."""
+    parameters = inspect.signature(entry).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def is_of(value, annotation) -> bool:
+    """Whether a value is of an annotated type. A list passes for a tuple and the reverse, an int for a float;
+    annotations that are no types pass everything."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for kind in (get_origin(kind) or kind for kind in kinds):
+        if not isinstance(kind, type) or kind is inspect.Parameter.empty:
+            return True
+        accepted = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)
+        if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
+    """Checks a part's name, and the names and types of its options.
+
+    Raises:
+        ValueError: the name or an option is unknown (the message lists the choices), or a value is of a wrong type.
+    """
+    if name not in entries:
+        raise unknown_choice(kind, name, entries)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entries[name]).parameters.values())
+    choices = options_of(entries[name])
+    annotations = {p.name: p.annotation for p in inspect.signature(entries[name]).parameters.values()}
+    for option, value in options.items():
+        if option not in choices and not takes_any:
+            raise unknown_choice(f"option of {kind} {name!r}", option, choices)
+        if option in choices and not is_of(value, annotations[option]):
+            expected = inspect.formatannotation(annotations[option])
+            raise OptionError(f"option {option!r} of {kind} {name!r} must be {expected}, got {value!r}", option, value)
