@@ -35,6 +35,10 @@ def why_not(encoder: str, style: str, decoder: str, target: str) -> str | None:
         return "needs every token"
     if decoder == "unet" and encoder != "convnet":
         return "needs the feature maps"
+    if decoder == "spark" and style != "sparse":
+        return "with mask_style 'sparse'"
+    if decoder == "spark" and target not in ("pixel", "frequency"):
+        return "predicts pixels"
     return None
 
 

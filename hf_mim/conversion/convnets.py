@@ -41,6 +41,7 @@ CONVNEXT = (
     (r"\.pwconv(\d)\.", r".mlp.fc\1."),
     (r"\.grn\.", ".mlp.grn."),
 )
+NEW_POOLED_NORM = "no norm after pooling in the file: a new one"
 PARTS = ("stem.", "stages.", "conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # what an encoder computes
 
 
@@ -128,7 +129,7 @@ def convnext(weights: Weights, image_size) -> tuple[dict, dict[str, Tensor], lis
     else:
         dim = widths[-1]
         state |= {"pooled_norm.weight": torch.ones(dim), "pooled_norm.bias": torch.zeros(dim)}
-        notes.append("no norm after pooling in the file: a new one")
+        notes.append(NEW_POOLED_NORM)
     return fields, state, notes
 
 

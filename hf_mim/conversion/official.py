@@ -1,5 +1,6 @@
 """What the weights of a file are, told by their names and shapes, and where they go in a model of ours."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +11,10 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 
 from . import vit_family as vit
-from .convnets import FROM_OFFICIAL, PARTS, convnext, mask_parts, resnet, timm_convnet
+from .convnets import FROM_OFFICIAL, NEW_POOLED_NORM, PARTS, convnext, mask_parts, resnet, timm_convnet
 from .pooling_heads import abmilp_classifier
 from .reading import Weights
+from .spark import spark_decoder
 
 
 KINDS = (
@@ -200,11 +202,15 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         parts = timm_convnet(weights, hints.timm_name, hints.image_size)
         return Converted(f"timm's {hints.timm_name}", *parts[:2], weights, parts[2])
     is_resnet = "layer1.0.conv1.weight" in weights
-    fields, state, notes = (resnet if is_resnet else convnext)(weights, hints.image_size)
+    black = weights.tensors.get("norm_black")  # SparK's unused picture, of the size that it was trained at
+    size = hints.image_size or (None if black is None else list(black.shape[2:]))
+    fields, state, notes = (resnet if is_resnet else convnext)(weights, size)
     name = "ResNet" if is_resnet else "ConvNeXt"
     found = Converted(name, fields, state, weights, notes)
     if any(key.startswith("sparse_encoder.") for key in tensors):
         found.kind = f"SparK, {name}"
+        if "dense_decoder.proj.weight" in weights:
+            with_spark_decoder(found)
     elif "neck.decoder_pred.0.weight" in weights:
         # Among OpenMixup's norms those before a change of width have the epsilon 1e-5, ours 1e-6.
         if not is_resnet:
@@ -216,8 +222,20 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     return found
 
 
+def with_spark_decoder(found: Converted) -> None:
+    cells = math.prod(length // 32 for length in pair(found.fields["image_size"]))
+    hidden = cells - round(0.4 * cells)  # as released: the visible share is rounded
+    fields, state = spark_decoder(found.weights, hidden / cells)
+    found.fields |= fields
+    found.fields["encoder_config"] |= {"mask_style": "sparse", "pixel_fill": "none"}
+    found.state |= state
+    found.pretraining = True
+    leave_pooled_norm(found)
+
+
 def leave_pooled_norm(found: Converted) -> None:
     """A model for pretraining has no pooling, hence not the norm after it."""
+    found.notes[:] = [note for note in found.notes if note != NEW_POOLED_NORM]
     for suffix in ("weight", "bias"):
         if found.state.pop(f"pooled_norm.{suffix}", None) is not None:
             name = found.weights.sources.get(f"head.norm.{suffix}")
@@ -244,6 +262,7 @@ def finish(weights: Weights) -> None:
     weights.leave(r"(fc_norm|pooler)\.", "it acts after pooling, as a part of the classifier")
     weights.leave(r"(head|fc|head_dist|classifier|.*head\..*)\b", "the head of the old task")
     weights.leave(r"lm_head|cls_pt_", "the pretraining head")
-    weights.leave(r"(dense_decoder|densify|mask_tokens|imn_|norm_black)", "SparK's decoder")
+    weights.leave(r"(imn_|norm_black)", "SparK's statistics of pixels, which it does not use")
+    weights.leave(r"(dense_decoder|densify|mask_tokens)", "SparK's decoder")
     weights.leave(r"(neck|decoder)", "the decoder")
     weights.leave(r".*", "not known")

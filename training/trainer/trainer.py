@@ -12,12 +12,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.modeling.options import pair
 from hf_mim.training.data.pretraining import finish
+from hf_mim.training.trainer.optimization import OptimizationArguments, WeightDecayCallback, lamb
 from hf_mim.training.trainer.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.trainer.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
 from hf_mim.training.trainer.throughput import Throughput, flops_per_image, peak_flops
@@ -40,12 +41,10 @@ def has_bf16() -> bool:
 
 
 @dataclass
-class MIMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of masked image modeling, and these of its own.
+class MIMTrainingArguments(OptimizationArguments):
+    """`TrainingArguments` with the defaults of masked image modeling, what `OptimizationArguments` adds, and these.
 
     Args:
-        base_learning_rate: for a total batch of 256; the learning rate is proportional to the total batch, which is
-            that of one device times devices, processes and accumulation steps.
         learning_rate: wins over `base_learning_rate` where it is given.
         bf16: "auto" turns it on where the machine has the instructions.
         lr_drops: shares of the training, in (0, 1), after which the learning rate falls to a tenth; it replaces
@@ -56,7 +55,6 @@ class MIMTrainingArguments(TrainingArguments):
         profile: record a few steps, and write where their time goes (see `ProfileCallback`).
     """
 
-    base_learning_rate: float = field(default=1.5e-4, metadata={"help": "Learning rate for a total batch of 256."})
     learning_rate: float | None = field(default=None, metadata={"help": "Wins over base_learning_rate."})
     bf16: bool | str = field(default="auto", metadata={"help": "true, false, or auto: where the machine has it."})
     lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
@@ -82,6 +80,7 @@ class MIMTrainingArguments(TrainingArguments):
             # It would be saved with the recipe.
             raise ValueError("training.hub_token is refused: log in with `hf auth login`, or set HF_TOKEN")
         check_hub_strategy(self.hub_strategy)
+        self.check_optimization()
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
         if any(not 0 < share < 1 for share in self.lr_drops or ()):
@@ -96,7 +95,7 @@ class MIMTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.learning_rate is None:
-            self.learning_rate = self.base_learning_rate * self.total_batch_size / 256
+            self.learning_rate = self.scaled_learning_rate(self.total_batch_size)
 
     @property
     def total_batch_size(self) -> int:
@@ -119,6 +118,8 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         self.remove_callback(PrinterCallback)
         self.sampler = None
         self.add_callback(EpochCallback(self))
+        if getattr(self.args, "weight_decay_end", None) is not None:
+            self.add_callback(WeightDecayCallback())
         if hasattr(self.train_dataset, "seek"):
             self.args.ignore_data_skip = True  # the stream goes to its place itself
             args = self.args
@@ -258,6 +259,12 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        if getattr(args, "optimizer", None) == "lamb":
+            return lamb(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         own = self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,59 @@
+"""Rates and decays that follow the batch or the step, and LAMB."""
+
+import math
+
+import pytest
+import torch
+from test_trainer import make
+from timm.optim import Lamb
+from transformers import TrainerCallback
+
+from hf_mim.training.trainer.trainer import MIMTrainingArguments
+
+
+def arguments(folder, **options) -> MIMTrainingArguments:
+    return MIMTrainingArguments(output_dir=str(folder), bf16=False, per_device_train_batch_size=32, **options)
+
+
+def test_the_rate_follows_the_batch_or_its_root(tmp_path):
+    base = {"base_learning_rate": 1.5e-3, "base_batch_size": 2048}
+    assert arguments(tmp_path, **base).learning_rate == pytest.approx(1.5e-3 / 64)
+    assert arguments(tmp_path, **base, lr_scaling="sqrt").learning_rate == pytest.approx(1.5e-3 / 8)
+    assert arguments(tmp_path).learning_rate == pytest.approx(1.5e-4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scaling": "cubic"}, "lr_scaling"),
+        ({"optimizer": "lion"}, "training.optimizer"),
+        ({"weight_decay": 0.0, "weight_decay_end": 0.2}, "weight_decay above 0"),
+        ({"base_batch_size": 0}, "base_batch_size"),
+    ],
+)
+def test_what_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.decays = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
+
+def test_lamb_and_the_rising_decay_of_spark(tmp_path):
+    recorder = Recorder()
+    options = {"optimizer": "lamb", "weight_decay": 0.04, "weight_decay_end": 0.2, "num_train_epochs": 2}
+    trainer = make(tmp_path, **options)
+    trainer.add_callback(recorder)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, Lamb)
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters()))
+    steps = trainer.state.max_steps
+    expected = [0.2 - 0.08 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert [decay for decay, _ in recorder.decays] == pytest.approx(expected)
+    assert expected[0] == pytest.approx(0.04) and all(spared == 0 for _, spared in recorder.decays)

@@ -1,0 +1,74 @@
+"""Optimizers, and rates and decays that follow the batch or the step, as the released code of the methods has them."""
+
+import math
+from dataclasses import dataclass, field
+
+from timm.optim import Lamb
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_mim.modeling.options import unknown_choice
+
+
+OPTIMIZERS = ("lamb",)
+SCALINGS = {"linear": lambda share: share, "sqrt": math.sqrt}
+
+
+@dataclass
+class OptimizationArguments(TrainingArguments):
+    """Of `MIMTrainingArguments`.
+
+    Args:
+        base_learning_rate: for a total batch of `base_batch_size`.
+        base_batch_size: images.
+        lr_scaling: how the learning rate follows the total batch, which is that of one device times devices,
+            processes and accumulation steps: linear, or sqrt (DTM).
+        optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips), or None for that of `optim`.
+        weight_decay_end: where `weight_decay` moves to along half a cosine over the whole training (SparK); None: it
+            stays.
+    """
+
+    base_learning_rate: float = field(
+        default=1.5e-4, metadata={"help": "Learning rate for a batch of base_batch_size."}
+    )
+    base_batch_size: int = field(default=256, metadata={"help": "Images that base_learning_rate is for."})
+    lr_scaling: str = field(default="linear", metadata={"help": "How the rate follows the batch: linear or sqrt."})
+    optimizer: str | None = field(default=None, metadata={"help": "lamb, or None for that of optim."})
+    weight_decay_end: float | None = field(default=None, metadata={"help": "What weight_decay moves to."})
+
+    def check_optimization(self) -> None:
+        """Raises:
+        ValueError: a name is unknown, or values do not fit together.
+        """
+        if self.lr_scaling not in SCALINGS:
+            raise unknown_choice("training.lr_scaling", self.lr_scaling, SCALINGS)
+        if self.base_batch_size < 1:
+            raise ValueError(f"training.base_batch_size must be at least 1, not {self.base_batch_size}")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise unknown_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        if self.weight_decay_end is not None and not (self.weight_decay > 0 and self.weight_decay_end >= 0):
+            raise ValueError(
+                "training.weight_decay_end, at least 0, needs a weight_decay above 0 to start from: "
+                f"got {self.weight_decay_end} and {self.weight_decay}"
+            )
+
+    def scaled_learning_rate(self, batch_size: int) -> float:
+        """For this many images per optimizer step."""
+        return self.base_learning_rate * SCALINGS[self.lr_scaling](batch_size / self.base_batch_size)
+
+
+def lamb(args: TrainingArguments) -> tuple[type, dict]:
+    """-> the class and its settings."""
+    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "max_grad_norm": None}
+    return Lamb, settings
+
+
+class WeightDecayCallback(TrainerCallback):
+    """Moves the weight decay of what has any from `args.weight_decay` to `args.weight_decay_end`."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        share = state.global_step / max(1, state.max_steps)
+        start, end = args.weight_decay, args.weight_decay_end
+        decay = end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = decay
