@@ -1,4 +1,4 @@
-.PHONY: style quality test bench clean
+.PHONY: style quality types test bench clean
 
 style:
 	ruff check --fix .
@@ -8,14 +8,18 @@ quality:
 	ruff check .
 	ruff format --check .
 
+# The type checker, configured in pyproject.toml.
+types:
+	mypy
+
 test:
 	pytest
 
-# Every comparison with a peer, onto docs/benchmarks.md; goes on where it was stopped.
+# Every comparison with a peer, onto docs/benchmarks.md. Continues where it was stopped.
 bench:
 	python benchmarks/run_all.py
 
-# build/ first of all: pip leaves it behind, and the next build packages deleted modules from it.
+# build/ above all: pip leaves it behind, and the next build packages deleted modules from it.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis htmlcov .coverage
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import version
@@ -16,7 +17,17 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("modeling", "training", "model_cards")
-SOURCES = ("hf_mim", *MAPPED, "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FOLDERS = ("hf_mim", *MAPPED, "tests", "benchmarks", "docs")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".ci/run", "LICENSE")
+SOURCES = (*FOLDERS, *FILES, "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+IMPORT_ALL = """
+import importlib, pathlib, pkgutil, hf_mim
+names = [module.name for module in pkgutil.walk_packages(hf_mim.__path__, "hf_mim.")]
+for name in names:
+    if not name.endswith(".__main__"):
+        importlib.import_module(name)
+print(pathlib.Path(hf_mim.__file__).parent, len(names))
+"""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
 
@@ -28,23 +39,32 @@ def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> subproce
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy: building writes into the tree, and what lies in build/ would be packaged."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, symlinks=True, ignore=ignore)
-        else:
-            shutil.copy(source, copy / name)
+def build_wheel(source: Path, out: Path) -> Path:
     # --no-build-isolation: the build must not fetch setuptools from the network.
     command = ("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out))
-    done = run_python(*command, cwd=copy)
+    done = run_python(*command, cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     [built] = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the checkout: building writes into the tree, and what lies in build/ would be packaged."""
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+        else:
+            (copy / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +79,16 @@ def expected_files() -> set[str]:
     files = {path.relative_to(ROOT).as_posix() for path in own}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_mim/data/fashion_mnist").iterdir()}
     files.add("hf_mim/analysis/report.html")
-    for pattern in ("modeling/*.py", "training/*.py", "training/*/*.py", "training/recipes/*.yaml", "model_cards/*.md"):
+    for pattern in ("modeling/*.py", "training/**/*.py", "training/recipes/*.yaml", "model_cards/*.md"):
         files |= {f"hf_mim/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
     return files
+
+
+def count_modules() -> int:
+    """How many modules and packages there are below hf_mim; files outside a package are scripts."""
+    files = expected_files()
+    packaged = [name for name in files if name.endswith(".py") and f"{name.rpartition('/')[0]}/__init__.py" in files]
+    return len(packaged) - 1
 
 
 def test_hf_mim_is_the_only_top_level_name(names):
@@ -98,24 +125,42 @@ def test_wheel_declares_the_command_and_the_licences(wheel, names):
 
 
 @pytest.mark.slow
-def test_installed_wheel_is_what_gets_imported(wheel, tmp_path):
+def test_every_module_of_an_installed_wheel_imports(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     done = run_python(*command, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
-    code = (
-        "import hf_mim, hf_mim.modeling, hf_mim.training, pathlib;"
-        "modules = (hf_mim, hf_mim.modeling, hf_mim.training);"
-        "print(*(pathlib.Path(m.__file__).parent for m in modules), sep='\\n')"
-    )
-    done = run_python("-c", code, cwd=elsewhere, path=target)
+    done = run_python("-c", IMPORT_ALL, cwd=elsewhere, path=target)
     assert done.returncode == 0, done.stderr
-    folders = [target / "hf_mim", target / "hf_mim/modeling", target / "hf_mim/training"]
-    assert done.stdout.split() == [str(folder) for folder in folders]
+    assert done.stdout.split() == [str(target / "hf_mim"), str(count_modules())]
     done = run_python("-m", "hf_mim", "recipes", cwd=elsewhere, path=target)
     assert done.returncode == 0, done.stderr
     assert "quick" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_module_of_an_uninstalled_checkout_imports(source):
+    done = run_python("-c", IMPORT_ALL, cwd=source)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(source / "hf_mim"), str(count_modules())]
+
+
+def test_source_distribution_is_complete(source, tmp_path):
+    done = run_python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
+    assert done.returncode == 0, done.stderr
+    [built] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        members = {member.partition("/")[2] for member in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    # The links in hf_mim/ are left out: they are for a checkout, and a source distribution is installed.
+    own = [path for folder in FOLDERS for path in (source / folder).rglob("*") if path.is_file()]
+    files = {path.relative_to(source).as_posix() for path in own} | set(SOURCES) - set(FOLDERS)
+    files = {name for name in files if "__pycache__" not in name and ".egg-info" not in name}
+    assert files <= members
+    [unpacked] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    with zipfile.ZipFile(build_wheel(unpacked, tmp_path)) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected_files()
 
 
 @pytest.mark.parametrize("name", ["modeling", "training"])
