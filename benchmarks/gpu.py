@@ -175,7 +175,7 @@ def measure_row(name: str, args) -> dict:
         cpu = make_batch(config, count)
         batch = Batch(cpu.pixel_values.to(args.device), cpu.mask.to(args.device))
         arms = make_arms(name, config, batch, args.device)
-        flops = {arm: flops_per_image(arms[arm].model, bf16=True) for arm in (OURS, CROSS) if arm in arms}
+        flops = {arm: flops_per_image(arms[arm].model) for arm in (OURS, CROSS) if arm in arms}
         for arm in arms:
             if args.device == "cuda" and arm != EAGER:
                 arms[arm].model.compile()

@@ -33,14 +33,16 @@ def student_flops(model: dict) -> float:
     """FLOPs of an image. A teacher's target is replaced by pixels: only the width of the last layer changes."""
     if teacher_of(model.get("target_config", {})):
         model = {**model, "target": "pixel", "target_config": {}}
-    return flops_per_image(MIMForPreTraining(MIMConfig(**model)))
+    with torch.device("meta"):  # no weights are needed
+        student = MIMForPreTraining(MIMConfig(**model))
+    return flops_per_image(student)
 
 
 def teacher_flops(name: str) -> float:
     """FLOPs of the forward pass of one image of 224 pixels."""
-    model = MIMModel(MIMConfig(image_size=224, **TEACHERS[name]), add_pooling_layer=False).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 224, 224))
+    config = MIMConfig(image_size=224, attn_implementation="eager", **TEACHERS[name])
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        MIMModel(config, add_pooling_layer=False).eval()(torch.zeros(1, 3, 224, 224))
     return float(counter.get_total_flops())
 
 

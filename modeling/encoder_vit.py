@@ -215,6 +215,8 @@ class ViTEncoder(Encoder):
 
     def _num_hidden(self, mask: Tensor, grid: Grid) -> int:
         """How many tokens are hidden in every image; dropping needs the same number everywhere."""
+        if mask.is_meta:
+            return num_hidden_tokens(self.config, grid)
         if torch.compiler.is_compiling() or (mask.is_cuda and self.training):
             # Asking the mask would break the graph or wait for the GPU: the configured ratio says it.
             expected = num_hidden_tokens(self.config, grid)

@@ -1,10 +1,12 @@
 """How fast a run is: images per second, the share of time it waits for data, and how much of the device it uses."""
 
+import copy
 import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 
 
@@ -29,24 +31,23 @@ def peak_flops(name: str, bf16: bool) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None) if bf16 else None
 
 
-def flops_per_image(model, bf16: bool = False) -> float:
-    """FLOPs of forward and backward pass of one image through encoder and decoder of a `MIMForPreTraining`, at its
-    config's size, mask ratio and number of masks: matrix products, attention and convolutions, two for a multiplication
-    and addition. The target is not counted, nor what is computed twice to save memory. Model and random state are left
-    as they are.
+def flops_per_image(model: MIMForPreTraining) -> float:
+    """FLOPs of the forward and backward pass of one image through encoder and decoder, at the config's image size, mask
+    ratio and number of masks: matrix products, attention and convolutions, two for a multiplication and addition. The
+    target is not counted, nor what is computed twice to save memory.
+
+    They are counted on a twin of the model without memory, on the meta device, whose attention is made of plain matrix
+    products: torch's counter knows the fused kernels of some devices and versions only.
     """
-    training, config = model.training, model.config
-    pixel_values = torch.zeros(1, config.num_channels, *pair(config.image_size), device=model.device, dtype=model.dtype)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()  # batch norms must not learn from it
-    try:
-        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)  # some attentions need it
-        with torch.random.fork_rng(devices), autocast, FlopCounterMode(display=False) as counter:
-            logits = model(pixel_values, return_loss=False).logits
-            torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True)
-    finally:
-        model.train(training)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng([]), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"):
+            twin = type(model)(config).eval()  # in eval mode no path is dropped
+            pixel_values = torch.zeros(1, config.num_channels, *pair(config.image_size))
+        logits = twin(pixel_values, return_loss=False).logits
+        parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+        torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return float(counter.get_total_flops())
 
 

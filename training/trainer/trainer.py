@@ -206,7 +206,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         device = self.args.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(name, self.args.bf16)
-        self.throughput.flops = flops_per_image(self.model, self.args.bf16)
+        self.throughput.flops = flops_per_image(self.model)
         self.throughput.peak = peak and peak * self.args.n_gpu * self.args.world_size
 
     def compute_loss(self, model, inputs, *args, **kwargs):
