@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_mim.analysis.exact_attention import attention_modules
 from hf_mim.analysis.measurement import Averages, Measurement, nested
+from hf_mim.analysis.numbers import percent
 
 
 EPS = 1e-6
@@ -161,7 +162,7 @@ class AttentionFlow(Measurement):
         last, most = self.blocks - 1, math.log(patches)
 
         def share(name: str) -> str:
-            return f"{100 * self.averages.mean(name, last):.0f} %"
+            return percent(self.averages.mean(name, last))
 
         words = f"In the last block a patch gives {share('patch_self')} of its attention to itself"
         if not self.has_cls:

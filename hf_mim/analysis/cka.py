@@ -1,9 +1,11 @@
 """How alike the representations of two layers are: linear CKA (1905.00414) by unbiased mini-batches (2010.15327)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from hf_mim.analysis.measurement import NORMAL_95, Layer, Measurement, Setting, nested
+from hf_mim.analysis.measurement import NORMAL_95, Layer, Measurement, Setting, nested, number
 
 
 WINDOW = 64  # images whose similarities are compared with one another, whatever the batch size
@@ -25,11 +27,11 @@ def centred_gram(features: Tensor) -> Tensor:
 def hsic(first: list[Tensor], second: list[Tensor]) -> Tensor:
     """Per window the unbiased HSIC of all pairs of layers: lists of (layers, n * n) -> (windows, layers, layers), each
     weighted by its number of images."""
-    found = []
+    windows = []
     for one, other in zip(first, second):
         count = round(one.shape[1] ** 0.5)
-        found.append(one.double() @ other.double().T / (count * (count - 3)) * count)
-    return torch.stack(found)
+        windows.append(one.double() @ other.double().T / (count * (count - 3)) * count)
+    return torch.stack(windows)
 
 
 def ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return cross.sum(dim=0) / (own[0][:, None] * own[1])
 
 
-def said(value: Tensor) -> str:
+def in_words(value: Tensor) -> str:
     return f"a CKA of {value:.2f}" if value == value else "no CKA (one of them does not vary between images)"
 
 
@@ -61,7 +63,9 @@ class CKA(Measurement):
 
     def __init__(self, model, setting: Setting):
         super().__init__(model, setting)
-        self.waiting, self.windows, self.count = [], [], 0
+        self.count = 0
+        self.waiting: list[list[Tensor]] = []
+        self.windows: list[Tensor] = []
         if setting.images < 4:
             self.absent = f"It needs at least 4 images, and there are {setting.images}."
 
@@ -91,19 +95,18 @@ class CKA(Measurement):
     def result(self) -> dict:
         self.finish()
         own = hsic(self.windows, self.windows)
-        values, layers = ratio(own, own, own), own.shape[1]
-        numbers = list(range(layers))
+        values = ratio(own, own, own)
         return {
             "title": self.title,
-            "summary": f"What leaves the last block has {said(values[-1, 0])} with what enters the first and "
-            f"{said(values[-1, -2])} with what leaves the one before.",
+            "summary": f"What leaves the last block has {in_words(values[-1, 0])} with what enters the first and "
+            f"{in_words(values[-1, -2])} with what leaves the one before.",
             "normal": self.normal,
             "images": self.count,
-            "heatmaps": {"layers": heatmap("between the blocks of this encoder", values, numbers, numbers)},
+            "heatmaps": {"layers": heatmap("between the blocks of this encoder", values)},
         }
 
     @classmethod
-    def compare(cls, measured: dict[str, "CKA"]) -> dict | None:
+    def compare(cls, measured: Mapping[str, "CKA"]) -> dict | None:
         """Between all layers of every two encoders, and of the last blocks with an interval by jackknife."""
         for measurement in measured.values():
             measurement.finish()
@@ -113,8 +116,7 @@ class CKA(Measurement):
             for other in labels[i + 1 :]:
                 cross = hsic(measured[one].windows, measured[other].windows)
                 values, name = ratio(cross, own[one], own[other]), f"{one} / {other}"
-                sides = [list(range(side)) for side in values.shape]
-                heatmaps[name] = heatmap(f"between {one} and {other}", values, *sides, one, other)
+                heatmaps[name] = heatmap(f"between {one} and {other}", values, one, other)
                 scalars[name] = jackknife(f"last blocks of {one} and {other}", cross, own[one], own[other])
         known = [scalar for scalar in scalars.values() if scalar["value"] is not None]
         if not known:
@@ -130,8 +132,9 @@ class CKA(Measurement):
         }
 
 
-def heatmap(title: str, values: Tensor, rows: list, cols: list, one: str = "", other: str = "") -> dict:
+def heatmap(title: str, values: Tensor, one: str = "", other: str = "") -> dict:
     """Rows are the layers of `one`: they are the y axis."""
+    rows, cols = (list(range(count)) for count in values.shape)
     labels = [f"block of {label}" if label else "block" for label in (other, one)]
     shown = without_nan(nested(values))
     return {"title": title, "values": shown, "x": cols, "y": rows, "x_label": labels[0], "y_label": labels[1]}
@@ -140,11 +143,11 @@ def heatmap(title: str, values: Tensor, rows: list, cols: list, one: str = "", o
 def jackknife(title: str, cross: Tensor, first: Tensor, second: Tensor) -> dict:
     """The CKA of the last layers, with a 95 % interval where there are at least 3 windows, by leaving each out."""
     last = [part[:, -1:, -1:] for part in (cross, first, second)]
-    value, count, margin = ratio(*last).item(), len(cross), None
-    if count >= 3:
-        left = torch.stack([ratio(*(part[torch.arange(count) != i] for part in last)) for i in range(count)])
-        margin = NORMAL_95 * ((count - 1) * left.var(correction=0).item()) ** 0.5
+    value, count = ratio(*last).item(), len(cross)
     if value != value:
-        value, margin = None, None
-    low, high = (None, None) if margin is None else (value - margin, value + margin)
-    return {"title": title, "value": value, "low": low, "high": high, "unit": "", "normal": ""}
+        return number(title, None)
+    if count < 3:
+        return number(title, value)
+    left = torch.stack([ratio(*(part[torch.arange(count) != i] for part in last)) for i in range(count)])
+    margin = NORMAL_95 * ((count - 1) * left.var(correction=0).item()) ** 0.5
+    return {**number(title, value), "low": value - margin, "high": value + margin}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mim.analysis.measurement import Averages, Measurement, Setting
+from hf_mim.analysis.numbers import percent
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.morphing import even_schedule, match_tokens
 
@@ -109,14 +110,14 @@ class Consistency(Measurement):
                 scalars[f"{name}_{merge}"] = self.averages.scalar(f"{name}_{merge}", f"{title}, {words}")
         for name, scalar in scalars.items():
             scalar["unit"] = "cosine" if name.startswith("global") else "share"
-        percent = {name: f"{100 * scalar['value']:.0f} %" for name, scalar in scalars.items()}
+        shares = {name: percent(scalar["value"]) for name, scalar in scalars.items()}
         missing = int((~self.known).sum())
         return {
             "title": self.title,
-            "summary": f"{percent['token_accuracy_plain']} of the tokens have the class of their image, and "
-            f"{percent['image_accuracy']} of the images by their mean token. {percent['neighbour_agreement_plain']} of "
-            f"neighbours agree; {percent['neighbour_agreement_morphed']} once similar tokens are merged to half, "
-            f"{percent['neighbour_agreement_random']} once random ones are."
+            "summary": f"{shares['token_accuracy_plain']} of the tokens have the class of their image, and "
+            f"{shares['image_accuracy']} of the images by their mean token. {shares['neighbour_agreement_plain']} of "
+            f"neighbours agree; {shares['neighbour_agreement_morphed']} once similar tokens are merged to half, "
+            f"{shares['neighbour_agreement_random']} once random ones are."
             + (f" {missing} of {len(self.known)} classes had no image to make a prototype of." if missing else ""),
             "normal": self.normal,
             "images": self.count,

@@ -18,7 +18,7 @@ NAME = "hf_mim_exact"
 
 
 def exact_attention(module, query, key, value, attention_mask=None, scaling=None, position_bias=None, **kwargs):
-    """Plain attention, with the signature of transformers' attention functions. (batch, heads, length, head_dim) each
+    """Eager attention, with the signature of transformers' attention functions. (batch, heads, length, head_dim) each
     -> (batch, length, heads, head_dim), and the weights (batch, heads, length, length), of float32 precision."""
     logits = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
     for bias in (attention_mask, position_bias):
@@ -114,7 +114,9 @@ def watched_attention(model, measurements: list):
     handles = []
     try:
         for i, module in enumerate(modules):
-            handles.extend(hooks(i, *block_of(model.encoder, module)))
+            block = block_of(model.encoder, module)
+            assert block is not None  # `attention_modules` has looked
+            handles.extend(hooks(i, *block))
         with replaced_attention(model.encoder, show):
             yield
     finally:

@@ -1,15 +1,26 @@
-"""The figures of the report as SVG: drawn for a page whose style sheet gives the colours, so that they follow light and
-dark. Every text that comes from outside is escaped here."""
+"""The figures of the report, drawn by matplotlib: as SVG for the page, whose style sheet gives the colours so that they
+follow light and dark, and as PNG for slides and papers."""
 
 import base64
 import io
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from markupsafe import Markup
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hf_mim.analysis.numbers import SHARE, readable, with_interval
 
 
 # Blue, orange, green, mauve and ink, which people with any colour vision tell apart; on a white page and on a dark one.
@@ -22,11 +33,22 @@ PALETTE = (
     ("#2a2836", "#eceaff"),
 )
 NEUTRAL = 4  # of the colours, for what belongs to no single encoder
-MARKERS = ("circle", "square", "triangle", "diamond")
-DASH = "6 4"  # of untrained encoders
-WIDTH, HEIGHT = 360, 230  # of a chart, in units that are about a pixel on a telephone
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 28, 40
+INK, SOFT, GRID, CARD = "#1c1d20", "#5c6068", "#e9eaec", "#fefefe"
+# What matplotlib writes, and the variables of the page's style sheet that take their place.
+VARIABLES = {light: f"var(--c{i})" for i, (light, _) in enumerate(PALETTE)}
+VARIABLES |= {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--grid)", CARD: "var(--card)"}
+MARKERS = ("o", "s", "^", "D")
+DASH = (0, (4, 2.5))  # of untrained encoders
+WIDTH, HEIGHT = 360, 230  # of a chart, in points, which are about pixels on a telephone
 LOG_FROM = 300  # the ratio of the largest and the smallest positive value from which an axis is logarithmic
+STYLE = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "hf_mim", "text.parse_math": False, "font.size": 12},
+    **{"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
+    **{"axes.facecolor": "none", "figure.facecolor": "none", "grid.color": GRID, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0},
+}
+# Points in a chart of intervals: a heading, a label, a bar, what follows a row.
+GROUP, LABEL, BAR, GAP = 21.0, 18.0, 11.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,42 @@ class Style:
     colour: int
     marker: str
     untrained: bool
+
+    @property
+    def line(self) -> dict:
+        """As matplotlib's options."""
+        colour = PALETTE[self.colour][0]
+        face = CARD if self.untrained else colour
+        look = {"color": colour, "marker": self.marker, "markersize": 5, "markerfacecolor": face}
+        return {**look, "linestyle": DASH if self.untrained else "-", "linewidth": 2, "clip_on": False}
+
+    @property
+    def point(self) -> dict:
+        return {**self.line, "linestyle": ""}
+
+
+@dataclass
+class Drawing:
+    """A chart before it is drawn.
+
+    height: in points.
+    draw: onto axes; returns {id of an artist: its tooltip}.
+    description: of what it shows, for those who do not see it.
+    margins: in points: left, right, top and bottom of the axes.
+    """
+
+    height: float
+    draw: Callable[[Axes], dict[str, str]]
+    description: str
+    margins: tuple[float, float, float, float] = (56, 12, 24, 42)
+
+    def place(self, figure: Figure, x: float, y: float) -> Axes:
+        """Axes in a figure for the chart whose upper left corner is `x`, `y`, in points from the figure's own."""
+        width, height = (72 * side for side in figure.get_size_inches())
+        left, right, top, bottom = self.margins
+        inner = self.height - top - bottom
+        bounds = ((x + left) / width, 1 - (y + top + inner) / height, (WIDTH - left - right) / width, inner / height)
+        return figure.add_axes(bounds)
 
 
 def styles_of(encoders: dict[str, dict]) -> dict[str, Style]:
@@ -47,240 +105,239 @@ def styles_of(encoders: dict[str, dict]) -> dict[str, Style]:
             owners = [order[owner] for owner in trained if encoders[owner]["twin"] == label]
             order[label] = min(owners, default=len(trained))
     return {
-        label: Style(at % len(PALETTE), MARKERS[at // len(PALETTE) % len(MARKERS)], encoders[label]["untrained"])
-        for label, at in order.items()
+        label: Style(i % len(PALETTE), MARKERS[i // len(PALETTE) % len(MARKERS)], encoders[label]["untrained"])
+        for label, i in order.items()
     }
 
 
-def say(value: float | None) -> str:
-    """A number for people, about three digits."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if value == int(value):
-        return f"{value:.0f}"
-    if size < 0.001:
-        return f"{value:.1e}"
-    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0}f}"
+# ---- output --------------------------------------------------------------------------------------------------------
+def to_svg(drawing: Drawing) -> Markup:
+    """For a page: no outside reference, no style of its own, colours by variables, tooltips; everything escaped."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 72, drawing.height / 72))
+        titles = drawing.draw(drawing.place(figure, 0, 0))
+        return inline(figure, titles, f'role="img" aria-label="{escape(drawing.description)}"')
 
 
-def interval(value: float | None, low: float | None, high: float | None) -> str:
-    return say(value) if low is None or high is None else f"{say(value)} ({say(low)} to {say(high)})"
+def inline(figure: Figure, titles: dict[str, str], attributes: str) -> Markup:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', text)
+    body = re.search(r"<svg[^>]*>(.*)</svg>", text, re.DOTALL)
+    assert box is not None and body is not None  # this is what matplotlib writes
+    inside = re.sub(r"<(metadata|style|clipPath)\b.*?</\1>|<!--.*?-->", "", body[1], flags=re.DOTALL)
+    inside = re.sub(r' clip-path="[^"]*"', "", inside)  # nothing is drawn outside its axes
+    for name, title in titles.items():
+        inside = inside.replace(f'<g id="{name}">', f"<g><title>{escape(title)}</title>")
+    # Ids of groups would be there once for every figure; those of markers, which are used, name what they look like.
+    inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")
+    for colour, variable in VARIABLES.items():
+        inside = inside.replace(colour, variable)
+    return Markup(f'<svg viewBox="{box[1]}" {attributes} xmlns="http://www.w3.org/2000/svg">{inside.strip()}</svg>')
 
 
-# ---- axes ----------------------------------------------------------------------------------------------------------
-def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, about `most`, and at least two where they differ; `whole` numbers only."""
-    span = high - low
-    if not span > 0:
-        return [low]
-    rough = max(span / most, 1.0) if whole else span / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
-    step = next(power * factor for factor in factors if power * factor >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def save_png(path: Path, drawings: dict[str, Drawing], styles: dict[str, Style]) -> None:
+    """Writes charts with their titles side by side, and a legend below."""
+    cols = min(3, len(drawings))
+    rows = [list(drawings.items())[i : i + cols] for i in range(0, len(drawings), cols)]
+    heights = [max(drawing.height for _, drawing in row) + 22 for row in rows]
+    legend = 20 * -(-len(styles) // cols) + 8
+    with rc_context(STYLE):
+        size = (WIDTH * cols, sum(heights) + legend)
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=150, facecolor="white")
+        for i, row in enumerate(rows):
+            top = sum(heights[:i])
+            for j, (title, drawing) in enumerate(row):
+                drawing.draw(drawing.place(figure, WIDTH * j, top + 22))
+                at = (WIDTH * j + 4) / size[0], 1 - (top + 16) / size[1]
+                figure.text(*at, shorten(title, 50), weight="bold", fontsize=12)
+        lines = [Line2D([], [], label=shorten(label, 40), **style.line) for label, style in styles.items()]
+        figure.legend(handles=lines, loc="lower left", ncols=cols, frameon=False)
+        figure.savefig(path)
 
 
-class Axis:
-    """From values to places between `start` and `end`."""
-
-    def __init__(self, values: list[float], start: float, end: float, whole: bool = False):
-        low, high = min(values), max(values)
-        positive = [value for value in values if value > 0]
-        self.log = len(positive) == len(values) and high / low > LOG_FROM and not whole
-        self.start, self.end = start, end
-        if self.log:
-            self.low, self.high = math.log10(low), math.log10(high)
-            exponents = range(math.floor(self.low), math.ceil(self.high) + 1)
-            self.ticks = [10.0**e for e in exponents if self.low - 1e-9 <= e <= self.high + 1e-9]
-            return
-        if not whole:
-            span = high - low or abs(high) or 1.0
-            if 0 <= low < 0.6 * span:
-                low = 0.0
-            else:
-                low -= 0.06 * span
-            high += 0.06 * span if values[0] or max(values) > min(values) else 1.0
-        self.low, self.high = low, high if high > low else low + 1
-        blocks = whole and all(value == int(value) for value in values)
-        self.ticks = ticks(self.low, self.high, 8 if blocks else 5, blocks)
-
-    def __call__(self, value: float) -> float:
-        place = (math.log10(max(value, 1e-300)) if self.log else value) - self.low
-        return round(self.start + (self.end - self.start) * place / (self.high - self.low or 1), 1)
-
-
-def tick_words(tick: float) -> str:
-    return f"{tick:.0e}" if tick and (abs(tick) >= 1e5 or abs(tick) < 1e-4) else f"{tick:g}"
-
-
-def text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
-    kind = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{kind}>{escape(words)}</text>'
-
-
-def svg(width: float, height: float, parts: list[str], alt: str) -> Markup:
-    inside = "".join(parts)
-    return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{inside}</svg>'
-    )
-
-
-def marker(x: float, y: float, style: Style, title: str = "") -> str:
-    shapes = {
-        "circle": f'<circle cx="{x:g}" cy="{y:g}" r="2.8"',
-        "square": f'<rect x="{x - 2.6:g}" y="{y - 2.6:g}" width="5.2" height="5.2"',
-        "triangle": f'<path d="M{x:g} {y - 3.4:g}l3.2 5.6h-6.4z"',
-        "diamond": f'<path d="M{x:g} {y - 3.8:g}l3.4 3.8l-3.4 3.8l-3.4 -3.8z"',
-    }
-    kind = "open" if style.untrained else "full"
-    inside = f"<title>{escape(title)}</title>" if title else ""
-    tag = shapes[style.marker].split(" ", 1)[0][1:]
-    return f'{shapes[style.marker]} class="c{style.colour} {kind}">{inside}</{tag}>'
-
-
+@cache
 def line_sample(style: Style) -> Markup:
     """A short line with its marker, for legends."""
-    dash = f' stroke-dasharray="{DASH}"' if style.untrained else ""
-    line = f'<path d="M1 6H29" class="c{style.colour} line"{dash}/>'
-    return Markup(
-        f'<svg class="sample" viewBox="0 0 30 12" width="30" height="12" aria-hidden="true">{line}'
-        f"{marker(15, 6, style)}</svg>"
-    )
+    with rc_context(STYLE):
+        figure = Figure(figsize=(30 / 72, 12 / 72))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.plot([0.04, 0.5, 0.96], [0.5] * 3, markevery=[1], **style.line)
+        return inline(figure, {}, 'class="sample" width="30" height="12" aria-hidden="true"')
 
 
 # ---- charts --------------------------------------------------------------------------------------------------------
-def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) -> Markup:
+def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) -> Drawing:
     """Curves of several encoders, with bands where they have a confidence interval.
 
     Args:
         curves: {label: a curve as of `measurement.py`}.
     """
     first = next(iter(curves.values()))
-    across = Axis([x for curve in curves.values() for x in curve["x"]], LEFT, WIDTH - RIGHT, whole=True)
-    up = Axis(values_of(curves) or [0.0, 1.0], HEIGHT - BOTTOM, TOP)
-    words = y_words(first) + (", logarithmic" if up.log else "")
-    parts = frame(across, up, first["x_label"], words)
-    # Untrained first: the trained ones are what is looked at, and lie above.
-    order = sorted(curves, key=lambda label: not styles[label].untrained)
-    parts += [band(curves[label], across, up, styles[label]) for label in order]
-    parts += [line(label, curves[label], across, up, styles[label]) for label in order]
+    values = [v for c in curves.values() for name in ("mean", "low", "high") for v in c[name] or [] if v is not None]
+
+    def draw(axes: Axes) -> dict[str, str]:
+        whole = all(x == int(x) for curve in curves.values() for x in curve["x"])
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=whole, min_n_ticks=1))
+        axes.set_xlabel(shorten(first["x_label"], 56))
+        axes.grid(axis="y")
+        log = scale_values(axes, values, first["unit"])
+        axes.set_title(shorten(y_label(first) + (", logarithmic" if log else ""), 56), loc="left", fontsize=12)
+        titles: dict[str, str] = {}
+        # Untrained first: the trained ones are what is looked at, and lie above.
+        for label in sorted(curves, key=lambda label: not styles[label].untrained):
+            titles |= draw_curve(axes, label, curves[label], styles[label])
+        return titles
+
     spoken = "; ".join(f"{label}: {trend(curve)}" for label, curve in curves.items())
-    return svg(WIDTH, HEIGHT, parts, f"Line chart, {title}, by {first['x_label']}. {spoken}")
+    return Drawing(HEIGHT, draw, f"Line chart, {title}, by {first['x_label']}. {spoken}")
 
 
-def values_of(curves: dict[str, dict]) -> list[float]:
-    """Everything that has to fit on the axis."""
-    return [v for c in curves.values() for name in ("mean", "low", "high") for v in c[name] or [] if v is not None]
+def scale_values(axes: Axes, values: list[float], unit: str) -> bool:
+    """Sets the limits of the y axis, from zero where the values come near it. -> whether it is logarithmic."""
+    if unit == SHARE:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if low > 0 and high / low > LOG_FROM:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.3, high * 1.3)
+        axes.minorticks_off()
+        return True
+    axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
+    margin = 0.06 * (high - low or abs(high) or 1.0)
+    axes.set_ylim(0.0 if 0 <= low < 10 * margin else low - margin, high + margin)
+    return False
 
 
-def y_words(curve: dict) -> str:
+def draw_curve(axes: Axes, label: str, curve: dict, style: Style) -> dict[str, str]:
+    """-> the tooltips of its points."""
+    x, mean = curve["x"], as_numbers(curve["mean"])
+    low, high = (curve[edge] or [None] * len(x) for edge in ("low", "high"))
+    colour = PALETTE[style.colour][0]
+    if curve["low"] and curve["high"]:
+        axes.fill_between(x, as_numbers(low), as_numbers(high), color=colour, alpha=0.18, linewidth=0, clip_on=False)
+    axes.plot(x, mean, **{**style.line, "marker": ""}, gid=f"line-{escape(label)}")
+    titles = {}
+    for i, value in enumerate(curve["mean"]):
+        if value is not None:
+            name = f"point-{len(axes.lines)}"
+            axes.plot(x[i], mean[i], **style.point, gid=name)
+            interval = with_interval(value, low[i], high[i], curve["unit"])
+            titles[name] = f"{label}, {curve['x_label']} {readable(x[i])}: {interval}"
+    return titles
+
+
+def y_label(curve: dict) -> str:
     """The words of its axis, with the unit where they do not say it."""
     unit = curve["unit"]
-    return curve["y_label"] + (f" ({unit})" if unit and unit not in curve["y_label"] else "")
+    return curve["y_label"] + (f" ({unit})" if unit not in ("", SHARE) and unit not in curve["y_label"] else "")
 
 
 def trend(curve: dict) -> str:
-    seen = [value for value in curve["mean"] if value is not None]
-    return f"from {say(seen[0])} to {say(seen[-1])}" if seen else "no values"
+    values = [readable(value, curve["unit"]) for value in curve["mean"] if value is not None]
+    return f"from {values[0]} to {values[-1]}" if values else "no values"
 
 
-def frame(across: Axis, up: Axis, x_label: str, y_label: str) -> list[str]:
-    parts = [
-        text(2, 12, y_label, "start", "label"),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, kind="label"),
-    ]
-    for tick in up.ticks:
-        y = up(tick)
-        parts.append(f'<path d="M{LEFT} {y:g}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(text(LEFT - 6, y + 3.5, tick_words(tick), "end"))
-    parts.append(f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" class="axis"/>')
-    return parts + [text(across(tick), HEIGHT - BOTTOM + 14, tick_words(tick)) for tick in across.ticks]
+def as_numbers(values: list) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
-def points(xs: list, ys: list, across: Axis, up: Axis) -> list[tuple[float, float]]:
-    return [(across(x), up(y)) for x, y in zip(xs, ys) if y is not None]
-
-
-def path(places: list[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-
-
-def band(curve: dict, across: Axis, up: Axis, style: Style) -> str:
-    if not curve["low"] or not curve["high"]:
-        return ""
-    places = points(curve["x"], curve["low"], across, up) + points(curve["x"], curve["high"], across, up)[::-1]
-    return f'<path d="{path(places)}Z" class="c{style.colour} band"/>' if len(places) > 2 else ""
-
-
-def line(label: str, curve: dict, across: Axis, up: Axis, style: Style) -> str:
-    places = points(curve["x"], curve["mean"], across, up)
-    if not places:
-        return ""
-    dash = f' stroke-dasharray="{DASH}"' if style.untrained else ""
-    low, high = (curve[name] or [None] * len(curve["x"]) for name in ("low", "high"))
-    known = [entry for entry in zip(curve["x"], curve["mean"], low, high) if entry[1] is not None]
-    titles = [f"{label}, {curve['x_label']} {say(x)}: {interval(*rest)}" for x, *rest in known]
-    markers = "".join(marker(x, y, style, title) for (x, y), title in zip(places, titles))
-    return f'<path d="{path(places)}" class="c{style.colour} line"{dash}/>{markers}'
-
-
-def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[str, Style], unit: str) -> Markup:
-    """Numbers with their intervals: a line per number, a marker per encoder.
+def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[str, Style], unit: str) -> Drawing:
+    """Numbers with their intervals: a label per number, and below it a bar per encoder.
 
     Args:
         rows: {the number's name: {label: a scalar as of `measurement.py`}}.
     """
-    step, top = 9.0, 4.0
-    found = [s for row in rows.values() for s in row.values() if s["value"] is not None]
-    edges = [s[name] for s in found for name in ("value", "low", "high") if s[name] is not None]
-    across = Axis(edges, 12, WIDTH - 12)
-    parts, y, before = [], top, ""
-    for name, row in rows.items():
-        # Numbers called "a, x" and "a, y" share the heading "a".
-        group, _, own = name.rpartition(", ")
-        if group != before and group:
-            y += 18
-            parts.append(text(12, y, shorten(group, 58), "start", "label"))
-        before = group
-        y += 14 if group else 18
-        parts.append(text(12, y, shorten(own, 58), "start", "" if group else "label"))
-        y += 3
-        for label, scalar in row.items():
-            y += step
-            if scalar["value"] is not None:
-                parts.append(point(label, name, scalar, across, y - step / 2, styles[label]))
-    parts = [f'<path d="M{across(t):g} {top:g}V{y + 6:g}" class="grid"/>' for t in across.ticks] + parts
-    parts += [text(across(t), y + 20, tick_words(t)) for t in across.ticks]
-    parts.append(text(WIDTH / 2, y + 37, unit, kind="label"))
+    # Numbers called "a, x" and "a, y" share the heading "a".
+    groups = [name.rpartition(", ")[0] for name in rows]
+    headings = [group if i == 0 or group != groups[i - 1] else "" for i, group in enumerate(groups)]
+    inner = sum(GROUP * bool(heading) + LABEL + BAR * len(row) + GAP for heading, row in zip(headings, rows.values()))
+
+    def draw(axes: Axes) -> dict[str, str]:
+        titles, y = {}, 0.0
+        axes.set(ylim=(inner, 0), yticks=[], xlabel=shorten("" if unit == SHARE else unit, 56))
+        axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
+        if unit == SHARE:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
+        axes.grid(axis="x")
+        for heading, (name, row) in zip(headings, rows.items()):
+            if heading:
+                y += GROUP
+                write(axes, y, heading, "bold")
+            y += LABEL
+            write(axes, y, name.rpartition(", ")[2])
+            for label, scalar in row.items():
+                titles |= draw_interval(axes, y + BAR / 2, label, name, scalar, styles[label])
+                y += BAR
+            y += GAP
+        return titles
+
     spoken = "; ".join(
-        f"{name}: " + ", ".join(f"{label} {say(s['value'])}" for label, s in row.items()) for name, row in rows.items()
+        f"{name}: " + ", ".join(f"{label} {readable(s['value'], unit)}" for label, s in row.items())
+        for name, row in rows.items()
     )
-    return svg(WIDTH, y + 42, parts, f"Chart of numbers with intervals, {title}. {spoken}")
+    return Drawing(inner + 48, draw, f"Chart of numbers with intervals, {title}. {spoken}", (12, 12, 6, 42))
 
 
-def point(label: str, name: str, scalar: dict, across: Axis, y: float, style: Style) -> str:
-    words = f"{label}, {name}: {interval(scalar['value'], scalar['low'], scalar['high'])}".removeprefix(", ")
-    bar = ""
+def write(axes: Axes, y: float, text: str, weight: str = "normal") -> None:
+    """A line of text from the left edge, its baseline a little above `y`; the grid does not run through it."""
+    box = {"facecolor": CARD, "edgecolor": "none", "pad": 1}
+    line = axes.text(0, y - 3, shorten(text, 52), transform=axes.get_yaxis_transform(), va="bottom", weight=weight)
+    line.set(bbox=box, in_layout=False)
+
+
+def draw_interval(axes: Axes, y: float, label: str, name: str, scalar: dict, style: Style) -> dict[str, str]:
+    """-> its tooltip."""
+    if scalar["value"] is None:
+        return {}
     if scalar["low"] is not None:
-        bar = f'<path d="M{across(scalar["low"]):g} {y:g}H{across(scalar["high"]):g}" class="c{style.colour} line"/>'
-    return bar + marker(across(scalar["value"]), y, style, words)
+        axes.plot([scalar["low"], scalar["high"]], [y, y], color=PALETTE[style.colour][0], linewidth=2)
+    mark = f"point-{len(axes.lines)}"
+    axes.plot(scalar["value"], y, **style.point, gid=mark)
+    interval = with_interval(scalar["value"], scalar["low"], scalar["high"], scalar["unit"])
+    return {mark: f"{label}, {name}: {interval}".removeprefix(", ")}
+
+
+def heat_chart(heatmap: dict) -> Drawing:
+    """A table of numbers in [0, 1] as colours, with a scale."""
+    values = np.array([as_numbers(row) for row in heatmap["values"]])
+    known = values[np.isfinite(values)].tolist()
+    low, high = min([0.0, *known]), max([1.0, *known])
+    colours = colormaps["viridis"].with_extremes(bad="#808080")
+
+    def draw(axes: Axes) -> dict[str, str]:
+        look = {"cmap": colours, "vmin": low, "vmax": high, "origin": "lower", "interpolation": "none"}
+        axes.imshow(values, aspect="auto", clip_on=False, **look)
+        axes.set_title(shorten(heatmap["y_label"], 52), loc="left", fontsize=12)
+        axes.set_xlabel(shorten(heatmap["x_label"], 44))
+        for axis, names in ((axes.xaxis, heatmap["x"]), (axes.yaxis, heatmap["y"])):
+            shown = range(0, len(names), -(-len(names) // 9))
+            axis.set_ticks(shown, [f"{names[i]:g}" for i in shown])
+        scale = axes.inset_axes((1.06, 0, 0.05, 1))
+        scale.imshow(
+            np.linspace(low, high, 64)[:, None], aspect="auto", clip_on=False, extent=(0, 1, low, high), **look
+        )
+        scale.set(xticks=[], yticks=[round(low, 2), round(high, 2)])
+        scale.yaxis.tick_right()
+        axes.spines[:].set_visible(False)
+        scale.spines[:].set_visible(False)
+        return {}
+
+    corners = (readable(values[i, i].item() if np.isfinite(values[i, i]) else None) for i in (0, -1))
+    first, last = corners
+    spoken = f"from {first} between the first layers to {last} between the last"
+    margins = (50.0, 70.0, 24.0, 42.0)
+    return Drawing(WIDTH - 56, draw, f"Heat map, {heatmap['title']}: {spoken}", margins)
 
 
 # ---- pictures of numbers -------------------------------------------------------------------------------------------
 def colours_of(values, low: float, high: float) -> PIL.Image.Image:
-    """Numbers (rows, columns) as viridis from `low` to `high`; what is no number is grey."""
-    from matplotlib import colormaps
-
-    table = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    shares = np.clip((table - low) / (high - low if high > low else 1.0), 0, 1)
-    colours = (colormaps["viridis"](np.nan_to_num(shares))[..., :3] * 255).round().astype(np.uint8)
-    colours[np.isnan(table)] = 128
-    return PIL.Image.fromarray(colours)
+    """Numbers (rows, columns) as viridis from `low` to `high`."""
+    shares = np.clip((np.array(values, dtype=float) - low) / (high - low if high > low else 1.0), 0, 1)
+    return PIL.Image.fromarray((colormaps["viridis"](shares)[..., :3] * 255).round().astype(np.uint8))
 
 
 def data_uri(image: PIL.Image.Image | bytes) -> str:
@@ -291,38 +348,8 @@ def data_uri(image: PIL.Image.Image | bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def heat_chart(heatmap: dict) -> Markup:
-    """A table of numbers in [0, 1] as colours, with a scale."""
-    values, size, left, top = heatmap["values"], 210, 46, 24
-    rows, cols = len(values), len(values[0])
-    known = [v for row in values for v in row if v is not None]
-    low, high = min([0.0, *known]), max([1.0, *known])
-    uri, cell_x, cell_y = data_uri(colours_of(values[::-1], low, high)), size / cols, size / rows
-    parts = [text(2, 12, shorten(heatmap["y_label"], 52), "start", "label")]
-    parts.append(text(left + size / 2, top + size + 32, shorten(heatmap["x_label"], 44), kind="label"))
-    parts.append(
-        f'<image href="{uri}" x="{left}" y="{top}" width="{size}" height="{size}" preserveAspectRatio="none" '
-        'class="pixels"/>'
-    )
-    for i in spaced(cols, 9):
-        parts.append(text(left + cell_x * (i + 0.5), top + size + 14, tick_words(heatmap["x"][i])))
-    for i in spaced(rows, 9):
-        parts.append(text(left - 6, top + size - cell_y * (i + 0.5) + 3.5, tick_words(heatmap["y"][i]), "end"))
-    scale = data_uri(colours_of([[v] for v in np.linspace(high, low, 64)], low, high))
-    at = left + size + 16
-    parts.append(f'<image href="{scale}" x="{at}" y="{top}" width="12" height="{size}" preserveAspectRatio="none"/>')
-    parts += [text(at + 18, top + 8, tick_words(round(high, 2)), "start")]
-    parts += [text(at + 18, top + size, tick_words(round(low, 2)), "start")]
-    corner = f"from {say(values[0][0])} between the first layers to {say(values[-1][-1])} between the last"
-    return svg(WIDTH - 30, top + size + 38, parts, f"Heat map, {heatmap['title']}: {corner}")
-
-
-def spaced(count: int, most: int) -> range:
-    return range(0, count, -(-count // most))
-
-
-def shorten(words: str, letters: int) -> str:
-    return words if len(words) <= letters else words[: letters - 1] + "…"
+def shorten(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def map_uri(values: list[list[float]]) -> str:

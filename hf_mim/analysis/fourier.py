@@ -16,15 +16,15 @@ def diagonal_frequencies(grid: Grid) -> list[tuple[int, int]]:
     """The bins (row, column) of a 2-D FFT from the centre to the corner of its spectrum, the highest frequency."""
     shorter = min(grid)
     steps = range(shorter // 2 + 1)
-    return [tuple(round(k * side / shorter) for side in grid) for k in steps]
+    return [(round(k * grid[0] / shorter), round(k * grid[1] / shorter)) for k in steps]
 
 
 def diagonal_waves(grid: Grid, device=None) -> Tensor:
     """(2 * frequencies, rows * cols) float32: cosines and sines that take a map's Fourier coefficients on the half
     diagonal. A handful of the coefficients is all that is asked for: this is far cheaper than an FFT."""
     rows, cols = (torch.arange(side, dtype=torch.float64) / side for side in grid)
-    phases = [(2 * math.pi * (u * rows[:, None] + v * cols)).flatten() for u, v in diagonal_frequencies(grid)]
-    phases = torch.stack(phases)
+    frequencies = diagonal_frequencies(grid)
+    phases = torch.stack([(2 * math.pi * (u * rows[:, None] + v * cols)).flatten() for u, v in frequencies])
     return torch.cat([phases.cos(), phases.sin()]).float().to(device)
 
 
@@ -55,7 +55,9 @@ class Fourier(Measurement):
 
     def __init__(self, model, setting: Setting):
         super().__init__(model, setting)
-        self.averages, self.waves, self.last, self.count = Averages(), {}, None, 0
+        self.averages, self.count = Averages(), 0
+        self.waves: dict[Grid, Tensor] = {}
+        self.final = torch.zeros(0, 0)  # (batch, frequencies) after the last block
         if min(setting.grid) < 2:
             self.absent = f"This encoder ends in {setting.grid[0]}x{setting.grid[1]} tokens, which have no frequencies."
 
@@ -68,15 +70,15 @@ class Fourier(Measurement):
         self.averages.add("highest", index, relative[:, -1])
         variance = layer.centred_norms.square().mean(dim=1) / layer.tokens.shape[2]
         self.averages.add("variance", index, variance)
-        self.last = (relative, layer.grid)
+        self.final = relative
 
     def update(self, seen) -> None:
         self.count += len(seen.pixel_values)
-        for i, values in enumerate(self.last[0].T):
+        for i, values in enumerate(self.final.T):
             self.averages.add("half_diagonal", i, values)
 
     def result(self) -> dict:
-        shorter = min(self.last[1])
+        shorter = min(self.setting.grid)
         frequencies = [2 * k / shorter for k in range(shorter // 2 + 1)]
         last = max(self.averages.sums["highest"])
         first, final = (self.averages.mean("highest", index) for index in (0, last))

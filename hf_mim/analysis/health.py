@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting, number
+from hf_mim.analysis.numbers import percent
 
 
 OUTLIER = 3.0  # a token is an outlier whose norm is so many times the median of its image (2309.16588 shows such)
@@ -15,7 +16,8 @@ class Moments:
     """Sums of (images, dim) and of their outer products, in float64 and in memory that does not grow with them."""
 
     def __init__(self):
-        self.count, self.total, self.products = 0, 0.0, 0.0
+        self.count = 0
+        self.total = self.products = torch.zeros(())
 
     def add(self, features: Tensor) -> None:
         features = features.cpu().double()
@@ -58,8 +60,9 @@ class FeatureHealth(Measurement):
 
     def __init__(self, model, setting: Setting):
         super().__init__(model, setting)
-        self.averages, self.blocks, self.final = Averages(), [], Moments()
-        self.tokens, self.sums, self.squares = 0, 0.0, 0.0
+        self.averages, self.final = Averages(), Moments()
+        self.blocks: list[Moments] = []
+        self.squares = torch.zeros(())
 
     def layer(self, index: int, layer: Layer) -> None:
         if index == len(self.blocks):
@@ -73,7 +76,6 @@ class FeatureHealth(Measurement):
     def update(self, seen) -> None:
         self.final.add(seen.final.mean)
         # Around the image's mean and then around all: the difference of two large sums would lose a small variance.
-        self.tokens += seen.final.tokens.shape[1]
         self.squares = self.squares + seen.final.centred.square().mean(dim=1).cpu().double().sum(dim=0)
 
     def deviations(self) -> Tensor:
@@ -95,7 +97,7 @@ class FeatureHealth(Measurement):
         return {
             "title": self.title,
             "summary": f"The {self.final.count} images' features spread over {final:.0f} of at most {most} dimensions; "
-            f"{dead} of {dims} dimensions are dead; {100 * share:.1f} % of the tokens after the last block have an "
+            f"{dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block have an "
             "outlying norm.",
             "normal": self.normal,
             "images": self.final.count,

@@ -1,6 +1,7 @@
 """The images that encoders are measured on: the same for all of them, each at its own size and normalisation."""
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import datasets
@@ -11,6 +12,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.data import sources
 from hf_mim.training.data.pretraining import MIMDataset
 from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation import metrics
 
 
@@ -37,7 +39,7 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
         ValueError, OSError: the data set is missing, has fewer than two images, or is to be streamed.
     """
     if data.streaming:
-        raise ValueError("data.streaming must be false here: every encoder is to see the same images")
+        raise RecipeError("data.streaming must be false here: every encoder must see the same images", "data.streaming")
     splits = sources.open_dataset(data)
     train_name, test_name = sources.choose_splits(splits, data)
     train = splits[train_name]
@@ -53,7 +55,8 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
         note = f"half of split {train_name}"
     measured = test.select(np.random.default_rng(0).permutation(len(test))[: min(count, data.max_eval_images or count)])
     if len(measured) < 2:
-        raise ValueError(f"an analysis needs at least 2 images, and {data.dataset} has {len(measured)} in its {note}")
+        message = f"an analysis needs at least 2 images, and {data.dataset} has {len(measured)} in its {note}"
+        raise DataError(message, data.dataset or "")
     if label is None or rest is None or label not in test.features or not len(rest):
         return Choice(measured, None, None, note)
     values = train[label][:]
@@ -65,11 +68,11 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
 def in_turn(labels: list, count: int) -> list[int]:
     """`count` positions at random but always the same: one of every class, then another of every class, and so on."""
     order = np.random.default_rng(0).permutation(len(labels))
-    rounds, seen = [], {}
+    rounds, seen = [], Counter[object]()
     for position in order:
         value = labels[position]
         if value is not None and value != -1:
-            seen[value] = seen.get(value, 0) + 1
+            seen[value] += 1
             rounds.append((seen[value], int(position)))
     return [position for _, position in sorted(rounds, key=lambda entry: entry[0])[:count]]
 
@@ -91,8 +94,9 @@ class EncoderImages:
             self.config.image_size = image_size
         self.size = pair(self.config.image_size)
         self.measured = MIMDataset(choice.measured, self.config, data, False, 0, choice.classes)
-        self.others = None
-        if choice.others is not None and not (self.measured.labels < 0).any():
+        self.others: MIMDataset | None = None
+        labels = self.measured.labels
+        if choice.others is not None and labels is not None and not bool((labels < 0).any()):
             self.others = MIMDataset(choice.others, self.config, data, False, 0, choice.classes)
         self.classes = self.measured.classes if self.others is not None else []
 
@@ -105,8 +109,19 @@ class EncoderImages:
         """Of the measured images, in order: pixel values (batch, channels, height, width), labels (batch,) or None."""
         return self._batches(self.measured, batch_size)
 
+    @property
+    def labelled(self) -> MIMDataset:
+        """The labelled images set aside.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.others is None:
+            raise DataError("the images have no labels")
+        return self.others
+
     def prototype_batches(self, batch_size: int):
-        return self._batches(self.others, batch_size)
+        return self._batches(self.labelled, batch_size)
 
     def _batches(self, dataset: MIMDataset, batch_size: int):
         start = 0

@@ -77,8 +77,8 @@ class Plan:
 
 
 # Deng et al.'s for ImageNet; for CIFAR they take 200 pairs, 100 contexts and 16 x 16 parts.
-PAPER = {"images": 50, "pairs": 50, "contexts": 50}
-PAPER["orders"] = (0.0, 0.05, *(tenth / 10 for tenth in range(1, 10)), 0.95, 1.0)
+PAPER_ORDERS = (0.0, 0.05, *(tenth / 10 for tenth in range(1, 10)), 0.95, 1.0)
+PAPER: dict[str, object] = {"images": 50, "pairs": 50, "contexts": 50, "orders": PAPER_ORDERS}
 
 
 # ---- the estimator -------------------------------------------------------------------------------------------------

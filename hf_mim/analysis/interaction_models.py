@@ -3,19 +3,24 @@
 
 import dataclasses
 import hashlib
+import inspect
+import math
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
 from hf_mim.analysis import interaction
 from hf_mim.analysis.images import EncoderImages, choose_images
 from hf_mim.analysis.interaction import PAPER, Partial, Plan
+from hf_mim.analysis.measurement import number
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
-from hf_mim.modeling.options import unknown_choice
+from hf_mim.modeling.options import is_of, unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
+from hf_mim.training.console import RunConsole
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import metrics
 
 
@@ -41,21 +46,24 @@ def plan_of(option, seed: int = 0) -> Plan | None:
         return None
     if isinstance(option, str):
         if option != "paper":
-            raise ValueError(f"analyze.interaction must be true, false, paper or options, not {option!r}")
+            message = f"analyze.interaction must be true, false, paper or options, not {option!r}"
+            raise RecipeError(message, "analyze.interaction")
         option = PAPER
     options = dict(option) if isinstance(option, dict) else {}
-    known = {field.name: field.type for field in dataclasses.fields(Plan)}
+    annotations = get_type_hints(Plan)
     for name, value in options.items():
-        if name not in known:
-            raise unknown_choice("option of analyze.interaction", name, known)
-        is_list = name in ("orders", "grid")
-        if isinstance(value, bool) or not isinstance(value, (list, tuple) if is_list else known[name]):
-            raise ValueError(f"analyze.interaction.{name} must be {known[name]}, not {value!r}")
-        options[name] = tuple(value) if is_list else value
+        if name not in annotations:
+            raise unknown_choice("option of analyze.interaction", name, annotations)
+        if not is_of(value, annotations[name]):
+            expected = inspect.formatannotation(annotations[name])
+            raise RecipeError(f"analyze.interaction.{name} must be {expected}, not {value!r}", "analyze.interaction")
+        options[name] = tuple(value) if isinstance(value, list) else value
     return Plan(**{"seed": seed, **options})
 
 
-def measure_interactions(subjects: list, plan: Plan, data, arguments, folder: Path, console) -> dict[str, dict]:
+def measure_interactions(
+    subjects: list, plan: Plan, data, arguments, folder: Path, console: RunConsole
+) -> dict[str, dict]:
     """The results of several encoders with the same images, pairs and contexts: {label: result}.
 
     What is done is kept in `folder`/interaction: the same command goes on there after an interruption.
@@ -72,39 +80,38 @@ def measure_interactions(subjects: list, plan: Plan, data, arguments, folder: Pa
     # The same images as in the shared pass, with more labelled others beside them.
     choice = choose_images(data, max(arguments.images, plan.images), PROBE_IMAGES)
     jobs = []
-    with console.status("interactions: fitting the classifiers"):
+    with console.rich.status("interactions: fitting the classifiers"):
         for subject in subjects:
             subject.model.to(device())
             images = EncoderImages(choice, subject.model.config, data, arguments.image_size)
             jobs.append(Job(subject, plan, images, arguments.batch_size, folder / "interaction"))
-    say_estimate(jobs, plan, console)
-    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} masked images")
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
+    console.log(estimate(jobs, plan))
+    with console.progress("{task.completed:,.0f}/{task.total:,.0f} masked images") as bar:
         task = bar.add_task("", total=sum(job.rows_left for job in jobs))
         try:
             for job in jobs:
                 bar.update(task, description=f"interactions: {job.label}")
                 job.run(lambda rows: bar.advance(task, rows))
         except KeyboardInterrupt:
-            words = f"stopped; the same command with analyze.output_dir={folder} goes on where it was"
-            console.print(words, highlight=False, soft_wrap=True)
+            console.log(f"stopped; to go on, run the same command with analyze.output_dir={folder}")
             raise
     return {job.label: job.result() for job in jobs}
 
 
-def say_estimate(jobs: list["Job"], plan: Plan, console) -> None:
+def estimate(jobs: list["Job"], plan: Plan) -> str:
+    """How much there is to do, and how long it takes."""
     left = sum(job.rows_left for job in jobs)
     minutes = sum(job.rows_left * job.seconds_per_row() for job in jobs) / 60
     done = sum(int(job.partial.done.sum()) for job in jobs)
-    words = f"interactions: {left:,} masked images for {len(jobs)} encoders, about "
-    words += f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(60 * minutes))} seconds"
-    words += f"; {done} of {len(jobs) * plan.images} images were done before" if done else ""
-    words += f"; fewer with analyze.interaction.images={max(2, plan.images // 4)}" if minutes > MINUTES else ""
-    console.print(words, highlight=False, soft_wrap=True)
+    message = f"interactions: {left:,} masked images for {len(jobs)} encoders, about "
+    message += f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(60 * minutes))} seconds"
+    message += f"; {done} of {len(jobs) * plan.images} images were done before" if done else ""
+    message += f"; fewer with analyze.interaction.images={max(2, plan.images // 4)}" if minutes > MINUTES else ""
+    return message
 
 
-def device():
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 class Job:
@@ -149,25 +156,28 @@ class Job:
         axes = {"x": list(plan.orders), "x_label": "share of the other parts that are present", "unit": ""}
         curve = {name: found[key].tolist() for name, key in (("mean", "J"), ("low", "low"), ("high", "high"))}
         strongest = plan.orders[int(found["J"].argmax())]
-        words = f"Two parts of an image interact most where {100 * strongest:.0f} % of the others are present"
+        summary = f"Two parts of an image interact most where {100 * strongest:.0f} % of the others are present"
         scalars = {}
         if any(middle) and not all(middle):
             level, low, high = interaction.mean_strength(self.partial.found, middle, plan.seed)
-            words += f"; with {100 * MIDDLE[0]:.0f} to {100 * MIDDLE[1]:.0f} % of them it is {level:.2f} "
-            words += f"({low:.2f} to {high:.2f}) times their average over all orders"
-            scalars["middle"] = number("Strength at the middle orders", level, low, high, "of the mean over orders")
+            summary += f"; with {100 * MIDDLE[0]:.0f} to {100 * MIDDLE[1]:.0f} % of them it is {level:.2f} "
+            summary += f"({low:.2f} to {high:.2f}) times their average over all orders"
+            middle_strength = number("Strength at the middle orders", level, "of the mean over orders")
+            scalars["middle"] = {**middle_strength, "low": low, "high": high}
         unit = "log-odds"
         scalars |= {
-            "size": number("Interaction of two parts, size", found["mean"].mean(), unit=unit),
-            "between_images": number("Its spread between images", found["between_images"].mean(), unit=unit),
-            "between_pairs": number("Its spread between pairs", found["between_pairs"].mean(), unit=unit),
-            "from_contexts": number("Its error by few contexts", found["from_contexts"].mean(), unit=unit),
-            "accuracy": number("Images classified right", self.right, unit="%"),
+            "size": number("Interaction of two parts, size", finite(found["mean"].mean()), unit),
+            "between_images": number("Its spread between images", finite(found["between_images"].mean()), unit),
+            "between_pairs": number("Its spread between pairs", finite(found["between_pairs"].mean()), unit),
+            "from_contexts": number("Its error by few contexts", finite(found["from_contexts"].mean()), unit),
+            "accuracy": number("Images classified right", finite(self.right), "%"),
         }
-        words += f". {plan.images} images, {plan.pairs} pairs each, up to {plan.contexts} contexts; {self.classifier}."
+        summary += (
+            f". {plan.images} images, {plan.pairs} pairs each, up to {plan.contexts} contexts; {self.classifier}."
+        )
         return {
             "title": TITLE,
-            "summary": words,
+            "summary": summary,
             "normal": NORMAL,
             "images": plan.images,
             "curves": {
@@ -182,9 +192,9 @@ class Job:
         }
 
 
-def number(title: str, value: float, low: float | None = None, high: float | None = None, unit: str = "") -> dict:
-    value = None if value != value else float(value)
-    return {"title": title, "value": value, "low": low, "high": high, "unit": unit, "normal": ""}
+def finite(value: float) -> float | None:
+    """None for what is no number: JSON has no word for it."""
+    return float(value) if math.isfinite(value) else None
 
 
 # ---- the classifier ------------------------------------------------------------------------------------------------
@@ -223,8 +233,9 @@ def own_classifier(source: str, classes: int) -> MIMForImageClassification | Non
 def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, int]:
     """Logistic regression on the mean patch tokens of the labelled images set aside, its penalty chosen among
     `metrics.PENALTIES`. -> weight (classes, dim) and bias (classes,) on plain features, and how many images."""
-    features = metrics.extract_features(model, metrics.pixel_loader(images.others, images.config))["mean"]
-    labels, classes = images.others.true_labels(list(range(len(images.others)))), len(images.classes)
+    features = metrics.extract_features(model, metrics.pixel_loader(images.labelled, images.config))["mean"]
+    assert features is not None  # every encoder has patch tokens
+    labels, classes = images.labelled.true_labels(list(range(len(images.labelled)))), len(images.classes)
     mean, std = features.mean(0), features.std(0)
     scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
     standard = (features - mean) * scale

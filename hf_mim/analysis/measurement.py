@@ -28,8 +28,10 @@ of the same form that says something of several encoders together.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ class Setting:
 
     images: how many images there are.
     grid: (rows, cols) of the encoder's final tokens.
-    common_grid: the smallest final grid of all encoders that are compared; None where it has a single token.
+    common_grid: the smallest final grid of four tokens and more among the encoders that are compared; None where
+        there is no such grid.
     classes: names of the classes; empty without labels.
     prototypes: (classes, dim), the mean pooled final features of other images of every class, rows of zeros for
         classes that had none; None without labels.
@@ -117,7 +120,8 @@ class Measurement:
     needs_prototypes = False
 
     def __init__(self, model, setting: Setting):
-        self.setting, self.absent = setting, None
+        self.setting = setting
+        self.absent: str | None = None
 
     def attention(self, block: int, weights: Tensor) -> None:
         """weights (batch, heads, length, length), rows sum to 1; not to be kept, nor changed."""
@@ -135,15 +139,17 @@ class Measurement:
         raise NotImplementedError
 
     @classmethod
-    def compare(cls, measured: dict[str, "Measurement"]) -> dict | None:
+    def compare(cls, measured: Mapping[str, Any]) -> dict | None:
         """A result on several encoders together; `measured` is {label: the measurement after its pass}."""
+        return None
 
 
 class Averages:
     """Means over images of named numbers per block, with confidence intervals, in constant memory."""
 
     def __init__(self):
-        self.sums = defaultdict(dict)  # name -> {block: [count, sum, sum of squares]}
+        # name -> {block: [count, sum, sum of squares]}
+        self.sums: defaultdict[str, dict[int, list[float]]] = defaultdict(dict)
 
     def add(self, name: str, block: int, values: Tensor) -> None:
         """values (batch,), one number per image."""
@@ -178,14 +184,9 @@ class Averages:
         return {"title": title, "value": mean, "low": low, "high": high, "unit": unit, "normal": normal}
 
 
-def number(title: str, value: float, unit: str = "", normal: str = "") -> dict:
+def number(title: str, value: float | None, unit: str = "", normal: str = "") -> dict:
     """The result's form of a number without a confidence interval."""
     return {"title": title, "value": value, "low": None, "high": None, "unit": unit, "normal": normal}
-
-
-def first_images(seen: Seen, count: int) -> int:
-    """How many images of this batch are among the first `count`."""
-    return max(0, min(len(seen.pixel_values), count - seen.first))
 
 
 def nested(values: Tensor, digits: int = 5) -> list:

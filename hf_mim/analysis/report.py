@@ -1,13 +1,15 @@
 """From `report.json` to a page that a person wants to read: `report.html`, one file that needs no network."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from hf_mim.analysis import figures
-from hf_mim.analysis.figures import Style, interval, say
-from hf_mim.analysis.figures_png import draw_pngs
+from hf_mim.analysis.figures import Drawing, Style
+from hf_mim.analysis.numbers import SHARE, percent, readable, with_interval
 
 
 # The first table, in this order: measurement, curves (the last value counts) or scalars, name, column, what it means.
@@ -23,9 +25,23 @@ HEADLINES = (
 )
 # The curves that are shown at once where a measurement has many; the others fold out.
 FIRST = {"attention_flow": ("cls_cls", "cls_entropy", "patch_self", "patch_entropy", "cls_patch", "patch_magnitude")}
-MOST_FIRST = 6  # figures of a measurement that are shown at once
-MOST_SAID = 4  # sentences on encoders that are shown at once; of more, those on untrained ones fold out
-MOST_ROWS = 14  # of a chart of intervals; more numbers are read better in the table
+MAX_FIRST = 6  # figures of a measurement that are shown at once
+MAX_SENTENCES = 4  # sentences on encoders that are shown at once; of more, those on untrained ones fold out
+MAX_ROWS = 14  # of a chart of intervals; more numbers are read better in the table
+
+
+@dataclass
+class Chart:
+    """A figure of the page: its title, a note below it, and the class of its element."""
+
+    title: str
+    drawing: Drawing
+    note: str
+    kind: str = ""
+
+    @property
+    def svg(self) -> Markup:
+        return figures.to_svg(self.drawing)
 
 
 def write_report(folder: Path, results: dict) -> Path:
@@ -38,18 +54,20 @@ def write_report(folder: Path, results: dict) -> Path:
     Returns:
         the page.
     """
-    folder = Path(folder)
-    page = render(folder, results)
+    folder, styles = Path(folder), figures.styles_of(results["encoders"])
+    drawings = {name: charts(name, *entries_of(name, results), styles) for name in measurement_names(results)}
     unfinished = folder / "report.unfinished"
-    unfinished.write_text(page, encoding="utf-8")
-    draw_pngs(folder, results, figures.styles_of(results["encoders"]))
+    unfinished.write_text(render(folder, results, styles, drawings), encoding="utf-8")
+    for name, found in drawings.items():
+        if found:
+            figures.save_png(folder / f"{name}.png", {chart.title: chart.drawing for chart in found}, styles)
     path = folder / "report.html"
     unfinished.replace(path)
     return path
 
 
-def render(folder: Path, results: dict) -> str:
-    encoders, styles = results["encoders"], figures.styles_of(results["encoders"])
+def render(folder: Path, results: dict, styles: dict[str, Style], drawings: dict[str, list[Chart]]) -> str:
+    encoders = results["encoders"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_mim.analysis", "."),
         autoescape=True,
@@ -66,7 +84,7 @@ def render(folder: Path, results: dict) -> str:
         legend=[(label, figures.line_sample(style), style) for label, style in styles.items()],
         columns=headline_columns(encoders),
         rows=[headline_row(label, encoders, styles) for label in by_twin(encoders)],
-        sections=[section(folder, name, results, styles) for name in measurement_names(results)],
+        sections=[section(folder, name, results, styles, found) for name, found in drawings.items()],
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     )
 
@@ -93,14 +111,21 @@ def measurement_names(results: dict) -> list[str]:
     return list(names)
 
 
+def entries_of(name: str, results: dict) -> tuple[dict[str, dict], dict]:
+    """-> a measurement's results by encoder, as far as they are not absent, and what it says of all together."""
+    entries = {label: entry["results"].get(name, {"absent": ""}) for label, entry in results["encoders"].items()}
+    present = {label: entry for label, entry in entries.items() if "absent" not in entry}
+    return present, results["between"].get(name, {})
+
+
 # ---- the first table -----------------------------------------------------------------------------------------------
 def headline(entry: dict, measurement: str, kind: str, name: str) -> dict | None:
     """-> {"value", "low", "high", "unit"} of an encoder; None where it has none."""
-    found = entry["results"].get(measurement, {}).get(kind, {}).get(name)
-    if found is None or kind == "scalars":
-        return found
-    low, high = (found[edge][-1] if found[edge] else None for edge in ("low", "high"))
-    return {"value": found["mean"][-1], "low": low, "high": high, "unit": found["unit"]}
+    result = entry["results"].get(measurement, {}).get(kind, {}).get(name)
+    if result is None or kind == "scalars":
+        return result
+    low, high = (result[edge][-1] if result[edge] else None for edge in ("low", "high"))
+    return {"value": result["mean"][-1], "low": low, "high": high, "unit": result["unit"]}
 
 
 def headline_columns(encoders: dict) -> list[tuple[str, str]]:
@@ -125,38 +150,37 @@ def headline_row(label: str, encoders: dict, styles: dict[str, Style]) -> dict:
     }
 
 
-def headline_cell(found: dict | None) -> tuple[str, str | None]:
+def headline_cell(scalar: dict | None) -> tuple[str, str | None]:
     """-> a number in words, shares in percent, and half of its interval."""
-    if found is None or found["value"] is None:
+    if scalar is None or scalar["value"] is None:
         return "–", None
-    value, margin = found["value"], None
-    if found["low"] is not None and found["high"] is not None:
-        margin = max(found["high"] - value, value - found["low"])
-    if found["unit"] == "share":
-        return f"{100 * value:.1f} %", None if margin is None else f"{max(100 * margin, 0.1):.1f}"
-    return say(value), None if margin is None else say(margin)
+    value, margin = scalar["value"], None
+    if scalar["low"] is not None and scalar["high"] is not None:
+        margin = max(scalar["high"] - value, value - scalar["low"])
+    if scalar["unit"] == SHARE:
+        digits = f"{100 * margin:.1f}" if margin is not None and margin >= 0.0005 else "0.1"
+        return percent(value), None if margin is None else digits
+    return readable(value), None if margin is None else readable(margin)
 
 
 # ---- a measurement -------------------------------------------------------------------------------------------------
-def section(folder: Path, name: str, results: dict, styles: dict[str, Style]) -> dict:
+def section(folder: Path, name: str, results: dict, styles: dict[str, Style], drawn: list[Chart]) -> dict:
     """What the template shows of a measurement."""
     entries = {label: entry["results"][name] for label, entry in results["encoders"].items()}
-    present = {label: entry for label, entry in entries.items() if "absent" not in entry}
-    between = results["between"].get(name, {})
-    drawn = charts(name, present, between, styles)
-    first = len(FIRST.get(name, ())) or MOST_FIRST
-    said = {
+    present, between = entries_of(name, results)
+    first = len(FIRST.get(name, ())) or MAX_FIRST
+    sentences = {
         label: (label, figures.line_sample(styles[label]), entry.get("summary") or entry["absent"])
         for label, entry in entries.items()
     }
-    folded = len(said) > MOST_SAID
+    folded = len(sentences) > MAX_SENTENCES
     return {
         "name": name,
         "title": next(iter(entries.values()))["title"],
         "normal": next((entry["normal"] for entry in present.values()), ""),
         "images": next((entry["images"] for entry in present.values()), 0),
-        "summaries": [line for label, line in said.items() if not folded or not styles[label].untrained],
-        "folded": [line for label, line in said.items() if folded and styles[label].untrained],
+        "summaries": [line for label, line in sentences.items() if not folded or not styles[label].untrained],
+        "folded": [line for label, line in sentences.items() if folded and styles[label].untrained],
         "together": between.get("summary", ""),
         "charts": drawn[:first],
         "more": drawn[first:],
@@ -166,8 +190,8 @@ def section(folder: Path, name: str, results: dict, styles: dict[str, Style]) ->
     }
 
 
-def charts(name: str, present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[dict]:
-    """The figures of a measurement, those to show at once first: {"title", "svg", "note", "kind"}."""
+def charts(name: str, present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[Chart]:
+    """The figures of a measurement, those to show at once first."""
     drawn = []
     names = dict.fromkeys(curve for entry in present.values() for curve in entry.get("curves", {}))
     for curve in sorted(names, key=lambda curve: curve not in FIRST.get(name, names)):
@@ -175,45 +199,36 @@ def charts(name: str, present: dict[str, dict], between: dict, styles: dict[str,
         title = next(iter(curves.values()))["title"]
         banded = any(curve["low"] for curve in curves.values())
         note = "shaded: 95 % confidence" if banded else "one number for all of them"
-        svg = figures.line_chart(title, curves, styles)
-        drawn.append({"title": capital(title), "svg": svg, "note": note, "kind": "line"})
+        drawn.append(Chart(capital(title), figures.line_chart(title, curves, styles), note, "line"))
     return drawn + interval_charts(present, between, styles) + heat_charts(present, between)
 
 
-def interval_charts(present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[dict]:
+def interval_charts(present: dict[str, dict], between: dict, styles: dict[str, Style]) -> list[Chart]:
     """Charts of the numbers that have intervals, one per unit, and one of the numbers between encoders."""
     units: dict[str, dict] = {}
     for label, entry in present.items():
         for scalar in entry.get("scalars", {}).values():
             if scalar["low"] is not None:
                 units.setdefault(scalar["unit"], {}).setdefault(scalar["title"], {})[label] = scalar
-    shown = [(capital(unit or "Numbers"), rows, styles, unit) for unit, rows in units.items()]
+    titles = {"": "Numbers", SHARE: "Shares"}
+    shown = [(titles.get(unit, capital(unit)), rows, styles, unit) for unit, rows in units.items()]
     pairs = between.get("scalars", {}).values()
-    plain = {"": Style(figures.NEUTRAL, "circle", False)}
+    plain = {"": Style(figures.NEUTRAL, figures.MARKERS[0], False)}
     shown.append(
         ("Between encoders", {s["title"]: {"": s} for s in pairs}, plain, next((s["unit"] for s in pairs), ""))
     )
+    note = "bars: 95 % confidence"
     return [
-        {
-            "title": title,
-            "svg": figures.interval_chart(title, rows, look, unit),
-            "note": "bars: 95 % confidence",
-            "kind": "tall" if len(rows) > 4 else "",
-        }
+        Chart(title, figures.interval_chart(title, rows, look, unit), note, "tall" if len(rows) > 4 else "")
         for title, rows, look, unit in shown
-        if 2 <= len(rows) <= MOST_ROWS
+        if 2 <= len(rows) <= MAX_ROWS
     ]
 
 
-def heat_charts(present: dict[str, dict], between: dict) -> list[dict]:
+def heat_charts(present: dict[str, dict], between: dict) -> list[Chart]:
     note = "0: nothing in common, 1: the same up to rotation and scale"
     return [
-        {
-            "title": f"{label}: {heatmap['title']}" if label else capital(heatmap["title"]),
-            "svg": figures.heat_chart(heatmap),
-            "note": note,
-            "kind": "",
-        }
+        Chart(f"{label}: {heatmap['title']}" if label else capital(heatmap["title"]), figures.heat_chart(heatmap), note)
         for label, entry in [*present.items(), ("", between)]
         for heatmap in entry.get("heatmaps", {}).values()
     ]
@@ -241,12 +256,17 @@ def maps(folder: Path, examples: list[str], present: dict[str, dict], styles: di
 
 def notes(present: dict[str, dict]) -> list[tuple[str, str]]:
     """What is normal for single numbers: (title, sentence)."""
-    found = {}
+    sentences: dict[str, str] = {}
     for entry in present.values():
         for scalar in entry.get("scalars", {}).values():
             if scalar["normal"]:
-                found.setdefault(scalar["title"], scalar["normal"])
-    return list(found.items())
+                sentences.setdefault(scalar["title"], scalar["normal"])
+    return list(sentences.items())
+
+
+def shown_unit(unit: str) -> str:
+    """Shares are shown in percent, which stands with the number."""
+    return "" if unit == SHARE else unit
 
 
 def numbers(present: dict[str, dict]) -> dict:
@@ -254,13 +274,14 @@ def numbers(present: dict[str, dict]) -> dict:
     rows: dict[tuple, dict[str, str]] = {}
     for label, entry in present.items():
         for scalar in entry.get("scalars", {}).values():
-            key = (scalar["title"], "", scalar["unit"])
-            rows.setdefault(key, {})[label] = interval(scalar["value"], scalar["low"], scalar["high"])
+            key = (scalar["title"], "", shown_unit(scalar["unit"]))
+            value = with_interval(scalar["value"], scalar["low"], scalar["high"], scalar["unit"])
+            rows.setdefault(key, {})[label] = value
         for curve in entry.get("curves", {}).values():
             for i, x in enumerate(curve["x"]):
                 low, high = (curve[edge][i] if curve[edge] else None for edge in ("low", "high"))
-                key = (curve["title"], f"{curve['x_label']} {say(x)}", curve["unit"])
-                rows.setdefault(key, {})[label] = interval(curve["mean"][i], low, high)
+                key = (curve["title"], f"{curve['x_label']} {readable(x)}", shown_unit(curve["unit"]))
+                rows.setdefault(key, {})[label] = with_interval(curve["mean"][i], low, high, curve["unit"])
     return {
         "head": ["quantity", "where", "unit", *present],
         "rows": [[*key, *(values.get(label, "–") for label in present)] for key, values in rows.items()],

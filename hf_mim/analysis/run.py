@@ -4,19 +4,21 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from hf_mim.analysis import MEASUREMENTS
 from hf_mim.analysis.images import Choice, EncoderImages, choose_images
-from hf_mim.analysis.interaction_models import measure_interactions, plan_of
+from hf_mim.analysis.interaction_models import device, measure_interactions, plan_of
 from hf_mim.analysis.measurement import Measurement
+from hf_mim.analysis.report import write_report
 from hf_mim.analysis.shared_pass import measure
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.modeling_mim import MIMModel
@@ -24,12 +26,15 @@ from hf_mim.modeling.options import pair, unknown_choice
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.data.urls import check_local
+from hf_mim.training.errors import CheckpointError, FolderError, RecipeError
 from hf_mim.training.run import versions
 
 
 FORMAT = 1  # of report.json
+SHIPPED = "the Fashion-MNIST subset (shipped)"
 # What of a config says which encoder is built and what it sees.
 ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
 
@@ -64,7 +69,8 @@ class AnalyzeArguments:
     def __post_init__(self):
         for name, least in (("images", 2), ("prototype_images", 1), ("examples", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"analyze.{name} must be at least {least}, not {getattr(self, name)}")
+                message = f"analyze.{name} must be at least {least}, not {getattr(self, name)}"
+                raise RecipeError(message, f"analyze.{name}")
         for name in self.measurements or []:
             if name not in MEASUREMENTS:
                 raise unknown_choice("measurement", name, MEASUREMENTS)
@@ -94,7 +100,7 @@ class Subject:
         return self.model.encoder.token_grid(*self.images.size)
 
 
-def analyze(sources: list[str], overrides: list[str] = (), console: Console | None = None) -> Path:
+def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console | None = None) -> Path:
     """Measures encoders, always with the untrained encoder of the same config beside them, and writes a report.
 
     Args:
@@ -108,17 +114,14 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
     Raises:
         ValueError, OSError: a source, an override or the data is wrong; nothing has been written.
     """
-    from hf_mim.analysis.report import write_report  # matplotlib takes a second
-
-    console, started = console or Console(), time.perf_counter()
+    screen, started = RunConsole(console), time.perf_counter()
     data, arguments = recipes.read_sections(list(overrides), data=DataArguments, analyze=AnalyzeArguments)
     folder = choose_folder(check_sources(sources), arguments.output_dir)
-    say = partial(console.print, highlight=False, soft_wrap=True)
-    say(f"output folder: {folder}")
+    screen.log(f"output folder: {folder}")
     choice = choose_images(data, arguments.images, arguments.prototype_images)
     subjects = load_subjects(sources, choice, data, arguments)
-    say(f"{len(choice.measured)} images, {choice.note} of {data.dataset or 'the Fashion-MNIST subset (shipped)'}")
-    measure_all(subjects, arguments, console)
+    screen.log(f"{len(choice.measured)} images, {choice.note} of {data.dataset or SHIPPED}")
+    measure_all(subjects, arguments, screen)
     folder.mkdir(parents=True, exist_ok=True)
     results = {
         "format": FORMAT,
@@ -128,41 +131,42 @@ def analyze(sources: list[str], overrides: list[str] = (), console: Console | No
     }
     if (plan := plan_of(arguments.interaction, arguments.seed)) is not None:
         write_json(results, folder / "report.json")  # now: this takes minutes, and may be stopped
-        for label, found in measure_interactions(subjects, plan, data, arguments, folder, console).items():
-            results["encoders"][label]["results"]["interaction"] = found
+        for label, result in measure_interactions(subjects, plan, data, arguments, folder, screen).items():
+            results["encoders"][label]["results"]["interaction"] = result
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(results, folder / "report.json")
     write_report(folder, results)
-    say(f"output folder: {folder}")
+    screen.log(f"output folder: {folder}")
     return folder
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
 def check_sources(sources: list[str]) -> list[str]:
     """Raises:
-    ValueError: there is none, or one is given twice.
+    CheckpointError: there is none, or one is given twice.
     """
     if not sources:
-        raise ValueError("which encoder? hf-mim analyze CHECKPOINT [CHECKPOINT ...]")
+        raise CheckpointError("which encoder? hf-mim analyze CHECKPOINT [CHECKPOINT ...]")
     places = [os.path.realpath(source) if os.path.exists(source) else source for source in sources]
     for i, place in enumerate(places):
         if place in places[:i]:
-            raise ValueError(f"{sources[i]} is given twice")
+            raise CheckpointError(f"{sources[i]} is given twice", sources[i])
     return sources
 
 
-def choose_folder(sources: list[str], wanted: str | None) -> Path:
+def choose_folder(sources: list[str], output_dir: str | None) -> Path:
     """Raises:
-    ValueError: there is a file, or another report.
+    FolderError: there is a file, or another report.
     """
-    check_local("analyze.output_dir", wanted)
+    check_local("analyze.output_dir", output_dir)
     name = Path(sources[0]).resolve().name if os.path.exists(sources[0]) else sources[0].rpartition("/")[2]
     name += f"-and-{len(sources) - 1}-more" if len(sources) > 1 else ""
-    folder = Path(wanted or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
+    folder = Path(output_dir or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output folder {folder} is a file")
+        raise FolderError(f"the output folder {folder} is a file", str(folder))
     if (folder / "report.html").exists():  # report.json alone is of a run that was stopped, and can go on
-        raise ValueError(f"{folder} holds another report; choose another analyze.output_dir, or remove it")
+        message = f"{folder} holds another report; choose another analyze.output_dir, or remove it"
+        raise FolderError(message, str(folder))
     return folder
 
 
@@ -197,20 +201,22 @@ def load_subjects(sources: list[str], choice: Choice, data: DataArguments, argum
 @torch.inference_mode()
 def check_tokens(label: str, model: MIMModel, size: tuple[int, int]) -> None:
     """Raises:
-    ValueError: images of this size do not fit the encoder, or its tokens are not finite, or not those of a grid.
+    CheckpointError: images of this size do not fit the encoder, or its tokens are not finite, or not those of a grid.
     """
     rows, cols = model.encoder.token_grid(*size)
     try:
         tokens = model(torch.zeros(1, model.config.num_channels, *size)).last_hidden_state
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{label} cannot be run on images of {size[0]}x{size[1]} pixels: {reason}") from error
+        message = f"{label} cannot be run on images of {size[0]}x{size[1]} pixels: {reason}"
+        raise CheckpointError(message, label) from error
     if not tokens.isfinite().all():
-        raise ValueError(f"{label} gives values that are not finite; hf-mim doctor says more of a checkpoint")
+        raise CheckpointError(f"{label} gives values that are not finite; run hf-mim doctor on it", label)
     if tokens.shape[1] != model.encoder.num_prefix_tokens + rows * cols:
-        raise ValueError(
+        raise CheckpointError(
             f"{label} cannot be analysed: it gives {tokens.shape[1]} tokens, where a {rows}x{cols} grid and "
-            f"{model.encoder.num_prefix_tokens} tokens without a place were expected"
+            f"{model.encoder.num_prefix_tokens} prefix tokens were expected",
+            label,
         )
 
 
@@ -221,18 +227,16 @@ def common_grid(grids: list[Grid]) -> Grid | None:
 
 
 # ---- the pass ------------------------------------------------------------------------------------------------------
-def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: Console) -> None:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: RunConsole) -> None:
     shared = common_grid([subject.grid for subject in subjects])
-    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} images")
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
+    with console.progress("{task.completed:,.0f}/{task.total:,.0f} images") as bar:
         task = bar.add_task("", total=sum(subject.images.passes for subject in subjects))
         for subject in subjects:
             bar.update(task, description=subject.label)
-            subject.model.to(device)
+            nn.Module.to(subject.model, device())
             advance = partial(bar.advance, task)
             subject.measured = measure(subject.model, subject.images, arguments, shared, advance)
-            subject.model.to("cpu")
+            nn.Module.to(subject.model, "cpu")
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
@@ -243,7 +247,7 @@ def collect(subjects: list[Subject], choice: Choice, data: DataArguments, argume
         "versions": versions(),
         "seed": arguments.seed,
         "data": {
-            "dataset": data.dataset or "Fashion-MNIST subset (shipped)",
+            "dataset": data.dataset or SHIPPED,
             "from": choice.note,
             "images": len(first.measured),
             "prototype_images": len(first.others) if first.others is not None else 0,
@@ -280,22 +284,22 @@ def describe(subject: Subject) -> dict:
 
 def between(subjects: list[Subject]) -> dict:
     """What measurements say of several encoders together: {measurement: its result}."""
-    found = {}
+    results = {}
     for name in subjects[0].measured:
         measured = {subject.label: subject.measured[name] for subject in subjects}
         present = {label: measurement for label, measurement in measured.items() if measurement.absent is None}
         result = MEASUREMENTS[name].compare(present)
         if result is not None:
-            found[name] = result
-    return found
+            results[name] = result
+    return results
 
 
 def save_examples(images: EncoderImages, folder: Path, count: int) -> list[str]:
     """Writes the first images as `example-<i>.png`, as the first encoder sees them; returns the files' names."""
-    count, names = min(count, len(images.measured)), []
+    count = min(count, len(images.measured))
     if count == 0:
-        return names
-    pixel_values, _ = next(images.batches(count))
+        return []
+    names, (pixel_values, _) = [], next(images.batches(count))
     shown = displayable(pixel_values, images.config.image_mean, images.config.image_std)
     for i, image in enumerate(shown):
         names.append(f"example-{i}.png")

@@ -51,7 +51,7 @@ def measure(
 
 def observe(model: MIMModel, pixel_values: Tensor, labels: Tensor | None, first: int, measurements: list) -> None:
     """Runs the encoder on one batch and shows it to the measurements; `first` is the number of its first image."""
-    size, prefix = pixel_values.shape[2:], model.encoder.num_prefix_tokens
+    size, prefix = (pixel_values.shape[2], pixel_values.shape[3]), model.encoder.num_prefix_tokens
     out = model(pixel_values, output_hidden_states=True)
     for i, state in enumerate(out.hidden_states):
         layer = patch_layer(state, model.encoder, size)
@@ -67,7 +67,7 @@ def observe(model: MIMModel, pixel_values: Tensor, labels: Tensor | None, first:
 def patch_layer(state: Tensor, encoder, size: tuple[int, int]) -> Layer:
     """A hidden state, tokens (batch, prefix + patches, dim) or a map (batch, dim, rows, cols), as patch tokens."""
     if state.ndim == 4:
-        return Layer(state.flatten(2).transpose(1, 2), tuple(state.shape[2:]))
+        return Layer(state.flatten(2).transpose(1, 2), (state.shape[2], state.shape[3]))
     (rows, cols), prefix = encoder.token_grid(*size), encoder.num_prefix_tokens
     if state.shape[1] == prefix + rows * cols:
         return Layer(state[:, prefix:], (rows, cols))

@@ -4,6 +4,7 @@ known here: see `token_diversity` in training/evaluation/metrics.py)."""
 import torch
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting
+from hf_mim.analysis.numbers import SHARE, percent
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.training.evaluation.metrics import diversity_of
 
@@ -11,19 +12,19 @@ from hf_mim.training.evaluation.metrics import diversity_of
 CURVES = {
     "raw": ("1 - mean cosine of two tokens", "token diversity", ""),
     "centred": ("the same, less the image's mean token", "token diversity, centred", ""),
-    "residual": ("norm of what differs from the mean token, over the norm of all", "rank residual", ""),
+    "residual": ("norm of what differs from the mean token, over the norm of all", "rank residual", SHARE),
 }
 
 
 def subsample(layer: Layer, grid: Grid) -> Layer:
     """The tokens nearest to the cell centres of a coarser grid; the layer itself where it has that grid. Taken, not
     averaged: averaging would make tokens alike. None is taken twice where the grid is not coarser."""
-    grid = tuple(min(wanted, there) for wanted, there in zip(grid, layer.grid))
+    grid = min(grid[0], layer.grid[0]), min(grid[1], layer.grid[1])
     if grid == layer.grid:
         return layer
     rows, cols = (
-        torch.tensor([(2 * i + 1) * there // (2 * wanted) for i in range(wanted)], device=layer.tokens.device)
-        for wanted, there in zip(grid, layer.grid)
+        torch.tensor([(2 * i + 1) * fine // (2 * coarse) for i in range(coarse)], device=layer.tokens.device)
+        for coarse, fine in zip(grid, layer.grid)
     )
     return Layer(layer.tokens[:, (rows[:, None] * layer.grid[1] + cols).flatten()], grid)
 
@@ -49,11 +50,12 @@ class TokenDiversity(Measurement):
         super().__init__(model, setting)
         self.averages, self.count = Averages(), 0
         rows, cols = setting.grid
+        self.grid = setting.common_grid or setting.grid
         if rows * cols < 4:
             self.absent = f"This encoder ends in {rows}x{cols} tokens, which is too few to compare them."
 
     def layer(self, index: int, layer: Layer) -> None:
-        layer = subsample(layer, self.setting.common_grid)
+        layer = subsample(layer, self.grid)
         self.averages.add("raw", index, diversity_of(layer.tokens, layer.norms))
         self.averages.add("centred", index, diversity_of(layer.centred, layer.centred_norms))
         total = layer.norms.norm(dim=1).clamp(min=1e-12)
@@ -63,7 +65,7 @@ class TokenDiversity(Measurement):
         self.count += len(seen.pixel_values)
 
     def result(self) -> dict:
-        (rows, cols), whole = self.setting.common_grid, self.setting.grid
+        (rows, cols), whole = self.grid, self.setting.grid
         compared = f"at {rows}x{cols} tokens" + (f", taken from {whole[0]}x{whole[1]}" * (whole != (rows, cols)))
         last = max(self.averages.sums["raw"])
         raw, residual = (self.averages.mean(name, last) for name in ("raw", "residual"))
@@ -71,7 +73,7 @@ class TokenDiversity(Measurement):
         return {
             "title": self.title,
             "summary": f"Compared {compared}: 1 - the mean cosine of two tokens is {before:.2f} before the first block "
-            f"and {raw:.2f} after the last, where {100 * residual:.0f} % of the norm of the tokens differs from their "
+            f"and {raw:.2f} after the last, where {percent(residual)} of the norm of the tokens differs from their "
             "mean.",
             "normal": self.normal,
             "images": self.count,
