@@ -16,9 +16,9 @@ from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.training.commands.dense import (
     NEITHER,
+    DenseProbeData,
     LinearReader,
     NeighbourReader,
-    Scenery,
     asks_for_dense,
     collect,
     constant,
@@ -62,7 +62,7 @@ def made_scenery(count=6, size=(8, 12), patches=10_000, **config):
     config = tiny_config(num_channels=1, **config)
     images = [(np.where(ids[i % 2] == 1, 200, 10 * i).astype(np.uint8)[None], ids[i % 2]) for i in range(count)]
     splits = MaskedSplits(images, images, images[:4], ["dark", "bright"], np.array([0.5, 0.5]), "made")
-    return Scenery(splits, config, size, (size[0] // 4, size[1] // 4), patches)
+    return DenseProbeData(splits, config, size, (size[0] // 4, size[1] // 4), patches)
 
 
 def test_labelled_patches_are_collected_with_their_tokens():
@@ -162,7 +162,7 @@ def test_probing_scenes_writes_table_numbers_and_picture(model, tmp_path, capsys
     with PIL.Image.open(tmp_path / "out/dense.png") as picture:
         assert picture.width > 5 * 128
     assert main(["probe", model, "task=dense", *words]) == 2
-    assert "holds another probing" in capsys.readouterr().err
+    assert "holds another run" in capsys.readouterr().err
 
 
 def test_a_convnet_on_photographs_of_several_sizes(tmp_path):

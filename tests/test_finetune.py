@@ -112,7 +112,7 @@ def test_a_run_leaves_everything_in_its_folder(finished, source):
     assert {path.name for path in folder.iterdir()} >= FILES and not (folder / "training_args.bin").exists()
     for name in ("confusion.png", "loss.png"):
         assert min(PIL.Image.open(folder / name).size) > 300
-    for words in (f"output folder: {folder}", "48 training images", "5 to choose the best by (held out from train)"):
+    for words in (f"output folder: {folder}", "48 training images", "5 validation images (held out from train)"):
         assert words in printed
     assert "40 to test on (split test)" in printed and "step 3 of 6, validation: loss" in printed
     assert f"# hf-mim finetune {source} {folder / 'recipe.yaml'}\n" in (folder / "recipe.yaml").read_text()
@@ -256,13 +256,13 @@ def test_two_processes_are_one_with_the_doubled_batch(source, tmp_path):
 # ---- what is trained -----------------------------------------------------------------------------------------------
 def test_lora_trains_additions_pooler_and_head(source, tmp_path, monkeypatch):
     before, made = [], spy_trainers(monkeypatch)
-    train = commands.train
+    train = commands.FinetuneRun.train
 
     def spy(run, trainer, save):
         before.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         train(run, trainer, save)
 
-    monkeypatch.setattr(classification, "train", spy)
+    monkeypatch.setattr(commands.FinetuneRun, "train", spy)
     folder = tmp_path / "run"
     printed = run(source, folder, "finetune.lora=true", "model.pooler=abmilp")
     assert f"the adapter alone: {folder}/adapter" in printed

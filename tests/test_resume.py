@@ -173,7 +173,7 @@ def run(*words, recipe="quick") -> str:
 def test_resume_says_what_it_does(tmp_path):
     folder = f"training.output_dir={tmp_path / 'run'}"
     printed = run(*RUN, folder, "training.resume=true")
-    assert f"no complete checkpoint in {tmp_path / 'run'}: from the beginning" in printed
+    assert f"no complete checkpoint in {tmp_path / 'run'}: starting from the beginning" in printed
     assert "resume" not in recipes.read(str(tmp_path / "run"))["training"]
     with pytest.raises(ValueError, match="holds another run .*training.resume=true"):
         run(*RUN, folder)
@@ -208,7 +208,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, monkey
         assert caught.value.code == 143
     assert handlers == [signal.getsignal(number) for number in saving.StopCallback.SIGNALS]
     last = out.getvalue().strip().splitlines()[-1]
-    assert last == f"stopped at step 5 of 12; go on with: hf-mim pretrain {tmp_path / 'run'} training.resume=true"
+    assert last == f"stopped at step 5 of 12; resume with: hf-mim pretrain {tmp_path / 'run'} training.resume=true"
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-5"
     assert (tmp_path / "run" / "model.safetensors").is_file()
     monkeypatch.undo()

@@ -303,7 +303,7 @@ def bad_folder(name: str, folder: Path) -> None:
         ("fine", ["data.streaming=true"], "data.streaming"),
         ("fine", ["finetune.mixup=0.8"], "finetune.mixup is for task=classification"),
         ("fine", ["model.image_size=30"], "30x30 is not divisible by the patch 4x4; 32x32 would be"),
-        ("fine", ["model.pooler=max"], "segmentation knows image_size, not pooler"),
+        ("fine", ["model.pooler=max"], "segmentation takes model.image_size only, not model.pooler"),
     ],
 )
 def test_bad_input_is_one_line(name, words, message, pretrained, tmp_path, capsys):

@@ -1,18 +1,53 @@
 """Loading what was trained before, with errors that say what was found instead."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.training.data.urls import LOCAL, is_url
+from hf_mim.training.errors import CheckpointError, RecipeError
+from hf_mim.training.foreign_errors import mismatch_reason
 from hf_mim.training.trainer.remote import fetch_model
 
 
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards
+
+
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """Around what makes a `MIMConfig`: a field of a wrong type becomes a `RecipeError` of one line.
+
+    Raises:
+        RecipeError: in place of the error of huggingface_hub, which is no ValueError.
+    """
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise RecipeError(" ".join(str(error).split()), "model") from None
+
+
+@contextmanager
+def weight_errors(source: str) -> Iterator[None]:
+    """Around what loads weights.
+
+    Raises:
+        CheckpointError: in place of the error of torch and transformers for weights of other shapes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise misfit(source, mismatch_reason(error)) from None
+
+
+def misfit(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"the weights of {source} do not fit this configuration: {reason}", source)
 
 
 def check_source(source: str) -> None:
@@ -85,11 +120,8 @@ def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTrainin
         ValueError: as of `load_config`, or the weights do not fit the changed config.
     """
     config = load_config(checkpoint, changes)
-    try:
+    with weight_errors(checkpoint):
         return MIMForPreTraining.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True)
-    except RuntimeError as error:  # how transformers reports weights of other shapes
-        reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line.lower()), str(error))
-        raise ValueError(f"the weights of {checkpoint} do not fit this configuration: {reason}") from None
 
 
 def model_type_of(source: str) -> str:

@@ -1,20 +1,32 @@
 """How every command speaks: plain lines, warnings, tables and progress bars, on one console."""
 
+from collections.abc import Iterable, Sequence
+
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Table
 from rich.text import Text
+
+
+IMAGES_DONE = "{task.completed:,.0f}/{task.total:,.0f} images"  # for `RunConsole.progress`
 
 
 class RunConsole:
     """Prints for people. Messages are text, never markup: a path with brackets is printed as it is, on one line.
 
     Args:
-        console: of rich; None is the terminal.
+        console: of rich, or another `RunConsole`; None is the terminal.
         quiet: print nothing, as every process but the first does.
     """
 
-    def __init__(self, console: Console | None = None, quiet: bool = False):
-        self.rich = Console(quiet=True) if quiet else console or Console()
+    def __init__(self, console: "Console | RunConsole | None" = None, quiet: bool = False):
+        rich = console.rich if isinstance(console, RunConsole) else console or Console()
+        self.rich = Console(quiet=True) if quiet else rich
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.rich.is_terminal
 
     def log(self, message: str, style: str = "") -> None:
         self.rich.print(Text(message, style=style), soft_wrap=True)
@@ -26,7 +38,28 @@ class RunConsole:
         """Prints a table or another thing that rich lays out."""
         self.rich.print(renderable, highlight=False)
 
+    def status(self, message: str) -> Status:
+        """A spinner beside a message, while the context lasts."""
+        return self.rich.status(message)
+
     def progress(self, counted: str = "") -> Progress:
-        """A bar that goes when it is done. `counted`: a format, such as `"{task.completed:,.0f} images"`."""
+        """A bar that goes when it is done; nothing where there is no terminal.
+
+        Args:
+            counted: a format, such as `"{task.completed:,.0f} images"`.
+        """
         texts = [TextColumn("{task.description}"), BarColumn(), *([TextColumn(counted)] if counted else [])]
-        return Progress(*texts, TimeRemainingColumn(compact=True), console=self.rich, transient=True)
+        left = TimeRemainingColumn(compact=True)
+        return Progress(*texts, left, console=self.rich, transient=True, disable=not self.is_terminal)
+
+
+def make_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, caption: str | None = None
+) -> Table:
+    """A table whose first column is text and whose other columns are numbers. Cells are text, never markup."""
+    table = Table(title=title and Text(title), caption=caption and Text(caption))
+    for index, name in enumerate(columns):
+        table.add_column(Text(name), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

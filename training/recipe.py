@@ -6,6 +6,7 @@ import enum
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -237,6 +238,11 @@ def parse_overrides(overrides: list[str]) -> dict:
                 raise ValueError(f"{override!r}: {name} already has the value {inner!r}")
         inner[names[-1]] = parse_yaml(text, override)
     return tree
+
+
+def expand_task(overrides: Sequence[str], section: str) -> list[str]:
+    """`task=dense`, which is short for `probe.task=dense`, in full."""
+    return [f"{section}.{word}" if word.startswith("task=") else word for word in overrides]
 
 
 def read_sections(overrides: list[str], **classes: type) -> tuple:

@@ -1,5 +1,7 @@
-"""What every run that trains has in common: its folder, where it goes on, how it ends, what it says of itself."""
+"""What the commands have in common: a run's folder, console and device, how it starts, resumes, ends and describes
+itself."""
 
+import json
 import os
 import platform
 import shlex
@@ -7,184 +9,348 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import accelerate
 import datasets
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
+from torch import nn
+from transformers import set_seed
 
+from hf_mim.modeling.options import Size, pair
 from hf_mim.training import recipe as recipes
+from hf_mim.training.console import RunConsole
+from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.data.urls import is_url
+from hf_mim.training.errors import FolderError, RecipeError
 from hf_mim.training.trainer.processes import Lookout
 from hf_mim.training.trainer.remote import RemoteRun
 from hf_mim.training.trainer.saving import StopCallback, last_checkpoint
+from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 
 
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
+SHIPPED = "Fashion-MNIST subset (shipped)"
+TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
 
 
-def find_checkpoint(console: Console, recipe: dict, folder: Path, remote: RemoteRun | None = None) -> Path | None:
-    """Where to resume, and says so; None, to start from the beginning, where there is no complete checkpoint."""
-    if remote is not None:
-        remote.fetch_last()
-    checkpoint = last_checkpoint(folder)
-    words = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: from the beginning"
-    console.print(words, highlight=False, soft_wrap=True)
-    if checkpoint is not None and (folder / "recipe.yaml").is_file():
-        before, now = flat(recipes.read(str(folder))), flat(recipe)
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            console.print(f"with other settings than before: {', '.join(changed)}", highlight=False, soft_wrap=True)
-    return checkpoint
+@dataclass(kw_only=True)
+class Run:
+    """A command that is set up and has written nothing yet.
+
+    Args:
+        recipe: {section: {key: value}}, checked.
+        arguments: the section of the command itself.
+        data: the section `data`.
+        folder: what the command writes into.
+        model: set when the data and the checkpoint are known.
+    """
+
+    recipe: dict
+    arguments: Any
+    data: DataArguments
+    folder: Path
+    console: RunConsole
+    model: nn.Module = field(init=False, repr=False)
+
+    @property
+    def location(self) -> str:
+        """Where people find the run: its folder, or its URL."""
+        return str(self.folder)
+
+    def describe(self, **lines: str) -> None:
+        """Prints what will run, a line for each keyword: `data="..."`."""
+        self.console.log("\n".join(f"{name.replace('_', '-')}: {line}" for name, line in lines.items()))
+
+    def log_next_steps(self, *lines: str) -> None:
+        """Prints what to look at and what to do next, and where everything is."""
+        for line in (*lines, f"output folder: {shlex.quote(self.location)}"):
+            self.console.log(line)
+
+    def write_json(self, name: str, results: dict, **options) -> None:
+        """Writes a file of results, with options of `json.dumps`. An older one stays until the new one is complete."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f"{name}.unfinished"
+        unfinished.write_text(json.dumps(results, **{"indent": 2, **options}) + "\n", encoding="utf-8")
+        unfinished.replace(self.folder / name)
 
 
-def flat(recipe: dict, start: str = "") -> dict:
-    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
-    found = {}
-    for key, value in recipe.items():
-        found |= flat(value, f"{start}{key}.") if isinstance(value, dict) else {f"{start}{key}": value}
-    return found
+@dataclass(kw_only=True)
+class TrainingRun(Run):
+    """A run that trains a model.
+
+    Args:
+        command: that resumes it: `pretrain` or `finetune`.
+        paper: what the recipe's header says of it.
+        remote: copies the run to a URL.
+        checkpoint: to resume from.
+    """
+
+    arguments: MIMTrainingArguments
+    command: str
+    paper: str = ""
+    remote: RemoteRun | None = None
+    checkpoint: Path | None = None
+
+    # ---- before ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def start(
+        cls, recipe: dict, arguments: MIMTrainingArguments, output_dir: str | None, stem: str, console, **fields
+    ) -> Self:
+        """Chooses the output folder, prints it, and seeds.
+
+        Args:
+            output_dir: what the user said; None makes a folder of `stem` and the date.
+
+        Raises:
+            FolderError: it holds another run that is not to be resumed, or is no folder.
+            Unreachable: the URL cannot be read.
+        """
+        for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
+            recipe["training"].pop(key, None)
+        console = RunConsole(console, quiet=arguments.process_index > 0)
+        remote = RemoteRun(output_dir, console.warn) if output_dir and is_url(output_dir) else None
+        folder = choose_shared_folder(output_dir, stem, arguments.resume, remote)
+        arguments.output_dir = str(folder)
+        console.log(f"output folder: {remote.url if remote else folder}")
+        set_seed(arguments.seed)
+        return cls(recipe=recipe, arguments=arguments, folder=folder, console=console, remote=remote, **fields)
+
+    def find_checkpoint(self) -> None:
+        """Chooses where to resume, and says so: from the beginning, where there is no complete checkpoint."""
+        if not self.arguments.resume:
+            return
+        if self.remote is not None:
+            self.remote.fetch_last()
+        self.checkpoint = last_checkpoint(self.folder)
+        if self.checkpoint is None:
+            self.console.log(f"no complete checkpoint in {self.folder}: starting from the beginning")
+            return
+        self.console.log(f"resuming from {self.checkpoint}")
+        if (self.folder / "recipe.yaml").is_file():
+            before, now = flatten(recipes.read(str(self.folder))), flatten(self.recipe)
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            if changed:
+                self.console.log(f"with other settings than before: {', '.join(changed)}")
+
+    def describe_training(self) -> str:
+        """Batch, learning rate and machine, on one line."""
+        arguments = self.arguments
+        line = f"total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}"
+        line += f", on {arguments.device.type}, {precision_of(arguments)}"
+        line += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
+        return line + (f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else "")
+
+    # ---- while it trains -------------------------------------------------------------------------------------------
+    def execute(self, train: Callable[[], TrainerT], finish: Callable[[TrainerT, float], None]) -> Path:
+        """Trains, then calls `finish(trainer, seconds of training)` in every process. Returns the folder."""
+        started = time.perf_counter()
+        with self.copying():
+            trainer = train()
+            seconds = time.perf_counter() - started
+            with self.watchdog():
+                finish(trainer, seconds)
+                trainer.accelerator.wait_for_everyone()
+        return self.folder
+
+    def train(self, trainer: MIMTrainer, save: Callable[[], None]) -> None:
+        """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on.
+
+        Raises:
+            SystemExit: with code 143 after SIGTERM, with 1 where another process is gone, which has been said.
+        """
+        stop = StopCallback(lambda: self.console.log("stopping after this step; saving"))
+        trainer.add_callback(stop)
+        if self.remote is not None:
+            trainer.add_callback(self.remote)
+        try:
+            with stop, self.watchdog():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
+            save()
+            self._log_stopped(trainer)
+            raise
+        with self.watchdog():
+            save()
+        if stop.stopped is not None:
+            self._log_stopped(trainer)
+            raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+
+    def copying(self) -> AbstractContextManager:
+        """Around what writes into the folder: at its end the URL has all of it, where there is one."""
+        return self.remote or nullcontext()
+
+    def watchdog(self) -> Lookout:
+        """A context in which the loss of another process ends the run with what is needed to resume."""
+
+        def how_to_resume() -> str:
+            last = last_checkpoint(self.folder)
+            found = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
+            return f"{found}; resume with: {self.resume_command}"
+
+        return Lookout(self.arguments.world_size, how_to_resume)
+
+    def _log_stopped(self, trainer: MIMTrainer) -> None:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        self.console.log(f"stopped at step {step} of {steps}; resume with: {self.resume_command}")
+
+    # ---- what it writes --------------------------------------------------------------------------------------------
+    @property
+    def location(self) -> str:
+        return str(self.folder if self.remote is None else self.remote.url)
+
+    @property
+    def resume_command(self) -> str:
+        words = f"{self.command} {shlex.quote(self.location)} training.resume=true"
+        processes = self.arguments.world_size
+        launcher = f"accelerate launch --num_processes {processes} ... -m hf_mim" if processes > 1 else "hf-mim"
+        return f"{launcher} {words}"
+
+    def save_recipe(self, command: str) -> None:
+        """Writes recipe.yaml before the first step: a run that is killed can be resumed by its folder alone.
+
+        Args:
+            command: that runs it again, up to the recipe.
+
+        Raises:
+            OSError: it cannot be written, here or at the URL.
+        """
+        comment = "The resolved recipe of this run. To run it again:\n"
+        comment += f"{command} {shlex.quote(f'{self.location}/recipe.yaml')}"
+        comment += f"\n\nPaper: {self.paper}" if self.paper else ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipes.save(self.recipe, self.folder / "recipe.yaml", comment)
+        if self.remote is not None:
+            self.remote.begin("recipe.yaml")
+
+    def save_model(self, trainer: MIMTrainer) -> None:
+        """Writes weights, config and processor. To be called in every process: sharded weights are gathered."""
+        trainer.save_model(str(self.folder))
+        if trainer.is_world_process_zero():
+            # A pickle; recipe.yaml says the same to people.
+            (self.folder / "training_args.bin").unlink(missing_ok=True)
+
+    def metadata(self, trainer: MIMTrainer, seconds: float) -> dict:
+        """What metrics.json says of any run: its length, speed, seed, machine and versions."""
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
+        return {
+            "final_loss": losses[-1] if losses else None,
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 1),
+            "images_per_second": round(speed, 1),
+            "seed": self.arguments.seed,
+            "device": self.arguments.device.type,
+            "precision": precision_of(self.arguments),
+            "processes": self.arguments.world_size,
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "versions": versions(),
+        }
 
 
-def remote_of(wanted: str | None, console: Console) -> RemoteRun | None:
-    """What copies the run, where `training.output_dir` is a URL.
+# ---- folders -------------------------------------------------------------------------------------------------------
+def choose_folder(output_dir: str | None, stem: str, traces: tuple[str, ...], key: str) -> Path:
+    """The output folder, not created yet: what the user said, else one of `stem` and the date.
+
+    Args:
+        traces: patterns of files that say that it holds a run already.
+        key: of the recipe, such as `probe.output_dir`.
 
     Raises:
-        ValueError: the URL cannot be used, or holds a secret.
+        FolderError: it is a file, or holds another run.
     """
-    if not is_url(wanted):
-        return None
-    return RemoteRun(wanted, lambda words: console.print(words, style="yellow", highlight=False, soft_wrap=True))
-
-
-def choose_folder(wanted: str | None, stem: str, resume: bool = False, remote: RemoteRun | None = None) -> Path:
-    """The output folder, the same in every process; not created yet. Of a run at a URL, where it works.
-
-    Raises:
-        ValueError: it holds another run that is not to be resumed, or is no folder.
-        Unreachable: the URL cannot be read.
-    """
-    chosen = [wanted or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"]
-    if accelerate.PartialState().num_processes > 1:
-        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
-    folder = place = Path(chosen[0]).expanduser() if remote is None else remote.folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output folder {folder} is a file")
-    found = next((path.name for trace in TRACES for path in folder.glob(trace)), None)
-    if found is None and remote is not None and not resume:
-        found, place = remote.traces(TRACES), remote.url
-    # Nobody may write before everybody has looked.
-    accelerate.PartialState().wait_for_everyone()
-    if found is not None and not resume:
-        raise ValueError(
-            f"{place} holds another run ({found}); choose another training.output_dir, or remove it, or go on with "
-            "it by training.resume=true"
+    folder = dated_folder(output_dir, stem)
+    if (trace := find_trace(folder, traces)) is not None:
+        raise FolderError(
+            f"{folder} holds another run ({trace}): choose another {key}, or remove that folder", str(folder)
         )
     return folder
 
 
-def place_of(run) -> str:
-    """What a run is called by: its URL, or its folder."""
-    return str(run.folder if run.remote is None else run.remote.url)
-
-
-def copied(run) -> AbstractContextManager:
-    """Around what writes into a run's folder: at its end the URL has all of it, where there is one."""
-    return run.remote or nullcontext()
-
-
-def save_recipe(run, command: str) -> None:
-    """Writes recipe.yaml before the first step: a run that is killed can be resumed by its folder alone.
-
-    Args:
-        run: has `recipe`, `folder`, `remote` (or None) and `paper`, what its header says of it.
-        command: that runs it again, up to the recipe.
+def choose_shared_folder(
+    output_dir: str | None, stem: str, resume: bool = False, remote: RemoteRun | None = None
+) -> Path:
+    """As of `choose_folder`, for training: the same in every process. Of a run at a URL, where it works.
 
     Raises:
-        OSError: it cannot be written, here or at the URL.
+        FolderError: it holds another run that is not to be resumed, or is no folder.
+        Unreachable: the URL cannot be read.
     """
-    command = f"{command} {shlex.quote(f'{place_of(run)}/recipe.yaml')}"
-    comment = f"The resolved recipe of this run. To run it again:\n{command}"
-    comment += f"\n\nPaper: {run.paper}" if run.paper else ""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recipes.save(run.recipe, run.folder / "recipe.yaml", comment)
-    if run.remote is not None:
-        run.remote.begin("recipe.yaml")
+    chosen = [str(dated_folder(output_dir, stem))]
+    if accelerate.PartialState().num_processes > 1:
+        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
+    folder = Path(chosen[0]) if remote is None else remote.folder
+    location, trace = str(folder), find_trace(folder, TRACES)
+    if trace is None and remote is not None and not resume:
+        location, trace = remote.url, remote.traces(TRACES)
+    # Nobody may write before everybody has looked.
+    accelerate.PartialState().wait_for_everyone()
+    if trace is not None and not resume:
+        raise FolderError(
+            f"{location} holds another run ({trace}): choose another training.output_dir, remove that folder, or "
+            "resume the run with training.resume=true",
+            location,
+        )
+    return folder
 
 
-def train_and_save(run, trainer, save: Callable[[], None], command: str) -> None:
-    """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on.
+def dated_folder(output_dir: str | None, stem: str) -> Path:
+    return Path(output_dir or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
 
-    Args:
-        run: has `folder`, `remote` and `checkpoint` (to resume from), or None, and `console`.
-        command: `pretrain` or `finetune`, which goes on with what was stopped.
+
+def find_trace(folder: Path, traces: tuple[str, ...]) -> str | None:
+    """The name of a file of another run; None without one.
 
     Raises:
-        SystemExit: with code 143 after SIGTERM, with 1 where another process is gone, which has been said.
+        FolderError: the folder is a file.
     """
-    stop = StopCallback(lambda: run.console.print("stopping after this step; saving", highlight=False))
-    trainer.add_callback(stop)
-    if run.remote is not None:
-        trainer.add_callback(run.remote)
-    try:
-        with stop, lookout(run, command):
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: the weights are all that can be saved
-        save()
-        say_stopped(run, trainer, command)
-        raise
-    with lookout(run, command):
-        save()
-    if stop.stopped is not None:
-        say_stopped(run, trainer, command)
-        raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"the output folder {folder} is a file", str(folder))
+    return next((path.name for trace in traces for path in folder.glob(trace)), None)
 
 
-def say_stopped(run, trainer, command: str) -> None:
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    words = f"stopped at step {step} of {steps}; go on with: {again(run, command)}"
-    run.console.print(words, highlight=False, soft_wrap=True)
+def name_of(source: str) -> str:
+    """What to call a checkpoint: the last part of its path or id."""
+    return Path(source).name or Path(source).absolute().name
 
 
-def again(run, command: str) -> str:
-    """What to type to go on with a run."""
-    words, processes = f"{command} {shlex.quote(place_of(run))} training.resume=true", run.arguments.world_size
-    launcher = f"accelerate launch --num_processes {processes} ... -m hf_mim" if processes > 1 else "hf-mim"
-    return f"{launcher} {words}"
+# ---- sections, machine and versions --------------------------------------------------------------------------------
+def flatten(recipe: dict, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
-def lookout(run, command: str) -> Lookout:
-    """A context in which the loss of another process ends the run with what is needed to go on."""
-
-    def how_to_go_on() -> str:
-        last = last_checkpoint(run.folder)
-        kept = f"the last complete checkpoint is {last}" if last else f"there is no complete checkpoint in {run.folder}"
-        return f"{kept}; go on with: {again(run, command)}"
-
-    return Lookout(run.arguments.world_size, how_to_go_on)
+def which_run(command: str) -> RecipeError:
+    """The error for `training.resume=true` without a run."""
+    return RecipeError(f"which run to resume? hf-mim {command} FOLDER training.resume=true", "training.resume")
 
 
-def facts(run, trainer, seconds: float) -> dict:
-    """What metrics.json says of any run: its length, speed, seed, machine and versions."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
-    return {
-        "final_loss": losses[-1] if losses else None,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "images_per_second": round(speed, 1),
-        "seed": run.arguments.seed,
-        "device": run.arguments.device.type,
-        "precision": "bf16" if run.arguments.bf16 else "float32",
-        "processes": run.arguments.world_size,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "versions": versions(),
-    }
+def dataset_title(data: DataArguments, shipped: str = SHIPPED) -> str:
+    return data.dataset or shipped
+
+
+def size_title(size: Size) -> str:
+    height, width = pair(size)
+    return f"{height}x{width}"
+
+
+def best_device() -> torch.device:
+    """The GPU or other accelerator, where there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def precision_of(arguments: MIMTrainingArguments) -> str:
+    return "bf16" if arguments.bf16 else "float32"
 
 
 def versions() -> dict[str, str]:

@@ -1,13 +1,12 @@
 """Fine-tuning a classifier: encoder, pooler and a linear head on labelled images."""
 
 import shlex
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from rich.table import Table
 from torch import Tensor
@@ -15,15 +14,17 @@ from torch import Tensor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
-from hf_mim.training.checkpoint import load_config, model_type_of, resolve
-from hf_mim.training.commands.finetune import FinetuneRun, train, write_results
+from hf_mim.training.checkpoint import config_errors, load_config, misfit, model_type_of, resolve, weight_errors
+from hf_mim.training.commands.finetune import FinetuneRun
+from hf_mim.training.console import make_table
 from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, balanced_weights, load_labelled_splits
 from hf_mim.training.data.pretraining import processor_for
+from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.evaluation import classification as evaluation
-from hf_mim.training.run import copied, lookout, place_of
+from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 from hf_mim.training.trainer.lora import ADAPTER, add_lora, save_adapted
@@ -41,31 +42,36 @@ def finetune_classification(run: FinetuneRun) -> Path:
     splits = load_labelled_splits(run.data, config, run.arguments.seed)
     weights = class_weights(run.options.class_weights, splits)
     model = load_classifier(run, config, state, splits.classes)
-    encoder = model.mim.encoder
     describe(run, model, splits)
-    if run.options.lora:
-        model = add_lora(model, run.options, run.source)
+    trainer = make_trainer(run, model, splits, weights)
+    return run.execute(lambda: train(run, trainer), partial(finish, run, splits))
+
+
+def make_trainer(
+    run: FinetuneRun, model: MIMForImageClassification, splits: LabelledSplits, weights: Tensor | None
+) -> FinetuneTrainer:
+    """The trainer of a classifier; `weights` are those of the classes."""
+    config, encoder = model.config, model.mim.encoder
+    run.model = add_lora(model, run.options, run.source) if run.options.lora else model
     run.arguments.metric_for_best_model = METRIC
-    trainer = FinetuneTrainer(
-        model=model,
+    return FinetuneTrainer(
+        model=run.model,
         args=run.arguments,
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         data_collator=ClassificationCollator(config, run.options, len(splits.classes)),
         processing_class=processor_for(config),
         compute_loss_func=ClassificationLoss(weights, run.options.label_smoothing),
-        compute_metrics=lambda found: evaluation.score(found.predictions, found.label_ids),
+        compute_metrics=lambda output: evaluation.score(output.predictions, output.label_ids),
         options=run.options,
         encoder=encoder,
-        console=run.console,
+        console=run.console.rich,
     )
-    started = time.perf_counter()
-    with copied(run):
-        train(run, trainer, partial(save, run, trainer))
-        with lookout(run, "finetune"):
-            finish(run, trainer, splits, time.perf_counter() - started)
-            trainer.accelerator.wait_for_everyone()
-    return run.folder
+
+
+def train(run: FinetuneRun, trainer: FinetuneTrainer) -> FinetuneTrainer:
+    run.train(trainer, partial(save, run, trainer))
+    return trainer
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -74,7 +80,8 @@ def classifier_config(run: FinetuneRun) -> tuple[MIMConfig, dict | None]:
     those of a checkpoint of this project are read with the model.
 
     Raises:
-        ValueError: there is no model, it is no image encoder, or the changes do not fit it.
+        CheckpointError: there is no model, or it is no image encoder.
+        ValueError: the changes do not fit it.
     """
     changes = {key: value for key, value in run.recipe["model"].items() if key != "init_from"}
     build, state = config_builder(run.source)
@@ -82,31 +89,33 @@ def classifier_config(run: FinetuneRun) -> tuple[MIMConfig, dict | None]:
         rate = {"encoder_config": {"drop_path_rate": run.options.drop_path}}
         try:
             return build(recipes.merge(changes, rate)), state
-        except ValueError as error:
-            if "drop_path_rate" not in str(error):
+        except OptionError as error:
+            if error.option != "drop_path_rate":
                 raise
         if run.options.drop_path:
-            run.console.print("this encoder has no drop path: finetune.drop_path is left out", highlight=False)
+            run.console.log("this encoder has no drop path: finetune.drop_path is left out")
     return build(changes), state
 
 
-def config_builder(source: str):
+def config_builder(source: str) -> tuple[Callable[[dict], MIMConfig], dict | None]:
     """-> a function from changes to a `MIMConfig`, and the weights of a model of transformers or None."""
     kind = model_type_of(source)
-    if kind == MIMConfig.model_type:
-        return partial(strict, partial(load_config, source)), None
+    native, state = ({}, None) if kind == MIMConfig.model_type else read_native(source, kind)
+
+    def build(changes: dict) -> MIMConfig:
+        with config_errors():
+            return MIMConfig(**recipes.merge(native, changes)) if native else load_config(source, changes)
+
+    return build, state
+
+
+def read_native(source: str, kind: str) -> tuple[dict, dict]:
+    """Fields of a `MIMConfig` for a model of transformers of type `kind`, and its weights."""
     try:
-        native, state = load_native(resolve(source))
+        return load_native(resolve(source))
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}") from error
-    return partial(strict, lambda changes: MIMConfig(**recipes.merge(native, changes))), state
-
-
-def strict(build, changes: dict) -> MIMConfig:
-    try:
-        return build(changes)
-    except StrictDataclassError as error:  # no ValueError of its own
-        raise ValueError(" ".join(str(error).split())) from None
+        message = f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}"
+        raise CheckpointError(message, source) from error
 
 
 def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, classes: list[str]):
@@ -125,10 +134,8 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
     if run.options.from_scratch or state is not None:
         model, keeps_head = MIMForImageClassification(config), False
         if not run.options.from_scratch:
-            try:
+            with weight_errors(run.source):
                 model.mim.encoder.load_native_state(state)
-            except RuntimeError as error:
-                raise misfit(run.source, str(error)) from None
     else:
         model = load_checkpoint(run.source, config)
     if not keeps_head:
@@ -140,45 +147,43 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
 
 
 def load_checkpoint(source: str, config: MIMConfig) -> MIMForImageClassification:
-    try:
-        model, found = MIMForImageClassification.from_pretrained(
+    """Raises:
+    CheckpointError: weights other than those of pooler and head are missing, or of another shape.
+    """
+    with weight_errors(source):
+        model, report = MIMForImageClassification.from_pretrained(
             resolve(source), config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except RuntimeError as error:
-        raise misfit(source, str(error)) from None
     new = ("classifier.", "mim.pooler.", "mim.pooled_norm.")
-    other = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]]
+    other = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]]
     lost = [f"{name} has another shape" for name in other if not name.startswith("classifier.")]
-    lost += [f"{name} is missing" for name in found["missing_keys"] if not name.startswith(new)]
+    lost += [f"{name} is missing" for name in report["missing_keys"] if not name.startswith(new)]
     if lost:
         raise misfit(source, sorted(lost)[0])
     return model
 
 
-def misfit(source: str, reason: str) -> ValueError:
-    line = next((line.strip() for line in reason.splitlines() if "mismatch" in line.lower()), reason)
-    return ValueError(f"the weights of {source} do not fit this configuration: {line}")
-
-
 # ---- the loss ------------------------------------------------------------------------------------------------------
-def class_weights(wanted: str | list[float] | None, splits: LabelledSplits) -> Tensor | None:
+def class_weights(choice: str | list[float] | None, splits: LabelledSplits) -> Tensor | None:
     """A weight per class (classes,), None where all count the same.
 
     Raises:
-        ValueError: there are not as many as classes, or they are no weights.
+        RecipeError: there are not as many as classes, or they are no weights.
     """
-    if wanted is None:
+    if choice is None:
         return None
-    if wanted == "balanced":
+    if choice == "balanced":
         return balanced_weights(splits.train.labels, len(splits.classes))
-    if len(wanted) != len(splits.classes):
-        raise ValueError(
-            f"finetune.class_weights has {len(wanted)} numbers for {len(splits.classes)} classes: "
-            f"{', '.join(splits.classes[:12])}{', ...' if len(splits.classes) > 12 else ''}"
+    if len(choice) != len(splits.classes):
+        raise RecipeError(
+            f"finetune.class_weights has {len(choice)} numbers for {len(splits.classes)} classes: "
+            f"{', '.join(splits.classes[:12])}{', ...' if len(splits.classes) > 12 else ''}",
+            "finetune.class_weights",
         )
-    weights = torch.tensor(wanted, dtype=torch.float32)
+    weights = torch.tensor(choice, dtype=torch.float32)
     if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise ValueError(f"finetune.class_weights must be positive numbers or 0, not {wanted}")
+        message = f"finetune.class_weights must be positive numbers or 0, not {choice}"
+        raise RecipeError(message, "finetune.class_weights")
     return weights
 
 
@@ -209,85 +214,70 @@ class ClassificationLoss:
 
 # ---- what is written and said --------------------------------------------------------------------------------------
 def describe(run: FinetuneRun, model: MIMForImageClassification, splits: LabelledSplits) -> None:
-    config, arguments, options = model.config, run.arguments, run.options
-    height, width = pair(config.image_size)
-    tested = "none to test on" if splits.test is None else f"{len(splits.test):,} to test on ({splits.notes['test']})"
-    how = "from scratch" if options.from_scratch else f"from {run.source}"
-    what = "pooler and head" if options.freeze else "LoRA, pooler and head" if options.lora else "all weights"
+    config, options, plain = model.config, run.options, FinetuneArguments()
+    test = "no test images" if splits.test is None else f"{len(splits.test):,} test images ({splits.notes['test']})"
+    start = "from scratch" if options.from_scratch else f"from {run.source}"
+    trained = "pooler and head" if options.freeze else "LoRA, pooler and head" if options.lora else "all weights"
     names = ("layer_decay", "drop_path", "mixup", "cutmix", "label_smoothing", "randaugment", "random_erasing", "ema")
-    plain = FinetuneArguments()
     used = [f"{name} {getattr(options, name)}" for name in names if getattr(options, name) != getattr(plain, name)]
-    where = f"{arguments.device.type}, {'bf16' if arguments.bf16 else 'float32'}"
-    where += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
-    where += f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else ""
-    run.console.print(
-        f"data: {run.data.dataset or 'Fashion-MNIST subset (shipped)'}, {len(splits.classes)} classes, "
-        f"{len(splits.train):,} training images at {height}x{width}, {len(splits.validation):,} to choose the best by "
-        f"({splits.notes['validation']}), {tested}\n"
-        f"model: {config.encoder} encoder {how}, {config.pooler} pooler, {model.num_parameters() / 1e6:.2f} M "
-        f"parameters\n"
-        f"fine-tuning: {what}{', ' if used else ''}{', '.join(used)}\n"
-        f"training: total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}, on {where}",
-        highlight=False,
-        soft_wrap=True,
+    run.describe(
+        data=f"{dataset_title(run.data)}, {len(splits.classes)} classes, {len(splits.train):,} training images at "
+        f"{size_title(config.image_size)}, {len(splits.validation):,} validation images "
+        f"({splits.notes['validation']}), {test}",
+        model=f"{config.encoder} encoder {start}, {config.pooler} pooler, "
+        f"{model.num_parameters() / 1e6:.2f} M parameters",
+        fine_tuning=", ".join([trained, *used]),
+        training=run.describe_training(),
     )
 
 
 def save(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     """Writes weights, config and processor: the averaged ones where there is an average."""
-    with trainer.averaged():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if not isinstance(model, PeftModel):
-            trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
-        elif trainer.is_world_process_zero():
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        run.save_model(trainer)
+    elif trainer.is_world_process_zero():
+        with trainer.averaged():
             save_adapted(model, run.folder)
-            trainer.processing_class.save_pretrained(run.folder)
-    if trainer.is_world_process_zero():
-        (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
+        trainer.processing_class.save_pretrained(run.folder)
 
 
-def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: LabelledSplits, seconds: float) -> None:
+def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, seconds: float) -> None:
     """Evaluates what was saved, in every process, and writes metrics.json and confusion.png in one."""
-    results = {"classes": splits.classes}
-    shown = {"validation": splits.validation, "test": splits.test}
-    for name, dataset in shown.items():
+    results: dict = {"classes": splits.classes}
+    for name, dataset in {"validation": splits.validation, "test": splits.test}.items():
         if dataset is None:
             continue
-        found = trainer.predict(dataset)
-        results[name] = {
-            "images": len(dataset),
-            "from": splits.notes[name],
-            **{key: round(value, 5) for key, value in evaluation.score(found.predictions, found.label_ids).items()},
-        }
-        matrix = evaluation.confusion_matrix(found.predictions, found.label_ids)
+        output = trainer.predict(dataset)
+        scores = evaluation.score(output.predictions, output.label_ids)
+        rounded = {key: round(value, 5) for key, value in scores.items()}
+        results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}
+        last, matrix = name, evaluation.confusion_matrix(output.predictions, output.label_ids)
     if not trainer.is_world_process_zero():
         return
-    results[list(results)[-1]]["confusion"] = matrix.tolist()
+    results[last]["confusion"] = matrix.tolist()
     evaluation.draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
     best = trainer.state.best_global_step if run.arguments.load_best_model_at_end else None
-    write_results(run, trainer, seconds, results | {"best_step": best, "chosen_by": f"validation {METRIC}"})
-    run.console.print(results_table(results))
-    say_what_next(run)
+    run.write_metrics(trainer, seconds, results | {"best_step": best, "chosen_by": f"validation {METRIC}"})
+    run.console.show(results_table(results))
+    folder = shlex.quote(run.location)
+    run.log_next_steps(
+        f"pictures: {folder}/confusion.png, {folder}/loss.png",
+        *([f"the adapter alone: {folder}/{ADAPTER}"] if run.options.lora else []),
+        f"next, share it: hf-mim push {folder} me/my-model",
+    )
 
 
 def results_table(results: dict) -> Table:
-    table = Table(title="the fine-tuned model, percent", caption="validation chose the checkpoint; test did not")
     titles = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "f1_macro": "F1, mean over the classes"}
-    columns = [name for name in ("validation", "test") if name in results]
-    table.add_column("")
-    for name in columns:
-        table.add_column(f"{name}, {results[name]['images']:,} images", justify="right")
-    for key, title in titles.items():
-        if key in results["validation"]:
-            table.add_row(title, *(f"{results[name][key]:.1f}" for name in columns))
-    return table
-
-
-def say_what_next(run: FinetuneRun) -> None:
-    folder = shlex.quote(place_of(run))
-    lines = [f"pictures: {folder}/confusion.png, {folder}/loss.png"]
-    if run.options.lora:
-        lines.append(f"the adapter alone: {folder}/{ADAPTER}")
-    lines += [f"next, share it: hf-mim push {folder} me/my-model", f"output folder: {folder}"]
-    for line in lines:
-        run.console.print(line, highlight=False, soft_wrap=True)
+    splits = [name for name in ("validation", "test") if name in results]
+    return make_table(
+        ("", *(f"{name}, {results[name]['images']:,} images" for name in splits)),
+        [
+            (title, *(f"{results[name][key]:.1f}" for name in splits))
+            for key, title in titles.items()
+            if key in results["validation"]
+        ],
+        title="the fine-tuned model, percent",
+        caption="validation chose the checkpoint; test did not",
+    )

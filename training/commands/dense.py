@@ -1,38 +1,42 @@
 """The command `probe` with `task=dense`: what the patch tokens of a frozen encoder say of the place that they see."""
 
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.encoder_base import patchify
+from hf_mim.modeling.encoder_base import Grid, patchify
+from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import Size, unknown_choice
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
-from hf_mim.training.commands.segmentation import SHOWN, input_size, predict
+from hf_mim.training.commands.segmentation import SCENES, SHOWN, input_size, predict
+from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.masked import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.data.urls import check_local
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.features import Features, choose_layers
 from hf_mim.training.evaluation.iou import IGNORE, intervals, pixel_counts, scores
 from hf_mim.training.evaluation.metrics import NEIGHBOURS, PENALTIES, TEMPERATURE, fit_logistic
 from hf_mim.training.plots.masks import draw_masks
-from hf_mim.training.run import versions
+from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, size_title, versions
 from hf_mim.training.trainer.trainer import has_bf16
 
 
 NEITHER = -1  # the label of a cell without a labelled pixel
 RAW_SIDE = 8  # pixels of a patch, where they stand for its token: beyond, their linear probe costs gigabytes
 BATCH = 16  # images encoded at once
+UNITS = ("pixels", "patches")  # that are counted
 READERS = {"linear": "linear", "knn": "k-NN"}
 PROTOCOL = {
     "patches": "A patch has the class of most labelled pixels in its cell; cells without one are left out.",
@@ -72,10 +76,31 @@ class DenseArguments:
 
     def __post_init__(self):
         if self.patches < 10:
-            raise ValueError(f"probe.patches must be at least 10, not {self.patches}")
+            raise RecipeError(f"probe.patches must be at least 10, not {self.patches}", "probe.patches")
 
 
-def probe_dense(source: str, overrides: list[str] = (), console: Console | None = None) -> Path:
+@dataclass(kw_only=True)
+class DenseProbe(Run):
+    """A dense probing that is set up."""
+
+    source: str
+    arguments: DenseArguments
+    model: MIMModel = field(repr=False)
+    layer: int
+    images: "DenseProbeData"
+
+    def readers(self) -> dict[str, Features | None]:
+        """{column: what reads the tokens of an encoder}; None for the raw pixels."""
+        encoders = {"trained": self.model}
+        if self.arguments.untrained:
+            encoders["untrained"] = untrained_twin(self.model).to(self.model.device)
+        norm, columns = self.arguments.apply_final_norm, {}
+        for column, encoder in encoders.items():
+            columns[column] = Features(encoder, [self.layer], None, False, norm, has_bf16())
+        return {**columns, "raw_pixels": None}
+
+
+def probe_dense(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:
     """Probes the patch tokens of a frozen encoder on masks and writes dense.json and dense.png into one folder.
 
     Args, returns: as of `probe`. Without `data.dataset` the masks are those of composed scenes.
@@ -83,60 +108,57 @@ def probe_dense(source: str, overrides: list[str] = (), console: Console | None 
     Raises:
         ValueError, OSError: something of the model, the data or the settings is wrong; nothing has been written.
     """
-    arguments, data = read_overrides(list(overrides))
-    console, started = console or Console(), time.perf_counter()
+    started = time.perf_counter()
+    run = set_up(source, overrides, console)
+    images = run.images
+    run.describe(
+        data=f"{dataset_title(run.data, SCENES)}, {len(images.train):,} training and {len(images.test):,} test images "
+        f"at {size_title(images.size)}, {images.classes} classes; patches {size_title(images.grid)} an image, "
+        f"{images.quota * len(images.train):,} training patches",
+    )
+    results = measure(images, run.readers(), run.layer, run.console)
+    write(run, results, time.perf_counter() - started)
+    run.console.show(results_table(results, images))
+    run.log_next_steps()
+    return run.folder
+
+
+def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole | None = None) -> DenseProbe:
+    """Checks everything that can be wrong, from the quickest to the slowest, and prints where results will be."""
+    console = RunConsole(console)
+    overrides = recipes.expand_task(overrides, "probe")
+    arguments, data = recipes.read_sections(overrides, probe=DenseArguments, data=DataArguments)
+    check_local("probe.output_dir", arguments.output_dir)
     model = load_encoder(source).float()
     size = input_size(model, arguments.image_size, data.dataset is None)
     (layer,) = choose_layers(model.encoder, [arguments.layer])
-    name = Path(source).name or Path(source).absolute().name
-    check_local("probe.output_dir", arguments.output_dir)
-    folder = Path(arguments.output_dir or f"outputs/dense-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
-    if (folder / "dense.json").exists():
-        raise ValueError(f"{folder} holds another probing; choose another probe.output_dir, or remove it")
-    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
-    splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console)
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    encoders = {"trained": model}
-    if arguments.untrained:
-        encoders["untrained"] = untrained_twin(model).to(model.device)
-    readers = {
-        column: Features(encoder, [layer], None, False, arguments.apply_final_norm, has_bf16())
-        for column, encoder in encoders.items()
-    }
-    scenes = Scenery(splits, model.config, size, model.encoder.token_grid(*size), arguments.patches)
-    console.print(
-        f"data: {data.dataset or 'scenes composed from the shipped images'}, {len(splits.train):,} training and "
-        f"{len(splits.test):,} test images at {size[0]}x{size[1]}, {len(splits.classes)} classes; patches "
-        f"{scenes.grid[0]}x{scenes.grid[1]} an image, {scenes.quota * len(splits.train):,} to learn from",
-        highlight=False,
-        soft_wrap=True,
+    folder = choose_folder(arguments.output_dir, f"dense-{name_of(source)}", ("dense.json",), "probe.output_dir")
+    console.log(f"output folder: {folder}")
+    splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console.rich)
+    return DenseProbe(
+        recipe=recipes.parse_overrides(overrides),
+        arguments=arguments,
+        data=data,
+        folder=folder,
+        console=console,
+        source=source,
+        model=model.to(best_device()),
+        layer=layer,
+        images=DenseProbeData(splits, model.config, size, model.encoder.token_grid(*size), arguments.patches),
     )
-    found = measure(scenes, {**readers, "raw_pixels": None}, layer, console)
-    write(folder, found, scenes, arguments, source, time.perf_counter() - started)
-    console.print(results_table(found, scenes))
-    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
-    return folder
 
 
-def asks_for_dense(overrides: list[str]) -> bool:
+def asks_for_dense(overrides: Sequence[str]) -> bool:
     """Whether a command line asks for this task: `task=dense`, or in full `probe.task=dense`.
 
     Raises:
-        ValueError: it asks for a task that there is not.
+        OptionError: it asks for an unknown task.
     """
-    asked = [word.partition("=")[2] for word in overrides if word.partition("=")[0] in ("task", "probe.task")]
-    for task in asked:
+    tasks = [word.partition("=")[2] for word in overrides if word.partition("=")[0] in ("task", "probe.task")]
+    for task in tasks:
         if task != "dense":
             raise unknown_choice("probe.task", task, ["dense"])
-    return bool(asked)
-
-
-def read_overrides(overrides: list[str]) -> tuple[DenseArguments, DataArguments]:
-    """Raises:
-    ValueError: an unknown section or key, or a value of another type.
-    """
-    words = [f"probe.{word}" if word.startswith("task=") else word for word in overrides]
-    return recipes.read_sections(words, probe=DenseArguments, data=DataArguments)
+    return bool(tasks)
 
 
 # ---- patches -------------------------------------------------------------------------------------------------------
@@ -154,14 +176,14 @@ def patch_labels(ids: np.ndarray, grid: tuple[int, int], classes: int) -> np.nda
     return np.where(counts.any(axis=1), counts.argmax(axis=1), NEITHER)
 
 
-class Scenery:
+class DenseProbeData:
     """The images and masks of a dense probing, the same for every encoder.
 
     Attributes:
         quota: how many labelled patches of a training image are kept at most.
     """
 
-    def __init__(self, splits: MaskedSplits, config: MIMConfig, size, grid: tuple[int, int], patches: int):
+    def __init__(self, splits: MaskedSplits, config: MIMConfig, size: tuple[int, int], grid: Grid, patches: int):
         self.splits, self.config, self.size, self.grid = splits, config, size, grid
         self.train, self.test = (MaskedDataset(split, config, size, False) for split in (splits.train, splits.test))
         self.quota = max(1, min(grid[0] * grid[1], patches // len(self.train)))
@@ -170,7 +192,7 @@ class Scenery:
     def classes(self) -> int:
         return len(self.splits.classes)
 
-    def batches(self, dataset: MaskedDataset):
+    def batches(self, dataset: MaskedDataset) -> Iterator[tuple[Tensor, list[np.ndarray]]]:
         """-> `pixel_values` (batch, channels, height, width), and the masks of the images, of their own sizes."""
         collate = SegmentationCollator(self.config)
         for start in range(0, len(dataset), BATCH):
@@ -188,20 +210,19 @@ def read_tokens(pixel_values: Tensor, features: Features | None, layer: int, gri
     return features(pixel_values)[f"tokens/{layer}"][:, prefix:].float().cpu()
 
 
-def collect(scenes: Scenery, features: Features | None, layer: int, advance) -> tuple[Tensor, Tensor, Tensor]:
+def collect(images: DenseProbeData, features: Features | None, layer: int, advance) -> tuple[Tensor, Tensor, Tensor]:
     """Training patches: tokens (patches, dim), labels (patches,), and the image that each is of (patches,)."""
-    tokens, labels, images, at = [], [], [], 0
-    for pixel_values, masks in scenes.batches(scenes.train):
-        for found, ids in zip(read_tokens(pixel_values, features, layer, scenes.grid), masks):
-            own = patch_labels(ids, scenes.grid, scenes.classes)
-            usable = np.flatnonzero(own != NEITHER)
-            kept = np.sort(np.random.default_rng((0, at)).permutation(usable)[: scenes.quota])
-            tokens.append(found[kept])
-            labels.append(torch.from_numpy(own[kept]))
-            images.append(torch.full((len(kept),), at))
-            at += 1
+    tokens, labels, sources = [], [], []
+    for pixel_values, masks in images.batches(images.train):
+        for image_tokens, ids in zip(read_tokens(pixel_values, features, layer, images.grid), masks):
+            number, classes = len(tokens), patch_labels(ids, images.grid, images.classes)
+            usable = np.flatnonzero(classes != NEITHER)
+            kept = np.sort(np.random.default_rng((0, number)).permutation(usable)[: images.quota])
+            tokens.append(image_tokens[kept])
+            labels.append(torch.from_numpy(classes[kept]))
+            sources.append(torch.full((len(kept),), number))
         advance(len(masks))
-    return torch.cat(tokens), torch.cat(labels), torch.cat(images)
+    return torch.cat(tokens), torch.cat(labels), torch.cat(sources)
 
 
 # ---- reading them out ----------------------------------------------------------------------------------------------
@@ -217,13 +238,14 @@ class LinearReader:
         self.axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors
         tokens = tokens @ self.axes
         held_out = images % 5 == 4
-        start, best = None, (-1.0, 1.0, None)
+        start: tuple[Tensor, Tensor] | None = None
+        best: tuple[float, float, tuple[Tensor, Tensor] | None] = (-1.0, 1.0, None)
         if held_out.any() and not held_out.all():
             for penalty in PENALTIES:
                 start = fit_logistic(tokens[~held_out], labels[~held_out], classes, penalty, start)
                 guesses = (tokens[held_out] @ start[0].T + start[1]).argmax(1)
                 counts = pixel_counts(guesses.numpy(), labels[held_out].numpy(), classes, NEITHER)
-                best = max(best, (scores(counts[None])["mean_iou"], penalty, start), key=lambda one: one[0])
+                best = max(best, (scores(counts[None])["mean_iou"], penalty, start), key=lambda trial: trial[0])
         self.penalty = best[1]
         self.weight, self.bias = fit_logistic(tokens, labels, classes, self.penalty, best[2])
 
@@ -241,128 +263,131 @@ class NeighbourReader:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(patches, dim) -> shares of the vote (patches, classes)."""
-        found = []
+        shares = []
         for part in F.normalize(tokens, dim=1).split(1000):
             similarity, nearest = (part @ self.tokens.T).topk(self.k)
             weights = ((similarity - similarity[:, :1]) / TEMPERATURE).exp()
             votes = torch.zeros(len(part), self.classes).scatter_add_(1, self.labels[nearest], weights)
-            found.append(votes / votes.sum(1, keepdim=True))
-        return torch.cat(found)
+            shares.append(votes / votes.sum(1, keepdim=True))
+        return torch.cat(shares)
 
 
-def measure(scenes: Scenery, columns: dict[str, Features | None], layer: int, console: Console) -> dict:
+Reader = LinearReader | NeighbourReader
+
+
+def measure(images: DenseProbeData, columns: dict[str, Features | None], layer: int, console: RunConsole) -> dict:
     """{column: {reader: {"pixels", "patches": counts (images, 3, classes), "maps": of the first images}}}."""
-    found, total = {}, len(columns) * (len(scenes.train) + len(scenes.test))
-    with Progress(
-        "{task.description}",
-        BarColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=total)
+    results = {}
+    with console.progress() as bar:
+        task = bar.add_task("", total=len(columns) * (len(images.train) + len(images.test)))
+        advance = partial(bar.advance, task)
         for column, features in columns.items():
-            bar.update(task, description=f"encoding, {column.replace('_', ' ')}")
-            learned = collect(scenes, features, layer, lambda images: bar.advance(task, images))
-            bar.update(task, description=f"fitting, {column.replace('_', ' ')}")
-            readers = {"linear": LinearReader, "knn": NeighbourReader}
-            readers = {name: kind(*learned, scenes.classes) for name, kind in readers.items()}
-            bar.update(task, description=f"testing, {column.replace('_', ' ')}")
-            found[column] = test(scenes, features, layer, readers, lambda images: bar.advance(task, images))
-    return found
+            title = column.replace("_", " ")
+            bar.update(task, description=f"encoding, {title}")
+            patches = collect(images, features, layer, advance)
+            bar.update(task, description=f"fitting, {title}")
+            readers: dict[str, Reader] = {
+                "linear": LinearReader(*patches, images.classes),
+                "knn": NeighbourReader(*patches, images.classes),
+            }
+            bar.update(task, description=f"testing, {title}")
+            results[column] = test(images, features, layer, readers, advance)
+    return results
 
 
-def test(scenes: Scenery, features: Features | None, layer: int, readers: dict, advance) -> dict:
+def test(images: DenseProbeData, features: Features | None, layer: int, readers: dict[str, Reader], advance) -> dict:
     """Of every reader the counts of the test images, by patches and by pixels, and its first maps."""
-    found = {name: {"pixels": [], "patches": [], "maps": []} for name in readers}
-    for pixel_values, masks in scenes.batches(scenes.test):
-        tokens = read_tokens(pixel_values, features, layer, scenes.grid)
+    results: dict[str, dict] = {name: {"pixels": [], "patches": [], "maps": []} for name in readers}
+    for pixel_values, masks in images.batches(images.test):
+        tokens = read_tokens(pixel_values, features, layer, images.grid)
         for name, reader in readers.items():
-            logits = reader(tokens.flatten(0, 1)).view(len(masks), *scenes.grid, -1)
-            for one, ids in zip(logits, masks):
-                predicted = predict(one.permute(2, 0, 1), ids.shape).numpy()
-                labels = patch_labels(ids, scenes.grid, scenes.classes)
-                guesses = one.argmax(-1).flatten().numpy()
-                found[name]["pixels"].append(pixel_counts(predicted, ids, scenes.classes))
-                found[name]["patches"].append(pixel_counts(guesses, labels, scenes.classes, NEITHER))
-                if len(found[name]["maps"]) < SHOWN:
-                    found[name]["maps"].append(predicted)
+            logits = reader(tokens.flatten(0, 1)).view(len(masks), *images.grid, -1)
+            for image_logits, ids in zip(logits, masks):
+                predicted = predict(image_logits.permute(2, 0, 1), ids.shape).numpy()
+                labels = patch_labels(ids, images.grid, images.classes)
+                guesses = image_logits.argmax(-1).flatten().numpy()
+                results[name]["pixels"].append(pixel_counts(predicted, ids, images.classes))
+                results[name]["patches"].append(pixel_counts(guesses, labels, images.classes, NEITHER))
+                if len(results[name]["maps"]) < SHOWN:
+                    results[name]["maps"].append(predicted)
         advance(len(masks))
-    for entry in found.values():
-        entry.update({of: np.stack(entry[of]) for of in ("pixels", "patches")})
-    return found
+    for entry in results.values():
+        entry.update({unit: np.stack(entry[unit]) for unit in UNITS})
+    return results
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
-def write(folder: Path, found: dict, scenes: Scenery, arguments: DenseArguments, source: str, seconds: float) -> None:
-    """Writes dense.json and dense.png."""
-    results = {
+def write(run: DenseProbe, counted: dict, seconds: float) -> None:
+    """Writes dense.json and dense.png; `counted` as of `measure`."""
+    images = run.images
+    results: dict = {
         column: {
-            name: {of: {**scores(entry[of]), "intervals": intervals(entry[of])} for of in ("pixels", "patches")}
+            name: {unit: {**scores(entry[unit]), "intervals": intervals(entry[unit])} for unit in UNITS}
             for name, entry in readers.items()
         }
-        for column, readers in found.items()
+        for column, readers in counted.items()
     }
-    if "untrained" in found:
+    if "untrained" in counted:
+        trained, untrained = counted["trained"], counted["untrained"]
         results["trained_minus_untrained"] = {
-            name: {
-                of: intervals(found["trained"][name][of], found["untrained"][name][of]) for of in ("pixels", "patches")
-            }
-            for name in READERS
+            name: {unit: intervals(trained[name][unit], untrained[name][unit]) for unit in UNITS} for name in READERS
         }
     results |= {
-        "most_frequent_class": constant(found["trained"]["linear"]["pixels"], scenes.splits.shares),
-        "model": source,
-        "layer": arguments.layer,
-        "classes": scenes.splits.classes,
-        "image_size": list(scenes.size),
-        "grid": list(scenes.grid),
-        "train_images": len(scenes.train),
-        "test_images": len(scenes.test),
-        "test": scenes.splits.note,
+        "most_frequent_class": constant(counted["trained"]["linear"]["pixels"], images.splits.shares),
+        "model": run.source,
+        "layer": run.arguments.layer,
+        "classes": images.splits.classes,
+        "image_size": list(images.size),
+        "grid": list(images.grid),
+        "train_images": len(images.train),
+        "test_images": len(images.test),
+        "test": images.splits.note,
         "protocol": PROTOCOL,
         "seconds": round(seconds, 1),
         "versions": versions(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    images, masks = map(list, zip(*(scenes.splits.test[i] for i in range(min(SHOWN, len(scenes.test)))), strict=True))
-    maps = {"linear probe": found["trained"]["linear"]["maps"], "k-NN": found["trained"]["knn"]["maps"]}
-    if "untrained" in found:
-        maps["linear, untrained"] = found["untrained"]["linear"]["maps"]
-    draw_masks(images, masks, maps, scenes.splits.classes).save(folder / "dense.png")
-    (folder / "dense.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    draw_examples(images, counted, run.folder / "dense.png")
+    run.write_json("dense.json", results)
+
+
+def draw_examples(data: DenseProbeData, counted: dict, path: Path) -> None:
+    """dense.png: the first test images, their masks, and what is read from the tokens of each encoder."""
+    examples = [data.splits.test[i] for i in range(min(SHOWN, len(data.test)))]
+    images, masks = map(list, zip(*examples, strict=True))
+    maps = {"linear probe": counted["trained"]["linear"]["maps"], "k-NN": counted["trained"]["knn"]["maps"]}
+    if "untrained" in counted:
+        maps["linear, untrained"] = counted["untrained"]["linear"]["maps"]
+    draw_masks(images, masks, maps, data.splits.classes).save(path)
 
 
 def constant(counts: np.ndarray, shares: np.ndarray) -> dict[str, float]:
     """The scores of saying everywhere what most training pixels are; `counts` (images, 3, classes) are of any
     prediction."""
-    most, true = int(shares.argmax()), counts[:, 2]
+    frequent, true = int(shares.argmax()), counts[:, 2]
     blind = np.zeros_like(counts)
-    blind[:, 2], blind[:, 0, most], blind[:, 1, most] = true, true[:, most], true.sum(axis=1)
+    blind[:, 2], blind[:, 0, frequent], blind[:, 1, frequent] = true, true[:, frequent], true.sum(axis=1)
     return scores(blind)
 
 
-def results_table(found: dict, scenes: Scenery) -> Table:
-    blind = constant(found["trained"]["linear"]["pixels"], scenes.splits.shares)["mean_iou"]
-    table = Table(
-        title="masks from frozen patch tokens, percent",
-        caption=f"{len(scenes.test):,} test images; intervals over images, 95 percent. Everywhere the most frequent "
-        f"class: mean IoU {blind:.1f}",
-    )
-    table.add_column("")
-    for column in found:
-        table.add_column(column.replace("_", " "), justify="right")
-    rows = [
+def results_table(counted: dict, images: DenseProbeData) -> Table:
+    blind = constant(counted["trained"]["linear"]["pixels"], images.splits.shares)["mean_iou"]
+    measures = [
         ("mean_iou", "mean IoU", "pixels"),
         ("pixel_accuracy", "accuracy", "pixels"),
         ("mean_iou", "patch IoU", "patches"),
     ]
-    for name, words in READERS.items():
-        for key, title, of in rows:
-            cells = [cell(readers[name][of], key) for readers in found.values()]
-            table.add_row(f"{words}, {title}", *cells)
-    return table
+    return make_table(
+        ("", *(column.replace("_", " ") for column in counted)),
+        [
+            (f"{reader_title}, {title}", *(cell(readers[name][unit], key) for readers in counted.values()))
+            for name, reader_title in READERS.items()
+            for key, title, unit in measures
+        ],
+        title="masks from frozen patch tokens, percent",
+        caption=f"{len(images.test):,} test images; intervals over images, 95 percent. Everywhere the most frequent "
+        f"class: mean IoU {blind:.1f}",
+    )
 
 
 def cell(counts: np.ndarray, key: str) -> str:

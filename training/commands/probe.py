@@ -1,15 +1,18 @@
-"""The command `probe`: what a frozen encoder is worth, and how to read it out."""
+"""The command `probe`: evaluate a frozen encoder behind several poolers."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hf_mim.training.checkpoint import untrained_twin
 from hf_mim.training.commands import probe_report
 from hf_mim.training.commands.dense import asks_for_dense, probe_dense
 from hf_mim.training.commands.probe_setup import Probe, set_up
+from hf_mim.training.console import IMAGES_DONE, RunConsole
+from hf_mim.training.errors import FolderError
 from hf_mim.training.evaluation import probe_scores
 from hf_mim.training.evaluation.feature_store import weights_hash
 from hf_mim.training.evaluation.features import (
@@ -26,7 +29,7 @@ from hf_mim.training.evaluation.heads import Group, Trained, test_heads, train_h
 from hf_mim.training.trainer.trainer import has_bf16
 
 
-def probe(source: str, overrides: list[str] = (), console: Console | None = None) -> Path:
+def probe(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:
     """Probes a frozen encoder and writes everything into one folder.
 
     Args:
@@ -43,24 +46,24 @@ def probe(source: str, overrides: list[str] = (), console: Console | None = None
     """
     if asks_for_dense(overrides):
         return probe_dense(source, overrides, console)
-    run = set_up(source, list(overrides), console or Console())
+    run = set_up(source, overrides, console)
     started = time.perf_counter()
     try:
         results = measure(run)
     except KeyboardInterrupt:
-        words = "stopped" if run.arguments.uncached else f"stopped; what was encoded stays in {run.cache}"
-        run.console.print(f"{words}; go on with: {run.command}", highlight=False, soft_wrap=True)
+        kept = "" if run.arguments.uncached else f"; the features so far stay in {run.cache}"
+        run.console.log(f"stopped{kept}; resume with: {run.command}")
         raise
     results["seconds"] = round(time.perf_counter() - started, 1)
     probe_report.write(results, run)
-    run.console.print(f"output folder: {run.folder}", highlight=False, soft_wrap=True)
+    run.log_next_steps()
     return run.folder
 
 
 # ---- encoding ------------------------------------------------------------------------------------------------------
 def make_features(run: Probe, model) -> Features:
     poolers = None
-    if run.kept:
+    if run.vectors_only:
         scored = [PoolerChoice(name, name, {}) for name in probe_scores.POOLINGS]
         scored = [choice for choice in scored if choice.name != "cls" or model.encoder.has_cls_token]
         poolers = list({choice.name: choice for choice in [*scored, *run.choices]}.values())
@@ -71,16 +74,16 @@ def make_features(run: Probe, model) -> Features:
 
 def make_plans(run: Probe, models: dict) -> dict:
     """{column: {split: files}}; see `plan`."""
-    found = {}
+    plans = {}
     for column, model in models.items():
         features = make_features(run, model)
-        said = probe_report.describe_encoder(model, weights_hash(model))
+        key = probe_report.describe_encoder(model, weights_hash(model))
         title = run.title if column == "trained" else f"{run.title}-untrained"
         views = {"train": run.arguments.views, "test": 1}
-        found[column] = {
-            split: plan(features, images, views[split], run.cache, said, title) for split, images in run.images.items()
+        plans[column] = {
+            split: plan(features, images, views[split], run.cache, key, title) for split, images in run.images.items()
         }
-    return found
+    return plans
 
 
 def encode(run: Probe, models: dict) -> dict:
@@ -95,17 +98,20 @@ def encode(run: Probe, models: dict) -> dict:
             column: {s: UncachedSource(make_features(run, model), run.images[s], views[s]) for s in run.images}
             for column, model in models.items()
         }
-    run.kept = not any(is_learned(choice, run.model) for choice in run.choices)
+    run.vectors_only = not any(is_learned(choice, run.model) for choice in run.choices)
     plans = fit_disk(run, models, make_plans(run, models))
-    with progress(run.console, "{task.completed:,.0f}/{task.total:,.0f} images") as bar:
+    with run.console.progress(IMAGES_DONE) as bar:
         for column, by_split in plans.items():
             features = make_features(run, models[column])
             for split, files in by_split.items():
                 left = sum(max(file.count - file.done for file in view.values()) for view in files)
                 task = bar.add_task(f"encoding, {column}, {split}", total=max(left, 1), visible=left > 0)
-                fill(files, features, run.images[split], run.arguments.workers, lambda n, t=task: bar.advance(t, n))
+                fill(files, features, run.images[split], run.arguments.workers, partial(bar.advance, task))
     device = run.model.device
-    return {column: {s: CachedSource(files, device) for s, files in found.items()} for column, found in plans.items()}
+    return {
+        column: {split: CachedSource(files, device) for split, files in by_split.items()}
+        for column, by_split in plans.items()
+    }
 
 
 def is_learned(choice: PoolerChoice, model) -> bool:
@@ -123,30 +129,24 @@ def fit_disk(run: Probe, models: dict, plans: dict) -> dict:
         return sum(missing_bytes(files) for by_split in of.values() for files in by_split.values())
 
     needed, free = amount(plans), free_bytes(run.cache)
-    what = "vectors of poolers without parameters" if run.kept else "tokens"
+    what = "vectors of poolers without parameters" if run.vectors_only else "tokens"
     numbers = f"{probe_report.size(needed)} in {run.cache}, where {probe_report.size(free)} are free"
     if needed > free:
         fixed = [choice for choice in run.choices if not is_learned(choice, run.model)]
-        if run.kept or run.arguments.poolers is not None or not fixed:
+        if run.vectors_only or run.arguments.poolers is not None or not fixed:
             names = ", ".join(choice.name for choice in fixed) or "cls, mean, max"
-            raise ValueError(
+            raise FolderError(
                 f"the {what} need {numbers}: set probe.cache to a larger disk, take fewer probe.layers or probe.views, "
-                f"set probe.untrained=false, or choose probe.poolers from those without parameters ({names})"
+                f"set probe.untrained=false, or choose probe.poolers from those without parameters ({names})",
+                str(run.cache),
             )
-        run.console.print(f"the tokens need {numbers}", style="yellow", highlight=False, soft_wrap=True)
-        run.choices, run.kept = fixed, True
+        run.console.warn(f"the tokens need {numbers}")
+        run.choices, run.vectors_only = fixed, True
         names = ", ".join(choice.name for choice in fixed)
-        words = f"so only pooled vectors are kept, and only the poolers without parameters are tried: {names}"
-        run.console.print(words, style="yellow", highlight=False, soft_wrap=True)
+        run.console.warn(f"so only pooled vectors are kept, and only the poolers without parameters are tried: {names}")
         return fit_disk(run, models, make_plans(run, models))
-    words = f"{what}: {numbers}" if needed else f"{what}: all of them are in {run.cache} already"
-    run.console.print(words, highlight=False, soft_wrap=True)
+    run.console.log(f"{what}: {numbers}" if needed else f"{what}: all of them are in {run.cache} already")
     return plans
-
-
-def progress(console: Console, counted: str = "") -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), *([TextColumn(counted)] if counted else [])]
-    return Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -179,22 +179,24 @@ def probe_encoder(run: Probe, column: str, model, sides: dict) -> tuple[dict, li
 def probe_poolers(run: Probe, column: str, model, sides: dict) -> tuple[dict, list[Trained], dict]:
     """Trains the poolers. -> {pooler: what is said of its best setting}, all heads, {(pooler, layer): group}"""
     places = [(choice, layer) for choice in run.choices for layer in run.layers]
-    groups = {(choice.name, layer): Group(choice, layer, model, run.kept) for choice, layer in places}
+    groups = {(choice.name, layer): Group(choice, layer, model, run.vectors_only) for choice, layer in places}
     trained = train_seeds(run, column, groups, sides["train"])
-    best, heads = choose_settings(trained), {}
-    for one in (one for members in best.values() for one in members):
-        heads.setdefault(groups[one.name, one.layer], []).append(one)
+    best = choose_settings(trained)
+    heads: dict[Group, list[Trained]] = {}
+    for head in (head for members in best.values() for head in members):
+        heads.setdefault(groups[head.name, head.layer], []).append(head)
     right = test_heads(sides["test"], run.images["test"].labels, heads, run.arguments.batch_size)
     return {name: probe_report.entry(members, right) for name, members in best.items()}, trained, groups
 
 
 def train_seeds(run: Probe, column: str, groups: dict, source) -> list[Trained]:
     """Everything with the first seed, then the best setting of each pooler with the others."""
-    arguments, labels, trained = run.arguments, run.images["train"].labels, []
+    arguments, labels = run.arguments, run.images["train"].labels
+    trained: list[Trained] = []
     rates = dict.fromkeys(groups.values(), arguments.learning_rates)
-    with progress(run.console) as bar:
+    with run.console.progress() as bar:
         for seed in arguments.seeds:
-            heads = sum(len(of) for of in rates.values())
+            heads = sum(map(len, rates.values()))
             task = bar.add_task(f"training, {column}, seed {seed}, {heads} heads", total=1)
             trained += train_heads(
                 source,
@@ -204,20 +206,20 @@ def train_seeds(run: Probe, column: str, groups: dict, source) -> list[Trained]:
                 run.schedule,
                 arguments.validation,
                 seed,
-                lambda share, task=task: bar.advance(task, share),
+                partial(bar.advance, task),
             )
             if seed == arguments.seeds[0]:
                 best = [members[0] for members in choose_settings(trained).values()]
-                rates = {groups[one.name, one.layer]: [one.learning_rate] for one in best}
+                rates = {groups[head.name, head.layer]: [head.learning_rate] for head in best}
     return trained
 
 
 def choose_settings(trained: list[Trained]) -> dict[str, list[Trained]]:
     """{pooler: its heads, one for each seed, of the layer and learning rate that did best on the held-out images of the
     first seed}."""
-    best = {}
-    for one in (one for one in trained if one.seed == trained[0].seed):
-        found = best.get(one.name)
-        if found is None or (one.accuracy, -one.loss) > (found.accuracy, -found.loss):
-            best[one.name] = one
-    return {name: [one for one in trained if one.setting == found.setting] for name, found in best.items()}
+    best: dict[str, Trained] = {}
+    for head in (head for head in trained if head.seed == trained[0].seed):
+        leader = best.get(head.name)
+        if leader is None or (head.accuracy, -head.loss) > (leader.accuracy, -leader.loss):
+            best[head.name] = head
+    return {name: [head for head in trained if head.setting == leader.setting] for name, leader in best.items()}

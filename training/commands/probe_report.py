@@ -1,6 +1,5 @@
-"""What a probing found: the table, probe.json and the pictures."""
+"""The results of a probing: the table, probe.json and the pictures."""
 
-import json
 import textwrap
 from pathlib import Path
 
@@ -10,13 +9,21 @@ from rich.table import Table
 from torch import Tensor
 
 import hf_mim
+from hf_mim.training.commands.probe_setup import Probe
+from hf_mim.training.console import make_table
+from hf_mim.training.evaluation.heads import Trained
 from hf_mim.training.evaluation.probe_scores import POOLINGS, PROTOCOL, SHARES, SHOTS, bootstrap, weights_over_images
 from hf_mim.training.plots import pictures
-from hf_mim.training.run import versions
+from hf_mim.training.run import dataset_title, versions
 
 
-POOLING_WORDS = {"mean": "mean of the patches", "cls": "class token"}
+POOLING_TITLES = {"mean": "mean of the patches", "cls": "class token"}
 COLUMNS = {"trained": "tab:blue", "untrained": "tab:gray", "raw_pixels": "tab:olive"}
+RECORDED = (  # of `ProbeArguments`, in probe.json
+    *("views", "epochs", "patience", "batch_size", "optimizer"),
+    *("weight_decay", "validation", "apply_final_norm", "uncached"),
+)
+COLUMN_TITLES = {"trained": "trained encoder", "untrained": "the same untrained", "raw_pixels": "raw pixels"}
 EXAMPLES = 8  # images in attention.png
 ATTENTION_NOTE = (
     "Bright: patches that count most for the pooler's vector (its weights, the mean over heads or queries), from zero "
@@ -24,7 +31,7 @@ ATTENTION_NOTE = (
 )
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------------------------
 def size(count: float) -> str:
     """Bytes, for people."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
@@ -38,60 +45,57 @@ def describe_encoder(model, weights: str) -> dict:
     return {"weights": weights, **{name: getattr(config, name) for name in fields}, "made by": made_by}
 
 
-def describe(run) -> None:
+def describe(run: Probe) -> None:
     """Prints what will be done."""
-    arguments, names = run.arguments, ", ".join(choice.name for choice in run.choices)
+    arguments = run.arguments
     views = f", {arguments.views} views" if arguments.views > 1 else ""
-    run.console.print(
-        f"data: {run.data.dataset or 'Fashion-MNIST subset (shipped)'}, {len(run.images['train']):,} training images"
-        f"{views}, {len(run.images['test']):,} test images ({run.splits.note})\n"
-        f"model: {run.source}, {run.model.config.encoder} encoder, "
-        f"{run.model.num_parameters() / 1e6:.2f} M parameters\n"
-        f"poolers: {names}; layers {', '.join(map(str, run.layers))}; learning rates "
-        f"{', '.join(f'{rate:g}' for rate in arguments.learning_rates)}; seeds {', '.join(map(str, arguments.seeds))}",
-        highlight=False,
-        soft_wrap=True,
+    run.describe(
+        data=f"{dataset_title(run.data)}, {len(run.images['train']):,} training images{views}, "
+        f"{len(run.images['test']):,} test images ({run.splits.note})",
+        model=f"{run.source}, {run.model.config.encoder} encoder, {run.model.num_parameters() / 1e6:.2f} M parameters",
+        poolers=f"{', '.join(choice.name for choice in run.choices)}; layers {', '.join(map(str, run.layers))}; "
+        f"learning rates {', '.join(f'{rate:g}' for rate in arguments.learning_rates)}; "
+        f"seeds {', '.join(map(str, arguments.seeds))}",
     )
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
-def entry(members: list, right: dict[int, Tensor]) -> dict:
-    """What is said of a pooler's best setting; `members` are its heads, one for each seed."""
-    one = members[0]
+def entry(members: list[Trained], right: dict[int, Tensor]) -> dict:
+    """The results of a pooler's best setting; `members` are its heads, one for each seed."""
+    first = members[0]
     return {
         **bootstrap(torch.stack([right[id(member)] for member in members])),
         "seeds": [100 * right[id(member)].double().mean().item() for member in members],
-        "layer": one.layer,
-        "learning_rate": one.learning_rate,
+        "layer": first.layer,
+        "learning_rate": first.learning_rate,
         "epochs": [member.epoch for member in members],
-        "parameters": one.parameters,
+        "parameters": first.parameters,
     }
 
 
-def settings(trained: list) -> list[dict]:
+def settings(trained: list[Trained]) -> list[dict]:
     """Every head that was trained, with its accuracy on the held-out training images."""
     return [
         {
-            "pooler": one.name,
-            "layer": one.layer,
-            "learning_rate": one.learning_rate,
-            "seed": one.seed,
-            "validation_accuracy": one.accuracy,
-            "epoch": one.epoch,
+            "pooler": head.name,
+            "layer": head.layer,
+            "learning_rate": head.learning_rate,
+            "seed": head.seed,
+            "validation_accuracy": head.accuracy,
+            "epoch": head.epoch,
         }
-        for one in trained
+        for head in trained
     ]
 
 
-def to_json(results: dict, run) -> dict:
+def to_json(results: dict, run: Probe) -> dict:
     """probe.json: {"model", "protocol", "data", "seeds", "poolers": {name: {"accuracy", "low", "high", ...}}, "knn" and
     "linear": {pooling: {"accuracy", "low", "high"}}, "low_shot": {pooling: {"1", "5", "10", "1%", "10%": ...}},
     "settings", "untrained": the same five, "raw_pixels", "arguments", "versions", "seconds", "command"}; accuracies in
     percent, layers as blocks passed."""
     columns, arguments = results["columns"], run.arguments
     labels = run.images["train"].labels
-    said = {name: getattr(arguments, name) for name in ("views", "epochs", "patience", "batch_size", "optimizer")}
-    said |= {name: getattr(arguments, name) for name in ("weight_decay", "validation", "apply_final_norm", "uncached")}
+    poolers = {choice.name: {"pooler": choice.kind, **choice.options} for choice in run.choices}
     return {
         "model": run.source,
         "protocol": PROTOCOL,
@@ -107,7 +111,7 @@ def to_json(results: dict, run) -> dict:
         **columns["trained"],
         **({"untrained": columns["untrained"]} if "untrained" in columns else {}),
         "raw_pixels": results["raw_pixels"],
-        "arguments": {**said, "pooler_options": {one.name: {"pooler": one.kind, **one.options} for one in run.choices}},
+        "arguments": {**{name: getattr(arguments, name) for name in RECORDED}, "pooler_options": poolers},
         "versions": {"hf_mim": hf_mim.__version__, **versions()},
         "device": run.model.device.type,
         "seconds": results["seconds"],
@@ -116,14 +120,14 @@ def to_json(results: dict, run) -> dict:
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
-def interval(found: dict | None) -> str:
-    return f"{found['accuracy']:.1f} ({found['low']:.1f}-{found['high']:.1f})" if found else ""
+def interval(result: dict | None) -> str:
+    return f"{result['accuracy']:.1f} ({result['low']:.1f}-{result['high']:.1f})" if result else ""
 
 
 def pooler_rows(results: dict) -> list[tuple[str, dict]]:
     """Rows of a table or a picture: a title, and {column: entry}."""
     columns = results["columns"]
-    return [(name, {c: found["poolers"].get(name) for c, found in columns.items()}) for name in poolers_of(results)]
+    return [(name, {c: column["poolers"].get(name) for c, column in columns.items()}) for name in poolers_of(results)]
 
 
 def other_rows(results: dict) -> list[tuple[str, dict]]:
@@ -131,16 +135,16 @@ def other_rows(results: dict) -> list[tuple[str, dict]]:
     columns, rows = results["columns"], []
     for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
         for pooling in POOLINGS:
-            entries = {c: found[kind].get(pooling) for c, found in columns.items()}
+            entries = {c: column[kind].get(pooling) for c, column in columns.items()}
             if pooling == "mean":
                 entries["raw_pixels"] = results["raw_pixels"][kind]
             if entries["trained"]:
-                rows.append((f"{title}, {POOLING_WORDS[pooling]}", entries))
+                rows.append((f"{title}, {POOLING_TITLES[pooling]}", entries))
     for shots in (*(str(count) for count in SHOTS), *(f"{share:.0%}" for share in SHARES)):
-        entries = {c: found["low_shot"]["mean"].get(shots) for c, found in columns.items()}
+        entries = {c: column["low_shot"]["mean"].get(shots) for c, column in columns.items()}
         if entries["trained"]:
-            what = "of the labels" if "%" in shots else "label a class" if shots == "1" else "labels a class"
-            rows.append((f"{shots} {what}", entries))
+            unit = "of the labels" if "%" in shots else "label a class" if shots == "1" else "labels a class"
+            rows.append((f"{shots} {unit}", entries))
     return rows
 
 
@@ -148,35 +152,38 @@ def poolers_of(results: dict) -> dict[str, dict]:
     return results["columns"]["trained"]["poolers"]
 
 
-def tables_of(results: dict, run) -> list[Table]:
-    seeds = ", ".join(map(str, run.arguments.seeds))
-    sizes = f"{len(run.images['train']):,} images to learn from, {len(run.images['test']):,} to test on"
-    table = Table(
-        title=f"{run.title}, encoder frozen: accuracy behind trained poolers, percent (95 percent interval)",
-        caption=f"{sizes}, seeds {seeds}. Layer and learning rate are the best on held-out training images.",
-    )
-    others = Table(
-        title="the same features without a trained pooler",
-        caption="Few labels: linear probe on the mean of the patches.",
-    )
+def tables_of(results: dict, run: Probe) -> list[Table]:
     columns = list(results["columns"])
-    for one, names in ((table, columns), (others, [*columns, "raw_pixels"])):
-        one.add_column("")
-        for name in names:
-            one.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    for title in ("layer", "rate", "parameters"):
-        table.add_column(title, justify="right")
-    for name, entries in pooler_rows(results):
-        best = poolers_of(results)[name]
-        setting = (str(best["layer"]), f"{best['learning_rate']:g}", f"{best['parameters']:,}")
-        table.add_row(name, *(interval(entries[column]) for column in columns), *setting)
-    for title, entries in other_rows(results):
-        others.add_row(title, *(interval(entries.get(column)) for column in [*columns, "raw_pixels"]))
-    return [table, others]
+    return [
+        make_table(
+            ("", *(column.replace("_", " ") for column in columns), "layer", "rate", "parameters"),
+            [
+                (name, *(interval(entries[column]) for column in columns), *setting(poolers_of(results)[name]))
+                for name, entries in pooler_rows(results)
+            ],
+            title=f"{run.title}, encoder frozen: accuracy behind trained poolers, percent (95 percent interval)",
+            caption=f"{len(run.images['train']):,} training images, {len(run.images['test']):,} test images, seeds "
+            f"{', '.join(map(str, run.arguments.seeds))}. Layer and learning rate are the best on held-out training "
+            "images.",
+        ),
+        make_table(
+            ("", *(column.replace("_", " ") for column in columns), "raw pixels"),
+            [
+                (title, *(interval(entries.get(column)) for column in [*columns, "raw_pixels"]))
+                for title, entries in other_rows(results)
+            ],
+            title="the same features without a trained pooler",
+            caption="Few labels: linear probe on the mean of the patches.",
+        ),
+    ]
+
+
+def setting(best: dict) -> tuple[str, str, str]:
+    return str(best["layer"]), f"{best['learning_rate']:g}", f"{best['parameters']:,}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
-def draw(results: dict, run, path: Path) -> None:
+def draw(results: dict, run: Probe, path: Path) -> None:
     """probe.png: every row of the table as points with their intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -187,12 +194,12 @@ def draw(results: dict, run, path: Path) -> None:
     axes = figure.subplots()
     present = [column for column in COLUMNS if any(entries.get(column) for _, entries in rows)]
     for place, column in enumerate(present):
-        found = [(i, entries[column]) for i, (_, entries) in enumerate(rows) if entries.get(column)]
-        at = np.array([i for i, _ in found]) + 0.22 * (place - (len(present) - 1) / 2)
-        middle = np.array([one["accuracy"] for _, one in found])
-        ends = np.array([[one["accuracy"] - one["low"], one["high"] - one["accuracy"]] for _, one in found]).T
-        words = {"trained": "trained encoder", "untrained": "the same untrained", "raw_pixels": "raw pixels"}[column]
-        axes.errorbar(middle, at, xerr=ends.clip(0), fmt="o", ms=5, capsize=3, color=COLUMNS[column], label=words)
+        points = [(i, entries[column]) for i, (_, entries) in enumerate(rows) if entries.get(column)]
+        height = np.array([i for i, _ in points]) + 0.22 * (place - (len(present) - 1) / 2)
+        accuracy, low, high = (np.array([point[key] for _, point in points]) for key in ("accuracy", "low", "high"))
+        ends = np.stack([accuracy - low, high - accuracy]).clip(0)
+        color, label = COLUMNS[column], COLUMN_TITLES[column]
+        axes.errorbar(accuracy, height, xerr=ends, fmt="o", ms=5, capsize=3, color=color, label=label)
     axes.axhline(learned - 0.5, color="lightgray", linewidth=0.8)
     axes.set(
         yticks=range(len(rows)),
@@ -206,7 +213,7 @@ def draw(results: dict, run, path: Path) -> None:
     figure.savefig(path)
 
 
-def examples(run, source, heads: list, groups: dict) -> dict:
+def examples(run: Probe, source, heads: list[Trained], groups: dict) -> dict:
     """{"images": (count, 1 or 3, height, width) in [0, 1], "weights": {pooler: (count, rows, cols)}} of test images."""
     images = run.images["test"]
     chosen = pictures.examples(images, EXAMPLES)
@@ -216,15 +223,15 @@ def examples(run, source, heads: list, groups: dict) -> dict:
     pixels = images.fetch(0, torch.tensor(chosen)) * std + mean
     grid = next(iter(groups.values())).grid
     shown = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
-    return {"images": shown, "weights": {name: found.unflatten(1, grid) for name, found in weights.items()}}
+    return {"images": shown, "weights": {name: weight.unflatten(1, grid) for name, weight in weights.items()}}
 
 
-def draw_attention(found: dict, results: dict, path: Path) -> None:
+def draw_attention(examples: dict, results: dict, path: Path) -> None:
     """attention.png: a column for every image, the image on top, below it the weights of each pooler over it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    images, weights = found["images"].clamp(0, 1).permute(0, 2, 3, 1).numpy(), found["weights"]
+    images, weights = examples["images"].clamp(0, 1).permute(0, 2, 3, 1).numpy(), examples["weights"]
     height, width = images.shape[1:3]
     rows, columns, side = 1 + len(weights), len(images), 1.4
     size = (max(4.0, side * columns * width / height + 0.9), (side + 0.15) * rows + 0.7)
@@ -250,7 +257,7 @@ def draw_attention(found: dict, results: dict, path: Path) -> None:
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
-def write(results: dict, run) -> None:
+def write(results: dict, run: Probe) -> None:
     """Writes probe.json and the pictures, and prints the table."""
     run.folder.mkdir(parents=True, exist_ok=True)
     draw(results, run, run.folder / "probe.png")
@@ -258,15 +265,12 @@ def write(results: dict, run) -> None:
     if results["examples"].get("weights"):
         draw_attention(results["examples"], results, run.folder / "attention.png")
         made.append("attention.png")
-    (run.folder / "probe.json").write_text(json.dumps(to_json(results, run), indent=2) + "\n", encoding="utf-8")
+    run.write_json("probe.json", to_json(results, run))
     for table in tables_of(results, run):
-        run.console.print(table)
-    names = ", ".join(f"{run.folder}/{name}" for name in [*made, "probe.json"])
-    run.console.print(f"pictures and numbers: {names}", highlight=False, soft_wrap=True)
+        run.console.show(table)
+    run.console.log(f"pictures and numbers: {', '.join(f'{run.folder}/{name}' for name in [*made, 'probe.json'])}")
     if not run.arguments.uncached:
-        run.console.print(
+        run.console.log(
             f"the features stay in {run.cache}: the next probing of this encoder starts with them; remove the folder "
-            "to have the space back",
-            highlight=False,
-            soft_wrap=True,
+            "to free the space"
         )

@@ -3,22 +3,25 @@
 import dataclasses
 import math
 import shlex
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data import sources
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.data.urls import check_local
+from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
 from hf_mim.training.evaluation.metrics import subset_indices
+from hf_mim.training.run import Run, best_device, choose_folder, name_of
 
 
 DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")
@@ -97,27 +100,29 @@ class ProbeArguments:
             raise ValueError(f"probe.validation must be a share between 0 and 1, not {self.validation}")
 
 
-@dataclass
-class Probe:
-    """A probing that is set up. `images` are those of "train" and "test", `kept` says whether only the vectors of
-    poolers without parameters are kept."""
+@dataclass(kw_only=True)
+class Probe(Run):
+    """A probing that is set up.
+
+    Args:
+        images: those of "train" and "test".
+        command: that runs it again.
+        vectors_only: whether only the vectors of poolers without parameters are kept.
+    """
 
     source: str
     arguments: ProbeArguments
-    data: DataArguments
-    folder: Path
-    console: Console
-    model: torch.nn.Module
+    model: MIMModel = field(repr=False)
     splits: Splits
     images: dict[str, ImageViews]
     choices: list[PoolerChoice]
     layers: list[int]
     command: str
-    kept: bool = False
+    vectors_only: bool = False
 
     @property
     def title(self) -> str:
-        return Path(self.source).name or Path(self.source).absolute().name
+        return name_of(self.source)
 
     @property
     def cache(self) -> Path:
@@ -125,50 +130,61 @@ class Probe:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(**{one.name: getattr(self.arguments, one.name) for one in dataclasses.fields(Schedule)})
+        names = [entry.name for entry in dataclasses.fields(Schedule)]
+        return Schedule(**{name: getattr(self.arguments, name) for name in names})
 
 
-def set_up(source: str, overrides: list[str], console: Console) -> Probe:
-    """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
+def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole | None = None) -> Probe:
+    """Checks everything that can be wrong, from the quickest to the slowest, and prints where results will be."""
+    console = RunConsole(console)
     arguments, data = recipes.read_sections(overrides, probe=ProbeArguments, data=DataArguments)
     check_local("probe.output_dir", arguments.output_dir)
     if arguments.views > 1 and data.crop_scale is None:
         data = replace(data, crop_scale=VIEW_SCALE)
     check_labels(data)
     model = load_encoder(source).float()
-    name = Path(source).name or Path(source).absolute().name
-    folder = Path(arguments.output_dir or f"outputs/probe-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
-    if (folder / "probe.json").exists():
-        raise ValueError(f"{folder} holds another probing; choose another probe.output_dir, or remove it")
-    console.print(f"output folder: {folder}", highlight=False, soft_wrap=True)
+    folder = choose_folder(arguments.output_dir, f"probe-{name_of(source)}", ("probe.json",), "probe.output_dir")
+    console.log(f"output folder: {folder}")
     choices = choose_poolers(arguments, model)
-    needs = any(choice.make(model).needs_attentions for choice in choices)
-    layers = choose_layers(model.encoder, arguments.layers, needs)
+    needs_attentions = any(choice.make(model).needs_attentions for choice in choices)
+    layers = choose_layers(model.encoder, arguments.layers, needs_attentions)
     splits = load_splits(data, model.config, seed=0)
     images = open_images(splits, data, model.config, arguments.views)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device)
-    command = shlex.join(["hf-mim", "probe", source, *overrides])
-    return Probe(source, arguments, data, folder, console, model, splits, images, choices, layers, command)
+    return Probe(
+        recipe=recipes.parse_overrides(overrides),
+        arguments=arguments,
+        data=data,
+        folder=folder,
+        console=console,
+        source=source,
+        model=model.to(best_device()),
+        splits=splits,
+        images=images,
+        choices=choices,
+        layers=layers,
+        command=shlex.join(["hf-mim", "probe", source, *overrides]),
+    )
 
 
 def check_labels(data: DataArguments) -> None:
     """Raises:
-    ValueError: there are no labels, or of a type that names no classes.
+    RecipeError: the data is streamed.
+    DataError: there are no labels, or of a type that names no classes.
     """
     if data.streaming:
-        raise ValueError("probing keeps what it has read and cannot stream: leave out data.streaming")
+        raise RecipeError("probing reads its images more than once: leave out data.streaming", "data.streaming")
     splits = sources.open_dataset(data)
     features = splits[sources.choose_splits(splits, data)[0]].features
     _, label = sources.find_columns(features, data)
     if label is None:
-        raise ValueError(
+        raise DataError(
             f"probing needs labels, and no column seems to hold any; the columns are {', '.join(features)}. If one "
             "does, name it in data.label_column; of image files, put those of each class into a folder"
         )
     if not sources._is_class(features[label]):
         kind = getattr(features[label], "dtype", None) or type(features[label]).__name__
-        raise ValueError(f"column {label!r} holds {kind}; labels are whole numbers or text: see data.label_column")
+        message = f"column {label!r} holds {kind}; labels are whole numbers or text: see data.label_column"
+        raise DataError(message, label)
 
 
 def choose_poolers(arguments: ProbeArguments, model) -> list[PoolerChoice]:
@@ -186,11 +202,13 @@ def choose_poolers(arguments: ProbeArguments, model) -> list[PoolerChoice]:
         config.setdefault("efficient", {}).setdefault("num_queries", math.gcd(32, model.encoder.hidden_size))
     for name in config:
         if name not in names and name != "efficient":
-            raise ValueError(f"probe.pooler_config has options of {name!r}, which is not among probe.poolers")
+            message = f"probe.pooler_config has options of {name!r}, which is not among probe.poolers"
+            raise RecipeError(message, "probe.pooler_config")
         if "apply_final_norm" in config[name]:
-            raise ValueError("apply_final_norm is the same for all poolers: set probe.apply_final_norm")
+            message = "apply_final_norm is the same for all poolers: set probe.apply_final_norm"
+            raise RecipeError(message, "probe.pooler_config")
     options = {name: config.get(name, {}) for name in names}
-    choices = [PoolerChoice(name, own.pop("pooler", name), own) for name, own in options.items()]
+    choices = [PoolerChoice(name, chosen.pop("pooler", name), chosen) for name, chosen in options.items()]
     for choice in choices:
         choice.make(model)  # that it fits the encoder
     return choices
@@ -200,18 +218,18 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
     """The images of both splits.
 
     Raises:
-        ValueError: they cannot be probed on: labels are missing, there is one class, or fewer images than classes.
+        DataError: they cannot be probed on: labels are missing, there is one class, or fewer images than classes.
     """
-    if splits.test is None:
-        raise ValueError(f"probing needs labelled images, some of them to test on; here: {splits.note}")
+    if splits.test is None or splits.train_eval is None:
+        raise DataError(f"probing needs labelled images, some of them to test on; here: {splits.note}")
     labels, classes = splits.train_eval.labels, splits.train_eval.classes
     if len(labels.unique()) < 2:
-        raise ValueError(
+        raise DataError(
             f"all {len(labels):,} training images are of one class, {classes[int(labels[0])]!r}: probing tells classes "
             "apart. Check data.label_column and, if the images are sorted by class, data.max_train_images"
         )
     if len(labels) < len(classes):
-        raise ValueError(
+        raise DataError(
             f"{len(labels):,} training images are fewer than the {len(classes):,} classes: give more images, or check "
             "data.label_column"
         )

@@ -1,7 +1,7 @@
 """The command `finetune` with `task=segmentation`: from an encoder and images with masks to a UperNet."""
 
 import math
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,72 +15,78 @@ from transformers import SegformerImageProcessor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import OptionError, Size, pair
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands import finetune
 from hf_mim.training.commands.finetune import FinetuneRun
+from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.masked import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
 from hf_mim.training.data.pretraining import BICUBIC
 from hf_mim.training.data.scenes import SIZE
+from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.evaluation.iou import IGNORE, intervals, ious, pixel_counts, scores
 from hf_mim.training.plots.masks import draw_masks
-from hf_mim.training.run import copied, lookout, place_of
+from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 
 
 DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the blocks whose maps UperNet gets: 4, 6, 8 and 12 of 12, as BEiT and MAE choose
 SHOWN = 8  # images in the picture
+SCENES = "scenes composed from the shipped images"  # the data where none is named
 # Of `FinetuneArguments`, what has no meaning here.
 ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "randaugment", "random_erasing", "class_weights", "lora")
 
 
-def finetune_segmentation(source: str, recipe: dict, console: Console) -> Path:
+def finetune_segmentation(
+    source: str, recipe: dict, console: Console | RunConsole | None = None, paper: str = ""
+) -> Path:
     """Fine-tunes an encoder inside a UperNet. Arguments, result and errors as of `finetune`."""
     options = FinetuneArguments(**recipe["finetune"])
     check_options(options)
-    wanted = recipe["model"].get("image_size")
-    others = set(recipe["model"]) - {"init_from", "image_size"}
+    others = sorted(set(recipe["model"]) - {"init_from", "image_size"})
     if others:
-        raise ValueError(f"of section 'model' segmentation knows image_size, not {', '.join(sorted(others))}")
-    run = finetune.set_up(source, recipe, console)
+        message = f"segmentation takes model.image_size only, not model.{others[0]}"
+        raise RecipeError(message, f"model.{others[0]}")
+    image_size = recipe["model"].get("image_size")
+    run = finetune.set_up(source, recipe, console, paper)
     encoder = load_encoder(source)
-    size = input_size(encoder, wanted, run.data.dataset is None)
+    size = input_size(encoder, image_size, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
-    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console)
+    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console.rich)
     batch = min(run.arguments.train_batch_size, len(splits.train))
-    model = make_segmenter(encoder, options, splits.classes, batch)
-    trainer = make_trainer(run, model, splits, size)
-    describe(run, model, splits, size)
-    started = time.perf_counter()
-    with copied(run):
-        finetune.train(run, trainer, lambda: save(run, trainer))
-        with lookout(run, "finetune"):
-            write_results(run, trainer, splits, time.perf_counter() - started)
-            trainer.accelerator.wait_for_everyone()
-    return run.folder
+    run.model = make_segmenter(encoder, options, splits.classes, batch)
+    trainer = make_trainer(run, run.model, splits, size)
+    describe(run, run.model, splits, size)
+    return run.execute(lambda: train(run, trainer), partial(write_results, run, splits))
+
+
+def train(run: FinetuneRun, trainer: "SegmentationTrainer") -> "SegmentationTrainer":
+    run.train(trainer, partial(run.save_model, trainer))
+    return trainer
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
 def check_options(options: FinetuneArguments) -> None:
     """Raises:
-    ValueError: an option is set that only classification has.
+    RecipeError: an option is set that only classification has.
     """
     for name in ELSEWHERE:
         if getattr(options, name) != getattr(FinetuneArguments(), name):
-            raise ValueError(f"finetune.{name} is for task=classification; leave it out for segmentation")
+            message = f"finetune.{name} is for task=classification: leave it out for segmentation"
+            raise RecipeError(message, f"finetune.{name}")
 
 
-def input_size(encoder: MIMModel, wanted, composed: bool) -> tuple[int, int]:
-    """The (height, width) that images are brought to: as wanted; for the composed scenes their own, if the encoder's
+def input_size(encoder: MIMModel, choice: Size | None, composed: bool) -> tuple[int, int]:
+    """The (height, width) that images are brought to: as chosen; for the composed scenes their own, if the encoder's
     cells fill it; else that of the encoder's config.
 
     Raises:
         ValueError: the encoder's cells do not fill it, or its tokens have no place in the image.
     """
     size = pair(encoder.config.image_size)
-    if wanted is not None:
-        size = pair(wanted)
+    if choice is not None:
+        size = pair(choice)
         check_grid(encoder, size)
     elif composed:
         try:
@@ -95,14 +101,14 @@ def input_size(encoder: MIMModel, wanted, composed: bool) -> tuple[int, int]:
 @torch.no_grad()
 def check_grid(encoder: MIMModel, size: tuple[int, int]) -> None:
     """Raises:
-    ValueError: there is not one token for every cell of an image of this size.
+    CheckpointError: there is not one token for every cell of an image of this size.
     """
     rows, cols = encoder.encoder.token_grid(*size)
     tokens = encoder(torch.zeros(1, encoder.config.num_channels, *size)).last_hidden_state
-    found = tokens.shape[1] - encoder.encoder.num_prefix_tokens
-    if tokens.ndim != 3 or found != rows * cols or rows * cols < 2:
-        raise ValueError(
-            f"this encoder has no patch tokens: {found} for an image of {size[0]}x{size[1]}, where segmentation needs "
+    count = tokens.shape[1] - encoder.encoder.num_prefix_tokens
+    if tokens.ndim != 3 or count != rows * cols or rows * cols < 2:
+        raise CheckpointError(
+            f"this encoder has no patch tokens: {count} for an image of {size[0]}x{size[1]}, where segmentation needs "
             "one for every cell of a grid"
         )
 
@@ -123,10 +129,11 @@ def make_segmenter(encoder: MIMModel, options: FinetuneArguments, classes: list[
     names, factors = choose_stages(encoder, options.pyramid)
     try:
         backbone = MIMConfig.from_dict({**fields, "out_features": names, "feature_pyramid": factors})
-    except ValueError as error:
-        if "'drop_path_rate'" not in str(error):
+    except OptionError as error:
+        if error.option != "drop_path_rate":
             raise
-        raise ValueError("this encoder has no drop path: set finetune.drop_path=null") from None
+        message = "this encoder has no drop path: set finetune.drop_path=null"
+        raise RecipeError(message, "finetune.drop_path") from None
     config = MIMUperNetConfig(
         backbone_config=backbone,
         hidden_size=options.head_size,
@@ -175,20 +182,16 @@ def choose_stages(encoder: MIMModel, factors: list[float] | None) -> tuple[list[
 
 
 def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]) -> None:
-    where = f"{run.arguments.device.type}, {'bf16' if run.arguments.bf16 else 'float32'}"
     inside, whole = model.backbone.mim.num_parameters() / 1e6, model.num_parameters() / 1e6
     background = int(splits.shares.argmax())
-    run.console.print(
-        f"data: {run.data.dataset or 'scenes composed from the shipped images'}, {len(splits.train):,} training, "
-        f"{len(splits.validation):,} validation, {len(splits.test):,} test images at {size[0]}x{size[1]}, "
-        f"{len(splits.classes)} classes; {100 * splits.shares[background]:.0f} percent of the pixels are "
-        f"{splits.classes[background]!r}\n"
-        f"model: {model.backbone.config.encoder} encoder, {inside:.2f} M parameters, with UperNet {whole:.2f} M; "
-        f"maps of {', '.join(model.backbone.out_features)}\n"
-        f"training: total batch {run.arguments.total_batch_size}, learning rate {run.arguments.learning_rate:.3g}, "
-        f"on {where}",
-        highlight=False,
-        soft_wrap=True,
+    counts = [f"{len(split):,}" for split in (splits.train, splits.validation, splits.test)]
+    run.describe(
+        data=f"{dataset_title(run.data, SCENES)}, {counts[0]} training, {counts[1]} validation, {counts[2]} test "
+        f"images at {size_title(size)}, {len(splits.classes)} classes; "
+        f"{100 * splits.shares[background]:.0f} percent of the pixels are {splits.classes[background]!r}",
+        model=f"{model.backbone.config.encoder} encoder, {inside:.2f} M parameters, with UperNet {whole:.2f} M; "
+        f"maps of {', '.join(model.backbone.out_features)}",
+        training=run.describe_training(),
     )
 
 
@@ -211,8 +214,8 @@ class SegmentationTrainer(FinetuneTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(inputs["pixel_values"]).logits
         counts = []
-        for found, labels, size in zip(logits, inputs["labels"], inputs["sizes"].tolist()):
-            predicted, mask = predict(found, size).cpu(), labels[: size[0], : size[1]].cpu()
+        for class_scores, labels, size in zip(logits, inputs["labels"], inputs["sizes"].tolist()):
+            predicted, mask = predict(class_scores, size).cpu(), labels[: size[0], : size[1]].cpu()
             counts.append(pixel_counts(predicted.numpy(), mask.numpy(), logits.shape[1]))
         counts = torch.from_numpy(np.stack(counts)).to(logits.device)
         return None, counts, torch.zeros(len(counts), device=logits.device)
@@ -235,9 +238,9 @@ def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size
         train_dataset=MaskedDataset(splits.train, config, size, True, arguments.seed, flip),
         eval_dataset=MaskedDataset(splits.validation, config, size, False),
         data_collator=SegmentationCollator(config),
-        compute_metrics=lambda found: scores(found.predictions),
+        compute_metrics=lambda output: scores(output.predictions),
         processing_class=segmentation_processor(config, size),
-        console=run.console,
+        console=run.console.rich,
     )
 
 
@@ -253,15 +256,8 @@ def segmentation_processor(config: MIMConfig, size: tuple[int, int]) -> Segforme
     )
 
 
-def save(run: FinetuneRun, trainer: SegmentationTrainer) -> None:
-    with trainer.averaged():
-        trainer.save_model(str(run.folder))  # in every process: sharded weights are gathered
-    if trainer.is_world_process_zero():
-        (run.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same to people
-
-
 # ---- after ---------------------------------------------------------------------------------------------------------
-def write_results(run: FinetuneRun, trainer: SegmentationTrainer, splits: MaskedSplits, seconds: float) -> None:
+def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationTrainer, seconds: float) -> None:
     """Evaluates on the test images, writes metrics.json and segmentation.png, and prints the table."""
     best = trainer.state.best_metric
     dataset = MaskedDataset(splits.test, trainer.train_dataset.config, trainer.train_dataset.size, False)
@@ -276,11 +272,11 @@ def write_results(run: FinetuneRun, trainer: SegmentationTrainer, splits: Masked
         "pretrained": not run.options.from_scratch,
         "evaluation": {"test_images": len(dataset), "test": splits.note},
     }
-    finetune.write_results(run, trainer, seconds, results)
+    run.write_metrics(trainer, seconds, results)
     with trainer.averaged():
         draw_examples(trainer.model, dataset, splits.classes).save(run.folder / "segmentation.png")
-    run.console.print(results_table(results))
-    run.console.print(f"output folder: {place_of(run)}", highlight=False, soft_wrap=True)
+    run.console.show(results_table(results))
+    run.log_next_steps()
 
 
 @torch.no_grad()
@@ -288,22 +284,24 @@ def draw_examples(model: MIMUperNet, dataset: MaskedDataset, classes: list[str])
     """The picture of the first images of a data set: their masks, and what the model finds."""
     model.eval()
     originals = [dataset.source[index] for index in range(min(SHOWN, len(dataset)))]
-    collate, found = SegmentationCollator(dataset.config), []
+    collate, predictions = SegmentationCollator(dataset.config), []
     for index, (_, mask) in enumerate(originals):
         logits = model(collate([dataset[index]])["pixel_values"].to(model.device)).logits
-        found.append(predict(logits[0], mask.shape).cpu().numpy())
+        predictions.append(predict(logits[0], mask.shape).cpu().numpy())
     images, masks = map(list, zip(*originals, strict=True))
-    return draw_masks(images, masks, {"predicted": found}, classes)
+    return draw_masks(images, masks, {"predicted": predictions}, classes)
 
 
 def results_table(results: dict) -> Table:
-    images = results["evaluation"]["test_images"]
-    table = Table(title="segmentation, percent", caption=f"{images:,} test images; intervals over images, 95 percent")
-    for column in ("", "value", "interval"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for key, title in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
         low, high = results["intervals"][key]
-        table.add_row(title, f"{results[key]:.1f}", f"{low:.1f} to {high:.1f}")
+        rows.append((title, f"{results[key]:.1f}", f"{low:.1f} to {high:.1f}"))
     for name, value in results["iou"].items():
-        table.add_row(f"IoU, {name}", "-" if value is None else f"{value:.1f}", "")
-    return table
+        rows.append((f"IoU, {name}", "-" if value is None else f"{value:.1f}", ""))
+    return make_table(
+        ("", "value", "interval"),
+        rows,
+        title="segmentation, percent",
+        caption=f"{results['evaluation']['test_images']:,} test images; intervals over images, 95 percent",
+    )

@@ -1,6 +1,7 @@
 """Teachers before training: what one would give, and codebooks of its features."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,9 +20,12 @@ from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training import recipe as recipes
+from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import metrics
+from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import Lookout
 
 
@@ -39,7 +42,9 @@ def images_of(recipe: dict, config, count: int) -> list[Tensor]:
     return list(metrics.pixel_loader(dataset, config, BATCH))
 
 
-def describe_teacher(source: str, overrides: list[str], console: Console | None = None) -> list[dict]:
+def describe_teacher(
+    source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None
+) -> list[dict]:
     """Prints, for every layer of a teacher, what it would give as a target.
 
     Args:
@@ -52,26 +57,27 @@ def describe_teacher(source: str, overrides: list[str], console: Console | None 
     Raises:
         ValueError, OSError: the teacher or the data cannot be loaded.
     """
-    console = console or Console()
+    console = RunConsole(console)
     model = load_teacher(source)
     recipe = recipes.resolve("maskdistill_small", overrides)
     fields = {name: getattr(model.config, name) for name in ("image_size", "num_channels", "image_mean", "image_std")}
     config = MIMConfig(**{**fields, "image_size": list(pair(fields["image_size"])), "encoder_config": PATCHLESS})
-    batches, tokens, seconds = images_of(recipe, config, IMAGES), {}, 0.0
-    for pixel_values in track(batches, "running the teacher", console=console, transient=True):
-        started = time.perf_counter()
-        with torch.inference_mode():
+    batches, seconds = images_of(recipe, config, IMAGES), 0.0
+    maps: dict[str, list[Tensor]] = {name: [] for name in model.encoder.stage_names}
+    with console.progress() as bar, torch.inference_mode():
+        for pixel_values in bar.track(batches, description="running the teacher"):
+            started = time.perf_counter()
             encoded = model.encoder(pixel_values, output_hidden_states=True)
             stages = model.encoder.stage_maps(encoded, *pixel_values.shape[2:])
-        seconds += time.perf_counter() - started
-        for name, stage in zip(model.encoder.stage_names, stages):
-            tokens.setdefault(name, []).append((tuple(stage.shape[2:]), stage.flatten(2).transpose(1, 2)))
+            seconds += time.perf_counter() - started
+            for name, stage in zip(maps, stages):
+                maps[name].append(stage)
     rows = []
-    for (name, parts), dim in zip(tokens.items(), model.encoder.num_features):
-        diversity = metrics.token_diversity(torch.cat([part for _, part in parts]))
-        rows.append({"layer": name, "dim": dim, "grid": parts[0][0], **diversity})
+    for (name, stages), dim in zip(maps.items(), model.encoder.num_features):
+        tokens = torch.cat(stages).flatten(2).transpose(1, 2)
+        rows.append({"layer": name, "dim": dim, "grid": tuple(stages[0].shape[2:]), **metrics.token_diversity(tokens)})
     count = sum(map(len, batches))
-    console.print(teacher_table(source, rows, config, count / seconds, count), highlight=False)
+    console.show(teacher_table(source, rows, config, count / seconds, count))
     return rows
 
 
@@ -102,24 +108,27 @@ def teacher_of(target):
     return getattr(getattr(target, "wrapped", target), "teacher", None)
 
 
-def teacher_table(source: str, rows: list[dict], config, speed: float, count: int) -> Table:
-    height, width = pair(config.image_size)
-    table = Table(
-        *("layer", "channels", "grid"),
-        title=f"{source}: {height}x{width} pixels, {config.num_channels} channels, {speed:,.0f} images/s",
+def teacher_table(source: str, rows: list[dict], config: MIMConfig, speed: float, count: int) -> Table:
+    return make_table(
+        ("layer", "channels", "grid", "token diversity", "centred"),
+        [
+            (row["layer"], str(row["dim"]), size_title(row["grid"]), f"{row['raw']:.3f}", f"{row['centred']:.3f}")
+            for row in rows
+        ],
+        title=f"{source}: {size_title(config.image_size)} pixels, {config.num_channels} channels, "
+        f"{speed:,.0f} images/s",
         caption=f"Token diversity on {count} images: 1 - the mean cosine of two tokens, and of two tokens less their "
         "image's mean. Compare teachers at equal grids.",
     )
-    for title in ("token diversity", "centred"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        cells = (row["layer"], str(row["dim"]), f"{row['grid'][0]}x{row['grid'][1]}")
-        table.add_row(*cells, f"{row['raw']:.3f}", f"{row['centred']:.3f}")
-    return table
 
 
 def fit_codebook(
-    source: str, out: Path, overrides: list[str], codes: int = 512, images: int = 2000, console: Console | None = None
+    source: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    codes: int = 512,
+    images: int = 2000,
+    console: Console | RunConsole | None = None,
 ) -> dict:
     """Fits a codebook by k-means on a teacher's features, as target `discrete_token` sees them, and writes it.
 
@@ -139,27 +148,29 @@ def fit_codebook(
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     with Lookout(processes.num_processes, lambda: "there is no codebook: start again"):
         try:
-            return _fit_codebook(source, out, overrides, codes, images, console) if processes.is_main_process else {}
+            if not processes.is_main_process:
+                return {}
+            return _fit_codebook(source, out, overrides, codes, images, RunConsole(console))
         finally:
             processes.wait_for_everyone()
 
 
-def _fit_codebook(source: str, out: Path, overrides: list[str], codes: int, images: int, console) -> dict:
+def _fit_codebook(
+    source: str, out: Path, overrides: Sequence[str], codes: int, images: int, console: RunConsole
+) -> dict:
     from sklearn.cluster import MiniBatchKMeans
 
-    console = console or Console()
-    override = f"model.target_config.teacher={source}"
-    recipe = recipes.resolve("maskdistill_small", [override, *overrides])
+    recipe = recipes.resolve("maskdistill_small", [f"model.target_config.teacher={source}", *overrides])
     config = MIMConfig(**recipe["model"])
     encoder = make_encoder(config)
-    target, grid = (
-        TeacherFeatureTarget(config, encoder, **config.target_config),
-        encoder.mask_grid(*pair(config.image_size)),
-    )
-    batches = track(images_of(recipe, config, images), "running the teacher", console=console, transient=True)
-    features = torch.cat([target.values(batch, grid)["patches"].flatten(0, 1) for batch in batches])
+    target = TeacherFeatureTarget(config, encoder, **config.target_config)
+    grid = encoder.mask_grid(*pair(config.image_size))
+    batches = images_of(recipe, config, images)
+    with console.progress() as bar:
+        track = bar.track(batches, description="running the teacher")
+        features = torch.cat([target.values(batch, grid)["patches"].flatten(0, 1) for batch in track])
     if len(features) < codes:
-        raise ValueError(f"{len(features)} tokens are too few for {codes} codes: give more images or fewer codes")
+        raise RecipeError(f"{len(features)} tokens are too few for {codes} codes: give more images or fewer codes")
     with console.status(f"fitting {codes} codes to {len(features):,} tokens"):
         kmeans = MiniBatchKMeans(codes, batch_size=4096, n_init=3, random_state=0).fit(features.numpy())
     table = torch.from_numpy(np.ascontiguousarray(kmeans.cluster_centers_, dtype=np.float32))
@@ -167,12 +178,11 @@ def _fit_codebook(source: str, out: Path, overrides: list[str], codes: int, imag
     return report_usage(table, features, out, console)
 
 
-def report_usage(table: Tensor, features: Tensor, out: Path, console: Console) -> dict:
+def report_usage(table: Tensor, features: Tensor, out: Path, console: Console | RunConsole | None = None) -> dict:
     """Prints how evenly the codes are used; warns of dead ones."""
+    console = RunConsole(console)
     perplexity, dead = code_usage(torch.bincount(nearest_code(features, table), minlength=len(table)))
-    console.print(
-        f"{out}: {len(table)} codes of dimension {table.shape[1]}, perplexity {perplexity:.0f}", highlight=False
-    )
+    console.log(f"{out}: {len(table)} codes of dimension {table.shape[1]}, perplexity {perplexity:.0f}")
     if dead > DEAD_SHARE * len(table):
-        console.print(f"warning: {dead} codes are never used; fit fewer codes, or on more images", highlight=False)
+        console.warn(f"warning: {dead} codes are never used; fit fewer codes, or on more images")
     return {"perplexity": perplexity, "dead": dead}
