@@ -21,7 +21,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from hf_mim import MIMForImageClassification, MIMForPreTraining
 from hf_mim.hub.push import write_card
-from hf_mim.training.commands import classification
 from hf_mim.training.commands import finetune as commands
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.evaluation import classification as evaluation
