@@ -113,7 +113,7 @@ def test_a_run_leaves_everything_in_its_folder(finished, source):
         assert min(PIL.Image.open(folder / name).size) > 300
     for words in (f"output folder: {folder}", "48 training images", "5 validation images (held out from train)"):
         assert words in printed
-    assert "40 to test on (split test)" in printed and "step 3 of 6, validation: loss" in printed
+    assert "40 test images (split test)" in printed and "step 3 of 6, validation: loss" in printed
     assert f"# hf-mim finetune {source} {folder / 'recipe.yaml'}\n" in (folder / "recipe.yaml").read_text()
 
 

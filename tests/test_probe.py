@@ -346,7 +346,7 @@ def test_ctrl_c_keeps_what_was_encoded(photos, checkpoint, tmp_path, capsys, mon
     options = ("probe.seeds=[0]", "probe.untrained=false", "probe.poolers=[abmilp]")
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, photos, tmp_path / "one", *options)
-    assert "what was encoded stays in" in capsys.readouterr().out and not (tmp_path / "one").exists()
+    assert "the features so far stay in" in capsys.readouterr().out and not (tmp_path / "one").exists()
     records = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*train*.json")]
     before = sum(record["done"] for record in records)
     assert 0 < before < 72
@@ -391,7 +391,7 @@ def parquet(path, labels, **features):
         ([0, 1] * 15, None, ["probe.learning_rates=[0.1, -1]"], "must be above 0"),
         ([0, 1] * 15, None, ["probe.epoch=3"], "did you mean 'epochs'"),
         ([0, 1] * 15, None, ["training.max_steps=3"], "unknown section"),
-        ([0, 1] * 15, None, ["data.streaming=true"], "cannot stream"),
+        ([0, 1] * 15, None, ["data.streaming=true"], "leave out data.streaming"),
         ([0, 1] * 15, None, ["probe.pooler_config.mean.apply_final_norm=false"], "set probe.apply_final_norm"),
     ],
 )
