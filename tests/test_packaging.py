@@ -206,3 +206,17 @@ def test_ci_runs_the_documented_test_command():
 def test_changelog_opens_with_what_is_unreleased():
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "[Unreleased]"
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())}
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        if link.startswith(("https://", "http://")):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), (page.name, link)
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, (page.name, link)
+    assert any(link.startswith("#") for _, link in links)  # the contents of README
