@@ -247,7 +247,7 @@ def look(model, images: int | None) -> dict:
         rows, cols = (torch.fft.fftfreq(length, device=power.device).abs() for length in error.shape[2:])
         high = torch.maximum(rows[:, None], cols[None]) >= HIGH
         return {"hidden_l1": float(error.abs().mean() / hidden), "high_error": float(power[..., high].mean())}
-    values = model.target.values(pixels[:256], grid)["patches"].float()
+    values = model.target.targets(pixels[:256], grid)["patches"].float()
     return {"target_std": float(values.flatten(0, 1).std(0).mean()), "target": metrics.token_diversity(values)}
 
 

@@ -1,16 +1,14 @@
-"""Registers the config with `AutoConfig` without importing it. Every class of transformers, a config too, loads torch,
-which takes seconds; so `MIMConfig` is registered in the moment in which transformers loads its table of configs, and
-nobody can ask that table before."""
+"""Registers the config, the models and the image processor with the Auto classes without importing them. Every class of
+transformers, a config too, loads torch, which takes seconds; so they are registered at the moment at which transformers
+loads the table that they belong into, and nobody can ask that table before."""
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 
 
-TABLE = "transformers.models.auto.configuration_auto"
-
-
-def register() -> None:
+def register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from hf_mim.modeling.configuration_mim import MIMConfig
@@ -18,11 +16,25 @@ def register() -> None:
     AutoConfig.register("mim", MIMConfig, exist_ok=True)
 
 
+def register_models() -> None:
+    import hf_mim.modeling.modeling_mim  # noqa: F401 (its last lines register)
+
+
+TABLES: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": register_config,
+    "transformers.models.auto.modeling_auto": register_models,
+    "transformers.models.auto.image_processing_auto": register_models,
+}
+
+
 class TableFinder(MetaPathFinder):
-    """Finds nothing itself: has the table registered in as soon as it is loaded, by whoever loads it."""
+    """Finds nothing itself: calls `register` as soon as the module `table` is loaded, by whoever loads it."""
+
+    def __init__(self, table: str, register: Callable[[], None]):
+        self.table, self.register = table, register
 
     def find_spec(self, name, path=None, target=None):
-        if name != TABLE:
+        if name != self.table:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -30,15 +42,16 @@ class TableFinder(MetaPathFinder):
 
         def load_and_register(module):
             load(module)
-            register()
+            self.register()
 
         spec.loader.exec_module = load_and_register
         return spec
 
 
 def register_once_loaded() -> None:
-    """At once, where the table is loaded already."""
-    if TABLE in sys.modules:
-        register()
-    else:
-        sys.meta_path.insert(0, TableFinder())
+    """At once for the tables that are loaded already."""
+    for table, register in TABLES.items():
+        if table in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, TableFinder(table, register))

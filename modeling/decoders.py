@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .decoder_spark import SparKDecoder
 from .encoder_base import Encoder, EncoderOutput, Grid, tokens_to_map
-from .layers import CrossLayer, FixedTables, ToGrid, ViTLayer, sincos_2d, take_tokens
+from .layers import CrossLayer, FixedTables, PixelShuffleLinear, ViTLayer, sincos_2d, take_tokens
 from .options import pair
 
 
 class LinearDecoder(Decoder):
     """One linear layer (SimMIM, A2MIM: a 1x1 convolution and a pixel shuffle)."""
 
-    def __init__(self, config, encoder: Encoder, out_dim: int):
+    def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int):
         super().__init__(config, encoder)
         self._need_all_tokens("linear")
-        self.head = ToGrid(encoder.hidden_size, out_dim, self.factor)
+        self.head = PixelShuffleLinear(encoder.hidden_size, out_dim, self.factor)
 
     def forward(self, encoded, bool_masked_pos, grid, scope):
         return self.head(encoded.tokens[:, self.num_prefix_tokens :], grid)
@@ -38,11 +39,11 @@ class TransformerDecoder(Decoder):
     (4 * hidden_size), layer_norm_eps.
     """
 
-    layer_class = ViTLayer
+    layer_class: type[ViTLayer | CrossLayer] = ViTLayer
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         out_dim: int,
         *,
@@ -58,7 +59,7 @@ class TransformerDecoder(Decoder):
         if num_hidden_layers < 1:
             raise ValueError(f"the decoder's num_hidden_layers must be at least 1, got {num_hidden_layers}")
         self.hidden_size = hidden_size
-        self.embed = ToGrid(encoder.hidden_size, hidden_size, self.factor)
+        self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor)
         needs_token = encoder.drops_tokens or self.layer_class is CrossLayer
         self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if needs_token else None
         self.positions = FixedTables(partial(sincos_2d, base=self.base_grid, dim=hidden_size))
@@ -99,6 +100,7 @@ class TransformerDecoder(Decoder):
 
     def _visible_then_hidden(self, encoded: EncoderOutput, grid: Grid, positions: Tensor) -> Tensor:
         visible = self.embed(encoded.tokens, grid)
+        assert encoded.visible_index is not None and self.mask_token is not None
         table = F.pad(positions.to(visible.dtype), (0, 0, self.num_prefix_tokens, 0))  # the prefix has no place: zeros
         index = F.pad(encoded.visible_index + self.num_prefix_tokens, (self.num_prefix_tokens, 0))
         hidden = self.mask_token.to(visible.dtype) + positions.to(visible.dtype)[encoded.hidden_index]
@@ -136,7 +138,7 @@ class ConvDecoder(Decoder):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         out_dim: int,
         *,
@@ -148,7 +150,7 @@ class ConvDecoder(Decoder):
         super().__init__(config, encoder)
         if hidden_size % groups or kernel_size % 2 == 0:
             raise ValueError(f"groups {groups} must divide hidden_size {hidden_size}, kernel_size {kernel_size} be odd")
-        self.embed = ToGrid(encoder.hidden_size, hidden_size, self.factor)
+        self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor)
         self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if encoder.drops_tokens else None
         self.layers = nn.ModuleList(
             nn.Conv2d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=groups)
@@ -184,9 +186,9 @@ class UNetDecoder(Decoder):
         hidden_size: width at the coarsest map; halved at each finer one, but not below 16.
     """
 
-    def __init__(self, config, encoder: Encoder, out_dim: int, *, hidden_size: int = 512):
+    def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int, *, hidden_size: int = 512):
         super().__init__(config, encoder)
-        if not hasattr(encoder, "strides"):
+        if encoder.strides is None:
             raise ValueError("decoder 'unet' needs the feature maps of encoder 'convnet'")
         widths, strides = encoder.num_features[:0:-1], encoder.strides[:0:-1]
         hidden = [max(16, hidden_size // 2**i) for i in range(len(widths))]

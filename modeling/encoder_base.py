@@ -1,14 +1,14 @@
 """The contract of an encoder, and what hiding tokens means."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .options import unknown_choice
+from .options import Grid, unknown_choice
 
 
-Grid = tuple[int, int]
 PIXEL_FILLS = ("none", "mean", "zero")
 NO_MASK_TOKEN = "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
 
@@ -47,7 +47,12 @@ class Encoder(nn.Module):
     base_grid: Grid  # of the output tokens at the config's image size
     drops_tokens: bool = False
     stage_names: list[str]
-    num_features: list[int]
+    num_features: list[int]  # channels of every stage
+    strides: list[int] | None = None  # pixels per position of each stage's map; None where all are of one stride
+    # For export: the formats that hf_mim.conversion can write, and whether the traced network takes images of any size.
+    # Tracing follows one path: a table that is resized only where the size differs is then never or always resized.
+    export_formats: tuple[str, ...] = ("onnx",)
+    traces_any_size: bool = False
 
     def __init__(self):
         super().__init__()
@@ -63,12 +68,29 @@ class Encoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def mask_grid(self, height: int, width: int) -> Grid:
-        """The grid of tokens that can be hidden; predictions and values live on it."""
+        """The grid of tokens that can be hidden; predictions and targets live on it."""
         raise NotImplementedError
 
     def token_grid(self, height: int, width: int) -> Grid:
         """The grid of the encoder's output tokens: `mask_grid`, or coarser."""
         return self.mask_grid(height, width)
+
+    def state_grid(self, num_tokens: int, height: int, width: int) -> Grid:
+        """The grid of a hidden state of `num_tokens` tokens without the prefix."""
+        return self.token_grid(height, width)
+
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules of every block of a transformer or stage of a ConvNet, first to last, for layer-wise learning
+        rates and adapters; empty where blocks cannot be told apart."""
+        return []
+
+    def modules_after_blocks(self) -> list[nn.Module]:
+        """What counts as part of the head in layer-wise learning rates, wherever it is defined."""
+        return [self.final_norm]
+
+    def load_native_state(self, state: dict[str, Tensor]) -> None:
+        """Loads the weights of the wrapped model of transformers, where one is wrapped."""
+        raise ValueError(f"{type(self).__name__} wraps no model of transformers: choose encoder 'native'")
 
     def pooled_norm(self) -> nn.Module:
         """A norm that the architecture applies after pooling (ConvNeXt), freshly made; part of the pooler."""
@@ -87,10 +109,11 @@ class Encoder(nn.Module):
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """One feature map (batch, channels, rows, cols) for every name in `stage_names`."""
+        assert encoded.feature_maps is not None
         return encoded.feature_maps
 
 
-def cells(size: Grid, cell: Grid, what: str) -> Grid:
+def grid_size(size: Grid, cell: Grid, what: str) -> Grid:
     """How many cells fill an image of `size` pixels.
 
     Raises:
@@ -105,7 +128,28 @@ def cells(size: Grid, cell: Grid, what: str) -> Grid:
     return size[0] // cell[0], size[1] // cell[1]
 
 
-def choose(name: str, value: str, choices) -> str:
+def image_size(images: Tensor) -> Grid:
+    """(batch, channels, height, width) -> height and width."""
+    return images.shape[2], images.shape[3]
+
+
+def divide(size: Grid, steps: Grid) -> Grid:
+    """Rows and columns of cells of `steps` pixels in `size` pixels, rounded down."""
+    return size[0] // steps[0], size[1] // steps[1]
+
+
+def select_states(
+    states: tuple[Tensor, ...] | None, selection: bool | int | Sequence[int] | None
+) -> tuple[Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all states, or those of the given indices with None for the others, as in
+    transformers; indices out of range select nothing."""
+    if states is None or selection is None or isinstance(selection, bool):
+        return states
+    indices = {selection} if isinstance(selection, int) else set(selection)
+    return tuple(state if {i, i - len(states)} & indices else None for i, state in enumerate(states))
+
+
+def choose(name: str, value: str, choices: Iterable[str]) -> str:
     """`value`, if it is one of the choices.
 
     Raises:
@@ -141,7 +185,8 @@ def fill_hidden_pixels(pixel_values: Tensor, bool_masked_pos: Tensor, grid: Grid
 def split_mask(bool_masked_pos: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
     """(batch, tokens) -> the places of the visible and of the hidden tokens, each in raster order."""
     order = bool_masked_pos.byte().argsort(dim=1, stable=True)
-    return order.split([bool_masked_pos.shape[1] - num_hidden, num_hidden], dim=1)
+    num_visible = bool_masked_pos.shape[1] - num_hidden
+    return order[:, :num_visible], order[:, num_visible:]
 
 
 def patchify(pixel_values: Tensor, grid: Grid) -> Tensor:

@@ -1,23 +1,39 @@
 """ConvNets as masked encoders: the blocks are those of transformers and timm, the masking is ours."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .encoder_base import NO_MASK_TOKEN, PIXEL_FILLS, Encoder, EncoderOutput, Grid, cells, choose, fill_hidden_pixels
+from .configuration_base import MIMConfigBase
+from .encoder_base import (
+    NO_MASK_TOKEN,
+    PIXEL_FILLS,
+    Encoder,
+    EncoderOutput,
+    Grid,
+    choose,
+    fill_hidden_pixels,
+    grid_size,
+)
 from .encoder_native import native_config, native_model
 from .options import pair, unknown_choice
 from .sparse import SparseMask, make_sparse
 
 
-try:
-    import timm
-except ImportError:  # only model type "timm" needs it
-    timm = None
-
 MODEL_TYPES = ("resnet", "convnext", "convnextv2", "timm")
 # Options of timm.create_model that make it read files or fetch them, pickles among them: a checkpoint is data.
 LOADING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+
+
+def refuse_loading(options: dict) -> None:
+    """Raises:
+    ValueError: options for timm, which come from a config, would make it open a file.
+    """
+    loading = sorted(LOADING & set(options))
+    if loading:
+        raise ValueError(f"options of timm that load files are refused in a config: {', '.join(loading)}")
 
 
 class ConvNetEncoder(Encoder):
@@ -36,10 +52,12 @@ class ConvNetEncoder(Encoder):
     """
 
     has_attentions = False
+    traces_any_size = True
+    strides: list[int]
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         use_mask_token: bool = False,
         *,
         model_type: str = "resnet",
@@ -53,7 +71,9 @@ class ConvNetEncoder(Encoder):
         self.mask_style = choose("mask_style", mask_style, ("add", "token", "sparse"))
         self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
         self.std = config.initializer_range
-        build = timm_stages if choose("model_type", model_type, MODEL_TYPES) == "timm" else native_stages
+        is_timm = choose("model_type", model_type, MODEL_TYPES) == "timm"
+        self.export_formats = ("timm", "onnx") if is_timm else ("transformers", "timm", "onnx")
+        build = timm_stages if is_timm else native_stages
         self.network, self.strides, self.num_features = build(config, model_type, options)
         self.norm_eps = getattr(getattr(self.network, "layernorm", None), "eps", None)
         if self.norm_eps is not None:
@@ -72,8 +92,8 @@ class ConvNetEncoder(Encoder):
         has_token = use_mask_token and mask_style != "sparse"
         self.mask_token = nn.Parameter(torch.zeros(width)) if has_token else None
         scaled = use_mask_token and mask_style == "add" and mask_scale_init_value is not None
-        self.initial_scale = mask_scale_init_value
-        self.mask_scale = nn.Parameter(torch.full((width,), float(mask_scale_init_value))) if scaled else None
+        self.initial_scale = float(mask_scale_init_value or 0)
+        self.mask_scale = nn.Parameter(torch.full((width,), self.initial_scale)) if scaled else None
 
     def init_parameters(self):
         if self.mask_token is not None:
@@ -81,23 +101,26 @@ class ConvNetEncoder(Encoder):
         if self.mask_scale is not None:
             init.constant_(self.mask_scale, self.initial_scale)
 
+    def blocks(self) -> list[list[nn.Module]]:
+        return [[stage] for stage in split_network(self.network)[1]]
+
     def pooled_norm(self) -> nn.Module:
         return nn.Identity() if self.norm_eps is None else nn.LayerNorm(self.hidden_size, eps=self.norm_eps)
 
     def mask_grid(self, height: int, width: int) -> Grid:
         stride = self.strides[-1 if self.mask_style == "sparse" else self.mask_stage]
         self.token_grid(height, width)
-        return cells((height, width), (stride, stride), "stride at the masked stage")
+        return grid_size((height, width), (stride, stride), "stride at the masked stage")
 
     def token_grid(self, height: int, width: int) -> Grid:
-        return cells((height, width), (self.strides[-1], self.strides[-1]), "last stage's stride")
+        return grid_size((height, width), (self.strides[-1], self.strides[-1]), "last stage's stride")
 
     def forward(
         self,
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> EncoderOutput:
         if output_attentions:
             raise ValueError("a ConvNet has no attentions to return")
@@ -139,7 +162,7 @@ class ConvNetEncoder(Encoder):
         return torch.where(hidden, token, features)
 
 
-def native_stages(config, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
+def native_stages(config: MIMConfigBase, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
     """-> transformers' model, and the stride and width of the stem's and of each stage's map."""
     native = native_config(config, model_type, options)
     network = native_model(config, native)
@@ -152,24 +175,12 @@ def native_stages(config, model_type: str, options: dict) -> tuple[nn.Module, li
 
 
 class TimmStages(nn.Module):
-    """A timm network cut into a stem and its stages."""
+    """A timm network cut into a stem and its stages. Its weights keep timm's own initialisation."""
 
-    def __init__(self, config, model_name: str, options: dict):
+    def __init__(self, config: MIMConfigBase, model_name: str, options: dict):
         super().__init__()
-        if timm is None:
-            raise ValueError("encoder_config model_type 'timm' needs the timm package: pip install timm")
-        if not timm.is_model(model_name):
-            near = timm.list_models(f"*{model_name[:6]}*")[:8]
-            raise unknown_choice("timm model", model_name, near or timm.list_models("res*")[:8])
-        loading = sorted(LOADING & set(options))
-        if loading:
-            raise ValueError(f"options of timm that load files are refused in a config: {', '.join(loading)}")
-        try:
-            network = timm.create_model(model_name, features_only=True, in_chans=config.num_channels, **options)
-        except TypeError as error:  # how timm refuses an option
-            raise ValueError(f"timm's {model_name!r} cannot be made with the options {options}: {error}") from error
-        if not isinstance(network, timm.models.FeatureListNet):
-            raise ValueError(f"timm's {model_name!r} cannot be cut into stages; choose a plain ConvNet, say resnet18")
+        self.arguments = (config, model_name, options)
+        network = timm_network(model_name, config.num_channels, options)
         self.widths, self.strides = network.feature_info.channels(), network.feature_info.reduction()
         ends = set(network.return_layers)
         if len(ends) == 4:  # a network whose stem makes no map of its own, such as ConvNeXt: it ends where stages begin
@@ -182,18 +193,50 @@ class TimmStages(nn.Module):
             if name in ends:
                 self.parts.append(part)
                 part = nn.Sequential()
-        for module in self.modules():
-            module.keeps_own_init = True
+        for module in self.parts.modules():
+            module.keeps_own_init = True  # type: ignore[assignment]
+        self.built_without_memory = any(parameter.is_meta for parameter in self.parameters())
+
+    def init_parameters(self):
+        """Fills what a checkpoint lacks from a new network: `from_pretrained` builds this one without memory."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        if self.built_without_memory and not all(getattr(value, "_is_hf_initialized", False) for value in own.values()):
+            fresh = TimmStages(*self.arguments)
+            for name, value in (*fresh.named_parameters(), *fresh.named_buffers()):
+                init.copy_(own[name], value)
 
 
-def timm_stages(config, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
+def timm_network(name: str, num_channels: int, options: dict) -> Any:
+    """A timm model that returns the maps of its stages, with random weights.
+
+    Raises:
+        ValueError: timm is absent, the name or an option is unknown, or the model has no stages.
+    """
+    try:
+        import timm  # slow to import, and only model type "timm" needs it
+    except ImportError:
+        raise ValueError("encoder_config model_type 'timm' needs the timm package: pip install timm") from None
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:8]
+        raise unknown_choice("timm model", name, near or timm.list_models("res*")[:8])
+    refuse_loading(options)
+    try:
+        network = timm.create_model(name, features_only=True, in_chans=num_channels, **options)
+    except TypeError as error:  # how timm refuses an option
+        raise ValueError(f"timm's {name!r} cannot be made with the options {options}: {error}") from error
+    if not isinstance(network, timm.models.FeatureListNet):
+        raise ValueError(f"timm's {name!r} cannot be cut into stages; choose a plain ConvNet, say resnet18")
+    return network
+
+
+def timm_stages(config: MIMConfigBase, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
     """-> the timm network, and the stride and width of the stem's and of each stage's map."""
     options = dict(options)
     network = TimmStages(config, options.pop("model_name", "resnet18"), options)
     return network, network.strides, network.widths
 
 
-def split_network(network: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def split_network(network: Any) -> tuple[nn.Module, list[nn.Module]]:
     """-> the stem and the stages, each a module from map to map."""
     if isinstance(network, TimmStages):
         return network.parts[0], list(network.parts[1:])

@@ -5,13 +5,15 @@ import copy
 import inspect
 import math
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
-from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, cells, tokens_to_map
+from .configuration_base import MIMConfigBase
+from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
 from .options import pair, unknown_choice
 
 
@@ -25,7 +27,9 @@ NOT_OPTIONS = {
 }
 
 
-def native_config(config, model_type: str, options: dict, use_mask_token: bool = False):
+def native_config(
+    config: MIMConfigBase, model_type: str, options: dict, use_mask_token: bool = False
+) -> PreTrainedConfig:
     """The wrapped model's config; `MIMConfig` says image size and channels.
 
     Raises:
@@ -37,8 +41,8 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
     fields = {**config_class().to_dict(), **dict.fromkeys(config_class.__dataclass_fields__)}
     for option in options:
         if option not in fields and not option.startswith("_"):
-            own = sorted(name for name in fields if name not in PreTrainedConfig.__dataclass_fields__)
-            raise unknown_choice(f"option of the transformers model {model_type!r}", option, own)
+            choices = sorted(name for name in fields if name not in PreTrainedConfig.__dataclass_fields__)
+            raise unknown_choice(f"option of the transformers model {model_type!r}", option, choices)
     if "image_size" in fields:
         height, width = pair(config.image_size)
         square = height == width and isinstance(config_class().image_size, int)
@@ -52,7 +56,7 @@ def native_config(config, model_type: str, options: dict, use_mask_token: bool =
     return config_class(**options)
 
 
-def native_model(config, native, use_mask_token: bool = False) -> nn.Module:
+def native_model(config: MIMConfigBase, native: PreTrainedConfig, use_mask_token: bool = False) -> PreTrainedModel:
     """The bare model of a native config, without its pooling layer, with the attention of `config` where it has it.
 
     Raises:
@@ -60,13 +64,13 @@ def native_model(config, native, use_mask_token: bool = False) -> nn.Module:
     """
     if type(native) not in MODEL_MAPPING:
         raise ValueError(f"transformers has no bare model of type {native.model_type!r}")
-    model_class = MODEL_MAPPING[type(native)]
-    has = {"eager": True, "sdpa": model_class._supports_sdpa, "flex_attention": model_class._supports_flex_attn}
-    if has.get(config._attn_implementation, model_class._supports_flash_attn):
+    model_class: Any = MODEL_MAPPING[type(native)]
+    supported = {"eager": True, "sdpa": model_class._supports_sdpa, "flex_attention": model_class._supports_flex_attn}
+    if supported.get(config._attn_implementation, model_class._supports_flash_attn):
         native._attn_implementation = config._attn_implementation
     takes = inspect.signature(model_class).parameters
-    wanted = {"add_pooling_layer": False, "use_mask_token": use_mask_token}
-    return model_class(native, **{name: value for name, value in wanted.items() if name in takes})
+    options = {"add_pooling_layer": False, "use_mask_token": use_mask_token}
+    return model_class(native, **{name: value for name, value in options.items() if name in takes})
 
 
 def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
@@ -74,7 +78,7 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
 
     Where an image processor is saved beside it, the normalisation is that processor's.
     """
-    network = AutoModel.from_pretrained(name_or_path)
+    network = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
     native = network.config
     if not hasattr(native, "num_channels"):
         raise ValueError(f"{name_or_path} is a {native.model_type!r} model, which takes no images")
@@ -84,14 +88,14 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
     fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
         fields |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
     except (OSError, ValueError, AttributeError, TypeError):
         pass  # no processor, or one that does not normalise: MIMConfig's defaults
     return fields, network.state_dict()
 
 
-def grid_of(tokens: int, height: float, width: float) -> Grid:
+def infer_grid(tokens: int, height: float, width: float) -> Grid:
     """How many rows and columns the `tokens` equal cells of a picture make: of all factors the pair that is nearest to
     the picture's shape. It is the right one whether cells at the border are cut off, as in ViT, or padded, as in Swin.
     """
@@ -99,8 +103,8 @@ def grid_of(tokens: int, height: float, width: float) -> Grid:
     return min(pairs, key=lambda grid: abs(math.log(grid[0] * width / (grid[1] * height))))
 
 
-def plain(config):
-    """A config whose modules compute attention by the plain implementation, which returns its weights."""
+def eager_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config whose modules compute attention by the eager implementation, which returns its weights."""
     if config._attn_implementation == "eager":
         return config
     config = copy.deepcopy(config)
@@ -109,16 +113,38 @@ def plain(config):
 
 
 @contextmanager
-def plain_attention(modules: list[nn.Module]):
-    """Inside, these modules compute attention by the plain implementation, whatever that of their model is."""
+def eager_attention(modules: list[Any]):
+    """For a while, these modules compute attention by the eager implementation, whatever that of their model is."""
     configs = [module.config for module in modules]
     try:
         for module in modules:
-            module.config = plain(module.config)
+            module.config = eager_config(module.config)
         yield
     finally:
         for module, config in zip(modules, configs):
             module.config = config
+
+
+def native_blocks(network: nn.Module) -> list[list[nn.Module]]:
+    """Of a model of transformers: the outermost list of modules of one class; blocks of stages, where stages are made
+    of a list `blocks` (Swin), whose other parts, such as the merging of patches, count as their last block."""
+    queue: list[nn.Module] = [network]
+    while queue:
+        module = queue.pop(0)
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(inner) for inner in module}) == 1:
+            break
+        queue += list(module.children())
+    else:
+        return []
+    blocks: list[list[nn.Module]] = []
+    for stage in module:
+        inner = getattr(stage, "blocks", None)
+        if not isinstance(inner, nn.ModuleList) or len(inner) == 0:
+            blocks.append([stage])
+            continue
+        blocks += [[block] for block in inner]
+        blocks[-1] += [part for name, part in stage.named_children() if name != "blocks"]
+    return blocks
 
 
 class NativeEncoder(Encoder):
@@ -127,13 +153,29 @@ class NativeEncoder(Encoder):
     Options: `model_type`, and every field of that model's own config.
     """
 
+    export_formats = ("transformers", "onnx")
+
     # Positional only: some of the wrapped configs have a field `use_mask_token` of their own.
-    def __init__(self, config, use_mask_token: bool = False, /, *, model_type: str = "vit", **options):
+    def __init__(self, config: MIMConfigBase, use_mask_token: bool = False, /, *, model_type: str = "vit", **options):
         super().__init__()
-        native = native_config(config, model_type, options, use_mask_token)
-        self.network = native_model(config, native, use_mask_token)
-        self.native = native
+        # Any: which attributes it has depends on the wrapped model.
+        self.native: Any = native_config(config, model_type, options, use_mask_token)
+        self.network = native_model(config, self.native, use_mask_token)
         self.takes = set(inspect.signature(self.network.forward).parameters)
+        self._check_inputs(model_type, use_mask_token)
+        self.has_mask_token = use_mask_token
+        self.hidden_size = getattr(self.native, "hidden_size", None) or getattr(self.native, "hidden_sizes", [None])[-1]
+        if self.hidden_size is None:
+            raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
+        self._count_prefix_tokens()
+        depth = getattr(self.native, "num_hidden_layers", None) or len(getattr(self.native, "depths", [1]))
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
+        self.num_features = self._stage_widths(depth)
+        self.base_grid = self.token_grid(*pair(config.image_size))
+        self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
+        self._take_final_norm()
+
+    def _check_inputs(self, model_type: str, use_mask_token: bool):
         if "pixel_values" not in self.takes:
             raise ValueError(
                 f"the transformers model {model_type!r} takes no images; those that do: "
@@ -144,47 +186,45 @@ class NativeEncoder(Encoder):
                 f"the transformers model {model_type!r} takes no bool_masked_pos and cannot hide tokens; "
                 "pretrain with encoder 'vit' or 'convnet'"
             )
-        self.has_mask_token = use_mask_token
-        self.hidden_size = getattr(native, "hidden_size", None) or getattr(native, "hidden_sizes", [None])[-1]
-        if self.hidden_size is None:
-            raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
+
+    def _count_prefix_tokens(self):
         # A pooling head may have a query of this name (AIMv2).
-        own = {name: p for name, p in self.network.named_parameters() if not name.startswith("head.")}
-        names = {name.rsplit(".", 1)[-1]: p for name, p in own.items()}
+        parameters = {name: p for name, p in self.network.named_parameters() if not name.startswith("head.")}
+        names = {name.rsplit(".", 1)[-1]: p for name, p in parameters.items()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
         self.num_prefix_tokens = sum(prefixes)
         self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:3])
-        depth = getattr(native, "num_hidden_layers", None) or len(getattr(native, "depths", [1]))
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
-        self.num_features = self._stage_widths(depth)
-        self.base_grid = self.token_grid(*pair(config.image_size))
-        self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
-        # Taken out of the wrapped model, so that a pooler can see the tokens before it.
-        self.taken_norm = None
+
+    def _take_final_norm(self):
+        """Takes the last norm out of the wrapped model, so that a pooler can see the tokens before it."""
+        self.taken_norm: str | None = None
         for name in FINAL_NORMS:
-            if isinstance(getattr(self.network, name, None), nn.LayerNorm) and not hasattr(native, "hidden_sizes"):
+            if isinstance(getattr(self.network, name, None), nn.LayerNorm) and not hasattr(self.native, "hidden_sizes"):
                 self.final_norm = getattr(self.network, name)
                 setattr(self.network, name, nn.Identity())
                 self.taken_norm = name
 
+    def blocks(self) -> list[list[nn.Module]]:
+        return native_blocks(self.network)
+
     def load_native_state(self, state: dict[str, Tensor]) -> None:
         """Loads the weights of the wrapped model, as `load_native` returns them; its pooling layer is left out."""
-        taken = self.taken_norm and f"{self.taken_norm}."
-        final = {k.removeprefix(taken): v for k, v in state.items() if taken and k.startswith(taken)}
-        own = self.network.state_dict()
-        missing = [name for name in own if name not in state and "mask_token" not in name]
+        wrapped = self.network.state_dict()
+        missing = [name for name in wrapped if name not in state and "mask_token" not in name]
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}")
-        self.network.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-        if taken:
-            self.final_norm.load_state_dict(final)
+        self.network.load_state_dict({name: state.get(name, value) for name, value in wrapped.items()})
+        if self.taken_norm is not None:
+            names = self.final_norm.state_dict()
+            self.final_norm.load_state_dict({name: state[f"{self.taken_norm}.{name}"] for name in names})
 
-    def last_attention(self) -> nn.Module | None:
+    def last_attention(self) -> Any | None:
         """The last block's attention, a module that returns (output, weights); None where it is not marked."""
         recorded = (getattr(self.network, "_can_record_outputs", None) or {}).get("attentions")
-        modules = self.network.modules() if isinstance(recorded, type) else ()
-        found = [module for module in modules if isinstance(module, recorded) and hasattr(module, "config")]
-        return found[-1] if found else None
+        if not isinstance(recorded, type):
+            return None
+        modules = [module for module in self.network.modules() if isinstance(module, recorded)]
+        return next((module for module in reversed(modules) if hasattr(module, "config")), None)
 
     def _stage_widths(self, depth: int) -> list[int]:
         if hasattr(self.native, "embed_dim") and hasattr(self.native, "depths"):
@@ -201,14 +241,18 @@ class NativeEncoder(Encoder):
         if patch is None:
             raise ValueError(f"the transformers model {self.native.model_type!r} has no patches that could be hidden")
         self.token_grid(height, width)
-        return cells((height, width), pair(patch), "patch")
+        return grid_size((height, width), pair(patch), "patch")
 
     def token_grid(self, height: int, width: int) -> Grid:
         if not hasattr(self.native, "patch_size"):
             return height // 32, width // 32
         merges = len(self.native.depths) - 1 if hasattr(self.native, "depths") else 0
-        patch = tuple(length * 2**merges for length in pair(self.native.patch_size))
-        return cells((height, width), patch, "last map's cell")
+        down, right = pair(self.native.patch_size)
+        return grid_size((height, width), (down * 2**merges, right * 2**merges), "last map's cell")
+
+    def state_grid(self, num_tokens: int, height: int, width: int) -> Grid:
+        down, right = pair(getattr(self.native, "patch_size", 1))
+        return infer_grid(num_tokens, height / down, width / right)
 
     def forward(
         self,
@@ -217,7 +261,7 @@ class NativeEncoder(Encoder):
         output_hidden_states: bool = False,
         output_attentions: bool | str = False,
     ) -> EncoderOutput:
-        extra = {"output_hidden_states": output_hidden_states} if output_hidden_states else {}
+        extra: dict[str, Any] = {"output_hidden_states": True} if output_hidden_states else {}
         if bool_masked_pos is not None:
             if not self.has_mask_token:
                 raise ValueError(NO_MASK_TOKEN)
@@ -245,31 +289,31 @@ class NativeEncoder(Encoder):
         last, weights = self.last_attention(), []
         if output_attentions == "last" and last is not None:
             # For good: gradient checkpointing runs the block again in the backward pass.
-            last.config = plain(last.config)
+            last.config = eager_config(last.config)
             hook = last.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
             try:
                 return self.network(pixel_values, **options), tuple(weights)
             finally:
                 hook.remove()
-        with plain_attention([module for module in self.network.modules() if hasattr(module, "config")]):
+        with eager_attention([module for module in self.network.modules() if hasattr(module, "config")]):
             out = self.network(pixel_values, **options, output_attentions=True)
-        found = getattr(out, "attentions", None) or (None,)
-        if any(weights is None for weights in found):
+        attentions = getattr(out, "attentions", None) or (None,)
+        if any(weights is None for weights in attentions):
             raise ValueError(
                 f"the transformers model {self.native.model_type!r} returns no attentions as it was built; if it can, "
                 "it does with attn_implementation='eager'"
             )
-        return out, found if output_attentions is True else found[-1:]
+        return out, attentions if output_attentions is True else attentions[-1:]
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """As of `ViTEncoder`, after the final norm where it has the width of every stage."""
+        assert encoded.hidden_states is not None
         maps, one_width = [], len(set(self.num_features)) == 1
-        down, right = pair(getattr(self.native, "patch_size", 1))
         for state in encoded.hidden_states:
             state = self.final_norm(state) if one_width else state
             if state.ndim == 3:
                 state = state[:, self.num_prefix_tokens :]
-                state = tokens_to_map(state, grid_of(state.shape[1], height / down, width / right))
+                state = tokens_to_map(state, self.state_grid(state.shape[1], height, width))
             maps.append(state)
         widths = [stage.shape[1] for stage in maps]
         if widths != self.num_features:

@@ -1,21 +1,24 @@
 """The vision transformer that can hide tokens: the heart of the project."""
 
+import math
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .configuration_base import MIMConfigBase
 from .encoder_base import (
     NO_MASK_TOKEN,
     PIXEL_FILLS,
     Encoder,
     EncoderOutput,
     Grid,
-    cells,
     choose,
     fill_hidden_pixels,
+    grid_size,
     patchify,
     split_mask,
     tokens_to_map,
@@ -30,7 +33,7 @@ from .layers import (
     take_tokens,
 )
 from .masking import num_hidden_tokens
-from .options import pair
+from .options import Size, pair
 
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads), as in DeiT, ViT and MAE.
@@ -42,6 +45,36 @@ SIZES = {
     "huge": (14, 1280, 32, 16),
 }
 POSITIONS = ("sincos", "learned", "relative", "shared_relative", "rotary", "none")
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises:
+    ValueError: the value is below `least`.
+    """
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def fill_in_sizes(
+    size: str, patch_size: Size | None, hidden_size: int | None, num_layers: int | None, num_heads: int | None
+) -> tuple[Grid, int, int, int]:
+    """-> the patch, width, depth and heads that were given, those of the named size in place of None."""
+    patch, dim, depth, heads = SIZES[choose("size", size, SIZES)]
+    depth = depth if num_layers is None else num_layers
+    at_least("num_hidden_layers", depth, 1)
+    dim, heads = dim if hidden_size is None else hidden_size, heads if num_heads is None else num_heads
+    return pair(patch if patch_size is None else patch_size), dim, depth, heads
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The drop rate of every block: from 0, growing linearly to `last`.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path_rate must be in [0, 1), got {last}")
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class ViTEncoder(Encoder):
@@ -64,9 +97,11 @@ class ViTEncoder(Encoder):
         final_norm: whether the tokens pass a last LayerNorm. SimMIM pretrains without.
     """
 
+    export_formats = ("transformers", "timm", "onnx")
+
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         use_mask_token: bool = False,
         *,
         size: str = "base",
@@ -89,48 +124,49 @@ class ViTEncoder(Encoder):
         final_norm: bool = True,
     ):
         super().__init__()
-        defaults = SIZES[choose("size", size, SIZES)]
-        given = (patch_size, hidden_size, num_hidden_layers, num_attention_heads)
-        patch, dim, depth, heads = (default if value is None else value for value, default in zip(given, defaults))
-        for name, value, least in (("num_hidden_layers", depth, 1), ("num_register_tokens", num_register_tokens, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
-        self.config = config
-        self.patch_size = pair(patch)
-        self.hidden_size = dim
+        sizes = (patch_size, hidden_size, num_hidden_layers, num_attention_heads)
+        self.patch_size, dim, depth, heads = fill_in_sizes(size, *sizes)
+        self.config, self.hidden_size = config, dim
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
+        self.num_features = [dim] * (depth + 1)
+        self._set_masking(mask_style, mask_stage, pixel_fill, depth)
+        self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
+        self._add_positions(position_embedding, dim, depth, heads)
+        intermediate_size = intermediate_size or (-(-8 * dim // 24) * 8 if mlp == "swiglu" else 4 * dim)
+        choose("mlp", mlp, ("gelu", "swiglu"))
+        block = partial(ViTLayer, config, dim, heads, intermediate_size, mlp, qk_norm)
+        rates = drop_path_rates(drop_path_rate, depth)
+        self.layers = nn.ModuleList(block(layer_scale_init_value, rate, layer_norm_eps) for rate in rates)
+        if final_norm:
+            self.final_norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+
+    def _set_masking(self, mask_style: str, mask_stage: int, pixel_fill: str, depth: int):
         self.mask_style = choose("mask_style", mask_style, ("drop", "token", "add"))
         self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
         self.mask_stage = mask_stage
         self.drops_tokens = mask_style == "drop"
-        self.has_cls_token = use_cls_token
-        self.num_prefix_tokens = int(use_cls_token) + num_register_tokens
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
-        self.num_features = [dim] * (depth + 1)
         if not 0 <= mask_stage < depth or (mask_stage and self.drops_tokens):
             raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
 
-        self.patch_embedding = nn.Linear(self.patch_size[0] * self.patch_size[1] * config.num_channels, dim)
+    def _add_embeddings(self, use_cls_token: bool, num_registers: int, use_mask_token: bool):
+        at_least("num_register_tokens", num_registers, 0)
+        self.has_cls_token = use_cls_token
+        self.num_prefix_tokens = int(use_cls_token) + num_registers
+        dim, channels = self.hidden_size, self.config.num_channels
+        self.patch_embedding = nn.Linear(math.prod(self.patch_size) * channels, dim)
         self.prefix_tokens = nn.Parameter(torch.zeros(self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(dim)) if use_mask_token and not self.drops_tokens else None
-        self.base_grid = cells(pair(config.image_size), self.patch_size, "patch")
-        self._add_positions(position_embedding, dim, depth, heads)
-
-        intermediate_size = intermediate_size or (-(-8 * dim // 24) * 8 if mlp == "swiglu" else 4 * dim)
-        block = {"qk_norm": qk_norm, "layer_scale": layer_scale_init_value, "eps": layer_norm_eps}
-        block["mlp"] = choose("mlp", mlp, ("gelu", "swiglu"))
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList(
-            ViTLayer(config, dim, heads, intermediate_size, drop_path=rate, **block) for rate in rates
-        )
-        if final_norm:
-            self.final_norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.base_grid = grid_size(pair(self.config.image_size), self.patch_size, "patch")
 
     def _add_positions(self, names: str | list[str], dim: int, depth: int, heads: int):
         self.positions = {names} if isinstance(names, str) else set(names)
         for name in self.positions:
             choose("position_embedding", name, POSITIONS)
+        self.traces_any_size = not self.positions & {
+            "learned",
+            "relative",
+            "shared_relative",
+        }  # tables that are resized
         if "sincos" in self.positions and dim % 4:
             raise ValueError(f"sincos positions need a hidden_size divisible by 4, got {dim}")
         if "rotary" in self.positions and (dim // heads) % 4:
@@ -148,8 +184,29 @@ class ViTEncoder(Encoder):
             if tokens is not None:
                 init.trunc_normal_(tokens, std=self.config.initializer_range)
 
+    def blocks(self) -> list[list[nn.Module]]:
+        return [[layer, *self.relative[i : i + 1]] for i, layer in enumerate(self.layers)]
+
+    def modules_after_blocks(self) -> list[nn.Module]:
+        return [self.final_norm] if self.shared_relative is None else [self.final_norm, self.shared_relative]
+
+    def extra_parts(self) -> list[str]:
+        """What this encoder has, or lacks, compared with the ViT of 2010.11929, as words for a message. LayerScale does
+        not count: it can be multiplied into the layer before it."""
+        layer = cast(ViTLayer, self.layers[0])
+        parts = {
+            "relative position bias": bool(self.positions & {"relative", "shared_relative"}),
+            "rotary positions": "rotary" in self.positions,
+            "register tokens": self.num_prefix_tokens > self.has_cls_token,
+            "encoder without a class token": not self.has_cls_token,
+            "normalised queries and keys (qk_norm)": layer.attention.q_norm is not None,
+            "SwiGLU": layer.mlp.gated,
+            "encoder without a last norm (final_norm false)": isinstance(self.final_norm, nn.Identity),
+        }
+        return [name for name, present in parts.items() if present]
+
     def mask_grid(self, height: int, width: int) -> Grid:
-        return cells((height, width), self.patch_size, "patch")
+        return grid_size((height, width), self.patch_size, "patch")
 
     def forward(
         self,
@@ -161,7 +218,8 @@ class ViTEncoder(Encoder):
         grid = self.mask_grid(*pixel_values.shape[2:])
         tokens, visible_index, hidden_index = self._embed(pixel_values, bool_masked_pos, grid)
         shared, rotary = self._attention_positions(grid, visible_index, tokens.device)
-        hidden_states, attentions = [], []
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if i == self.mask_stage and i > 0:
                 tokens = self._hide(tokens, bool_masked_pos, self.num_prefix_tokens)
@@ -169,11 +227,11 @@ class ViTEncoder(Encoder):
                 hidden_states.append(tokens)
             bias = shared
             if len(self.relative):
-                own = self.relative[i](grid, self.num_prefix_tokens, visible_index)
-                bias = own if shared is None else own + shared
-            wanted = i == len(self.layers) - 1 if output_attentions == "last" else bool(output_attentions)
-            tokens, weights = layer(tokens, bias, rotary, None, wanted)
-            if wanted:
+                bias = self.relative[i](grid, self.num_prefix_tokens, visible_index)
+                bias = bias if shared is None else bias + shared
+            needs_weights = i == len(self.layers) - 1 if output_attentions == "last" else bool(output_attentions)
+            tokens, weights = layer(tokens, bias, rotary, None, needs_weights)
+            if needs_weights:
                 attentions.append(weights)
         return EncoderOutput(
             tokens=tokens,
@@ -253,6 +311,7 @@ class ViTEncoder(Encoder):
 
     def stage_maps(self, encoded: EncoderOutput, height: int, width: int) -> tuple[Tensor, ...]:
         """Every block's patch tokens after the final norm, as DINOv2's backbone gives them."""
+        assert encoded.hidden_states is not None
         grid = self.mask_grid(height, width)
         patches = (self.final_norm(tokens)[:, self.num_prefix_tokens :] for tokens in encoded.hidden_states)
         return tuple(tokens_to_map(tokens, grid) for tokens in patches)

@@ -9,8 +9,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
-Grid = tuple[int, int]
+from .configuration_base import MIMConfigBase
+from .options import Grid
 
 
 # --- positions ---------------------------------------------------------------------------------------------------
@@ -122,10 +122,10 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, grid: Grid, num_prefix: int, visible_index: Tensor | None = None) -> Tensor:
         """-> (1 or batch, heads, length, length), to be added to the logits; `visible_index` (batch, visible)."""
-        spans = [tuple(2 * n - 1 for n in size) for size in (self.base, grid)]
-        table = self.table if grid == self.base else resize_table(self.table, *spans)
+        old, new = ((2 * rows - 1, 2 * cols - 1) for rows, cols in (self.base, grid))
+        table = self.table if grid == self.base else resize_table(self.table, old, new)
         rows, cols = (axis.long() for axis in coordinates(grid, grid, table.device))
-        index = (rows[:, None] - rows + grid[0] - 1) * spans[1][1] + cols[:, None] - cols + grid[1] - 1
+        index = (rows[:, None] - rows + grid[0] - 1) * new[1] + cols[:, None] - cols + grid[1] - 1
         index = index[None] + 3
         if visible_index is not None:
             index = index[0][visible_index[:, :, None], visible_index[:, None, :]]
@@ -139,7 +139,7 @@ class RelativePositionBias(nn.Module):
 
 
 def eager_attention(module, query, key, value, attention_mask=None, scaling=None, position_bias=None, **kwargs):
-    """Plain attention that returns its weights, with the signature of transformers' attention functions."""
+    """Attention by matrix products, which returns its weights; the signature is that of transformers' attention."""
     # The query is smaller than the logits. softmax computes in float32 and rounds its result, whatever the dtype.
     logits = (query * scaling) @ key.transpose(2, 3)
     if position_bias is not None:
@@ -150,7 +150,7 @@ def eager_attention(module, query, key, value, attention_mask=None, scaling=None
 
 def attend(module, query, key, value, position_bias=None, output_attentions=False) -> tuple[Tensor, Tensor | None]:
     """(batch, heads, length, head_dim) each -> (batch, queries, heads * head_dim), and the weights where the
-    implementation returns them. Fused implementations do not: `output_attentions` takes the plain one."""
+    implementation returns them. Fused ones do not: `output_attentions` takes `eager_attention`."""
     name = "eager" if output_attentions else module.config._attn_implementation or "eager"
     if position_bias is not None:
         if "flash" in name:
@@ -170,7 +170,7 @@ class ViTAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config, dim: int, num_heads: int, qk_norm: bool = False):
+    def __init__(self, config: MIMConfigBase, dim: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"hidden_size {dim} is not divisible by num_attention_heads {num_heads}")
@@ -195,7 +195,7 @@ class ViTAttention(nn.Module):
             )
             (query,) = self._heads(F.linear(tokens[:, -num_queries:], query_weight, query_bias), 1)
             key, value = self._heads(F.linear(tokens, rest_weight, rest_bias), 2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
@@ -212,7 +212,7 @@ class CrossAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config, dim: int, num_heads: int):
+    def __init__(self, config: MIMConfigBase, dim: int, num_heads: int):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"hidden_size {dim} is not divisible by num_attention_heads {num_heads}")
@@ -247,7 +247,7 @@ class DropPath(nn.Module):
         return branch * keep.to(branch.dtype) / (1 - self.rate)
 
 
-class LinearOfGelu(torch.autograd.Function):
+class RecomputedGELULinear(torch.autograd.Function):
     """`F.linear(F.gelu(hidden), weight, bias)` that keeps `hidden` alone for its backward pass, and computes the GELU
     again there: a fifth of the memory of a block's activations for a hundredth of a training step."""
 
@@ -284,7 +284,7 @@ class MLP(nn.Module):
             return self.fc2(F.silu(gate) * hidden)
         if self.training and torch.is_grad_enabled() and type(self.fc2) is nn.Linear:  # an adapter may stand there
             weight, bias = self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype)
-            return LinearOfGelu.apply(hidden, weight, bias)
+            return RecomputedGELULinear.apply(hidden, weight, bias)
         return self.fc2(F.gelu(hidden))
 
 
@@ -308,7 +308,7 @@ class ViTLayer(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         dim: int,
         num_heads: int,
         intermediate_size: int,
@@ -341,7 +341,7 @@ class ViTLayer(GradientCheckpointingLayer):
 class CrossLayer(GradientCheckpointingLayer):
     """A pre-norm block whose queries see the context and not one another (CrossMAE, 2401.14391)."""
 
-    def __init__(self, config, dim: int, num_heads: int, intermediate_size: int, eps: float = 1e-6):
+    def __init__(self, config: MIMConfigBase, dim: int, num_heads: int, intermediate_size: int, eps: float = 1e-6):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attention = CrossAttention(config, dim, num_heads)
@@ -353,7 +353,7 @@ class CrossLayer(GradientCheckpointingLayer):
         return queries + self.mlp(self.norm2(queries))
 
 
-class ToGrid(nn.Module):
+class PixelShuffleLinear(nn.Module):
     """A linear map from the tokens of a coarse grid to those of a grid `factor` times finer per axis: each token
     makes factor x factor tokens (a 1x1 convolution and a pixel shuffle). `factor` (1, 1) is a plain linear layer."""
 

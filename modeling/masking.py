@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .options import check_part, options_of, pair
+from .configuration_base import MIMConfigBase
+from .options import Grid, Size, check_part, options_of, pair
 
 
-Grid = tuple[int, int]
-
-
-def count_hidden(grid: Grid, ratio: float, unit: int | tuple[int, int] = 1) -> int:
+def count_hidden(grid: Grid, ratio: float, unit: Size = 1) -> int:
     """How many tokens of the grid are hidden.
 
     Raises:
@@ -40,28 +38,29 @@ def count_hidden(grid: Grid, ratio: float, unit: int | tuple[int, int] = 1) -> i
     return hidden
 
 
-def num_hidden_tokens(config, grid: Grid) -> int:
+def num_hidden_tokens(config: MIMConfigBase, grid: Grid) -> int:
     """What the config's masking hides of this grid, in every image."""
-    options = {**options_of(MASK_GENERATORS[config.masking]), **config.masking_config}
+    options = {**options_of(MASK_GENERATORS[config.masking]), **config.options("masking")}
     return count_hidden(grid, options["ratio"], options.get("unit", 1))
 
 
-def check_masking(config, grid: Grid) -> None:
+def check_masking(config: MIMConfigBase, grid: Grid) -> None:
     """Raises:
     ValueError: the generator or an option is unknown, an option's value is bad, or the ratio does not fit the grid.
     """
-    check_part("mask generator", MASK_GENERATORS, config.masking, config.masking_config)
+    check_part("mask generator", MASK_GENERATORS, config.masking, config.options("masking"))
     num_hidden_tokens(config, grid)
     if config.masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {config.masks_per_image}")
     sample_masks(config, grid, [np.random.default_rng(0)])
 
 
-def sample_masks(config, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
+def sample_masks(config: MIMConfigBase, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
     """Masks as the config says, one per generator: bool (batch, rows * cols), True = hidden; (batch, M, rows * cols)
     with M `masks_per_image` above 1."""
     generate = MASK_GENERATORS[config.masking]
-    masks = [generate(len(rngs), grid, rngs, **config.masking_config) for _ in range(config.masks_per_image)]
+    options = config.options("masking")
+    masks = [generate(len(rngs), grid, rngs, **options) for _ in range(config.masks_per_image)]
     return masks[0] if len(masks) == 1 else torch.stack(masks, dim=1)
 
 
@@ -86,7 +85,7 @@ def block_mask(
 ) -> Tensor:
     """Rectangles of random size, place and shape until the count is reached (BEiT, 2106.08254, Algorithm 1).
 
-    A rectangle has at least `min_block` units (fewer where fewer are still wanted) and an aspect ratio between
+    A rectangle has at least `min_block` units (fewer where fewer are still missing) and an aspect ratio between
     `min_aspect` and its inverse; each gets `tries` tries to add something without passing the count. What is missing
     then is drawn at random.
     """
@@ -97,8 +96,8 @@ def block_mask(
         )
     hidden = count_hidden(grid, ratio, unit)
     units = _unit_grid(grid, unit)
-    wanted = max(1, units[0] * units[1] * hidden // (grid[0] * grid[1]))
-    masks = np.stack([_draw_blocks(units, wanted, rng, min_block, min_aspect, tries) for rng in rngs])
+    count = max(1, units[0] * units[1] * hidden // (grid[0] * grid[1]))
+    masks = np.stack([_draw_blocks(units, count, rng, min_block, min_aspect, tries) for rng in rngs])
     return _hide_first(_unit_order(grid, unit, rngs, first=masks), hidden)
 
 
@@ -117,16 +116,17 @@ def inverse_block_mask(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     hidden = count_hidden(grid, ratio, unit)
     units = _unit_grid(grid, unit)
-    wanted = -(-units[0] * units[1] * (grid[0] * grid[1] - hidden) // (grid[0] * grid[1]))
-    visible = np.stack([_draw_squares(units, wanted, rng, block_size) for rng in rngs])
+    count = -(-units[0] * units[1] * (grid[0] * grid[1] - hidden) // (grid[0] * grid[1]))
+    visible = np.stack([_draw_squares(units, count, rng, block_size) for rng in rngs])
     return _hide_first(_unit_order(grid, unit, rngs, first=~visible), hidden)
 
 
 MASK_GENERATORS = {"random": random_mask, "block": block_mask, "inverse_block": inverse_block_mask}
 
 
-def _unit_grid(grid: Grid, unit) -> Grid:
-    return tuple(-(-length // step) for length, step in zip(grid, pair(unit)))
+def _unit_grid(grid: Grid, unit: Size) -> Grid:
+    down, right = pair(unit)
+    return -(-grid[0] // down), -(-grid[1] // right)
 
 
 def _unit_order(grid: Grid, unit, rngs, first: np.ndarray | None = None) -> np.ndarray:
@@ -151,10 +151,10 @@ def _hide_first(scores: np.ndarray, hidden: int) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def _draw_blocks(grid: Grid, wanted: int, rng, min_block: int, min_aspect: float, tries: int) -> np.ndarray:
+def _draw_blocks(grid: Grid, count: int, rng, min_block: int, min_aspect: float, tries: int) -> np.ndarray:
     mask = np.zeros(grid, dtype=bool)
     log_aspect = math.log(min_aspect)
-    while (missing := wanted - int(mask.sum())) > 0:
+    while (missing := count - int(mask.sum())) > 0:
         for _ in range(tries):
             area = rng.uniform(min(min_block, missing), missing)
             aspect = math.exp(log_aspect * rng.uniform(-1, 1))
@@ -171,9 +171,9 @@ def _draw_blocks(grid: Grid, wanted: int, rng, min_block: int, min_aspect: float
     return mask
 
 
-def _draw_squares(grid: Grid, wanted: int, rng, block_size: int) -> np.ndarray:
+def _draw_squares(grid: Grid, count: int, rng, block_size: int) -> np.ndarray:
     mask = np.zeros(grid, dtype=bool)
-    while mask.sum() < wanted:
+    while mask.sum() < count:
         top, left = (int(rng.integers(1 - block_size, length)) for length in grid)
         mask[max(top, 0) : top + block_size, max(left, 0) : left + block_size] = True
     return mask

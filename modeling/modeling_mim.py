@@ -1,5 +1,7 @@
 """The models: `MIMModel`, `MIMForPreTraining`, `MIMForImageClassification`, `MIMBackbone`."""
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,62 +17,52 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig
-from .decoders import DECODERS
-from .encoder_base import EncoderOutput, to_grey
+from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
 from .encoder_native import load_native
-from .encoders import ENCODERS
 from .masking import check_masking, sample_masks
-from .options import check_part, pair
+from .options import Grid, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
-from .poolers import POOLERS
+from .parts import make_decoder, make_encoder, make_global_head, make_pooler, make_target
+from .poolers import Pooler
 from .pyramid import make_pyramid
 from .reconstruction import draw_reconstruction
-from .targets import TARGETS
 
 
 # What a pretraining checkpoint holds and other heads are meant not to have, as patterns of names.
 PRETRAINING_PARTS = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", r"^global_head\."]
 
 
-def make_encoder(config: MIMConfig, use_mask_token: bool = False):
-    check_part("encoder", ENCODERS, config.encoder, config.encoder_config)
-    return ENCODERS[config.encoder](config, use_mask_token, **config.encoder_config)
+HiddenStates = bool | int | list[int] | None  # as in transformers: all of them, or those of these indices
 
 
-def make_pooler(config: MIMConfig, encoder):
-    check_part("pooler", POOLERS, config.pooler, config.pooler_config)
-    return POOLERS[config.pooler](encoder, **config.pooler_config)
-
-
-def check_encoder_and_pooler(config: MIMConfig) -> list[str]:
-    """Builds both without memory, so that a config is found wrong where it is written. -> the stages' names.
-
-    Raises:
-        ValueError: a name or an option is unknown, or values do not fit together.
-    """
-    with torch.device("meta"):
-        encoder = make_encoder(config)
-        make_pooler(config, encoder)
-    encoder.token_grid(*pair(config.image_size))
-    return encoder.stage_names
+def has_checkpointed_layers(model: nn.Module) -> bool:
+    """Whether gradient checkpointing would save something."""
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
 
 
 class MIMPreTrainedModel(PreTrainedModel):
+    config: MIMConfig
     config_class = MIMConfig
+    _auto_class: Any = None
     base_model_prefix = "mim"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
+    input_modalities = ("image",)  # type: ignore[assignment]
+    supports_gradient_checkpointing = True  # of a class; `post_init` asks the instance
     _no_split_modules = ["ViTLayer", "CrossLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def post_init(self):
+        self.supports_gradient_checkpointing = has_checkpointed_layers(self)
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -100,9 +92,12 @@ class MIMPreTrainedModel(PreTrainedModel):
         native_fields, state = load_native(name_or_path)
         without = {} if add_pooling_layer else {"add_pooling_layer": False}
         model = cls(MIMConfig(**{**native_fields, **fields}), **without)
-        encoder = model.encoder if isinstance(model, MIMModel) else model.mim.encoder
-        encoder.load_native_state(state)
+        model.get_encoder().load_native_state(state)
         return model.eval()
+
+    def get_encoder(self, modality: str | None = None) -> Encoder:
+        """The encoder, whatever the head."""
+        return cast(Encoder, self.base_model.encoder)
 
     def get_input_embeddings(self):
         """None, as there is no table of words; accelerate asks for one when it shards a model by FSDP2."""
@@ -143,13 +138,13 @@ class MIMModel(MIMPreTrainedModel):
         self,
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> MIMModelOutput:
         """pixel_values (batch, channels, height, width), normalised; height and width may differ from the config's, and
         RGB becomes grey for a model of one channel (see `to_grey`). bool_masked_pos (batch, rows * cols) on
-        `encoder.mask_grid(height, width)`, True = hidden.
+        `encoder.mask_grid(height, width)`, True = hidden. output_hidden_states: all, or indices, the others being None.
 
         Raises:
             ValueError: the channels are not the config's, the size is no multiple of the patch, or the mask does not
@@ -157,30 +152,37 @@ class MIMModel(MIMPreTrainedModel):
         """
         pixel_values = to_grey(pixel_values, self.config.num_channels)
         self.check_inputs(pixel_values, bool_masked_pos)
+        states: HiddenStates = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         asked = self.config.output_attentions if output_attentions is None else output_attentions
         encoded = self.encoder(
             pixel_values.to(self.dtype),
             bool_masked_pos,
-            bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
-            asked or ("last" if getattr(self.pooler, "needs_attentions", False) else False),
+            states is not None and states is not False,
+            asked or ("last" if self.pooler is not None and self.pooler.needs_attentions else False),
         )
         tokens = self.encoder.final_norm(encoded.tokens)
-        vector = weights = None
-        if self.pooler is not None and encoded.visible_index is None:
-            seen = tokens if self.pooler.apply_final_norm else encoded.tokens
-            grid = self.encoder.token_grid(*pixel_values.shape[2:])
-            vector, weights = self.pooler(seen, self.encoder.num_prefix_tokens, grid, encoded.attentions)
-            vector = self.pooled_norm(vector)
+        vector, weights = self._pool(encoded, tokens, image_size(pixel_values))
         return MIMModelOutput(
             last_hidden_state=tokens,
             pooler_output=vector,
             pooler_weights=weights,
-            hidden_states=encoded.hidden_states,
+            hidden_states=select_states(encoded.hidden_states, states),
             attentions=encoded.attentions if asked else None,
             feature_maps=encoded.feature_maps,
             visible_index=encoded.visible_index,
             hidden_index=encoded.hidden_index,
         )
+
+    def _pool(self, encoded: EncoderOutput, normed: Tensor, size: Grid) -> tuple[Tensor | None, Tensor | None]:
+        """-> the pooler's vector and weights; None without a pooler, and where tokens were dropped."""
+        if self.pooler is None or self.pooled_norm is None or encoded.visible_index is not None:
+            return None, None
+        tokens = normed if self.pooler.apply_final_norm else encoded.tokens
+        grid = self.encoder.token_grid(*size)
+        vector, weights = self.pooler(tokens, self.encoder.num_prefix_tokens, grid, encoded.attentions)
+        return self.pooled_norm(vector), weights
 
     def check_inputs(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, several: bool = False):
         """Raises:
@@ -196,8 +198,8 @@ class MIMModel(MIMPreTrainedModel):
         if bool_masked_pos is None:
             return
         rows, cols = self.encoder.mask_grid(*pixel_values.shape[2:])
-        batch, shape = len(pixel_values), bool_masked_pos.shape
-        shape = (shape[0], shape[2]) if several and len(shape) == 3 else tuple(shape)
+        batch, shape = len(pixel_values), tuple(bool_masked_pos.shape)
+        shape = (shape[0], shape[2]) if several and len(shape) == 3 else shape
         if shape != (batch, rows * cols) or bool_masked_pos.dtype != torch.bool:
             repeated = f" or ({batch}, M, {rows * cols})" if several else ""
             raise ValueError(
@@ -219,19 +221,13 @@ class MIMForPreTraining(MIMPreTrainedModel):
         super().__init__(config)
         self.mim = MIMModel(config, add_pooling_layer=False, use_mask_token=True)
         check_masking(config, self.mask_grid(*pair(config.image_size)))
-        check_part("target", TARGETS, config.target, config.target_config)
-        check_part("decoder", DECODERS, config.decoder, config.decoder_config)
-        self.target = TARGETS[config.target](config, self.mim.encoder, **config.target_config)
-        config.target_config = {**config.target_config, **self.target.options_to_save()}
-        outputs, dim = self.target.outputs, self.mim.encoder.hidden_size
-        self.decoder = DECODERS[config.decoder](config, self.mim.encoder, outputs["patches"], **config.decoder_config)
-        has_global = "global" in outputs
-        self.global_head = (
-            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs["global"])) if has_global else None
-        )
+        self.target = make_target(config, self.mim.encoder)
+        config.target_config = {**config.options("target"), **self.target.options_to_save()}
+        self.decoder = make_decoder(config, self.mim.encoder, self.target.outputs["patches"])
+        self.global_head = make_global_head(self.mim.encoder.hidden_size, self.target.outputs)
         self.post_init()
 
-    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+    def mask_grid(self, height: int, width: int) -> Grid:
         """The (rows, cols) of `bool_masked_pos` for images of this size."""
         return self.mim.encoder.mask_grid(height, width)
 
@@ -241,16 +237,14 @@ class MIMForPreTraining(MIMPreTrainedModel):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         return_loss: bool = True,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates = None,
         output_attentions: bool | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> MIMForPreTrainingOutput:
         """pixel_values (batch, channels, height, width), normalised. bool_masked_pos (batch, rows * cols), or
         (batch, M, rows * cols) for M masks of each image; drawn as `masking` says where it is absent."""
-        self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
-        grid = self.mask_grid(*pixel_values.shape[2:])
-        masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
+        masks = self._masks(pixel_values, bool_masked_pos)
         repeats = masks.shape[1] if masks.ndim == 3 else 1
         masks = masks.flatten(0, 1) if masks.ndim == 3 else masks
         outputs = self.mim(
@@ -258,17 +252,18 @@ class MIMForPreTraining(MIMPreTrainedModel):
             masks,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
+        grid = self.mask_grid(*image_size(pixel_values))
         predictions = {"patches": self._decode(outputs, masks, grid, self.target.scope)}
         if self.global_head is not None:
             predictions["global"] = self.global_head(self._global_token(outputs, masks))
         loss = None
         if return_loss:
-            self.target.bind(self.mim.encoder)
-            values = self.target.values(pixel_values, grid)
+            targets = self._targets(pixel_values, grid)  # once for each image, however many masks of it there are
             if repeats > 1:
-                values = {name: value.repeat_interleave(repeats, dim=0) for name, value in values.items()}
-            loss = self.target.loss(predictions, values, masks, grid, generator)
+                targets = {name: target.repeat_interleave(repeats, dim=0) for name, target in targets.items()}
+            loss = self.target.loss(predictions, targets, masks, grid, generator)
         return MIMForPreTrainingOutput(
             loss=loss,
             logits=predictions["patches"],
@@ -277,7 +272,20 @@ class MIMForPreTraining(MIMPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _decode(self, outputs: MIMModelOutput, masks: Tensor, grid: tuple[int, int], scope: str) -> Tensor:
+    def _masks(self, pixel_values: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
+        """The masks that are given, checked; else new ones from torch's random state."""
+        self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
+        if bool_masked_pos is not None:
+            return bool_masked_pos
+        seeds = torch.randint(2**62, (len(pixel_values),)).tolist()
+        rngs = [np.random.default_rng(seed) for seed in seeds]
+        return sample_masks(self.config, self.mask_grid(*image_size(pixel_values)), rngs).to(pixel_values.device)
+
+    def _targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        self.target.bind(self.mim.encoder)
+        return self.target.targets(pixel_values, grid)
+
+    def _decode(self, outputs: MIMModelOutput, masks: Tensor, grid: Grid, scope: str) -> Tensor:
         encoded = EncoderOutput(
             tokens=outputs.last_hidden_state,
             visible_index=outputs.visible_index,
@@ -297,23 +305,19 @@ class MIMForPreTraining(MIMPreTrainedModel):
         visible = (~masks)[..., None].to(patches.dtype)
         return (patches * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
 
-    def _sample_masks(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
-        seeds = torch.randint(2**62, (len(pixel_values),)).tolist()
-        masks = sample_masks(self.config, grid, [np.random.default_rng(seed) for seed in seeds])
-        return masks.to(pixel_values.device)
-
     @torch.no_grad()
     def reconstruct(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, with_target: bool = False
     ) -> MIMReconstruction:
         """What the model makes of the hidden patches, as pictures. Arguments as of `forward`; of several masks the
         first is shown. `with_target` shows what should have been predicted beside it; it may need a teacher."""
-        self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
-        grid = self.mask_grid(*pixel_values.shape[2:])
-        masks = self._sample_masks(pixel_values, grid) if bool_masked_pos is None else bool_masked_pos
+        masks = self._masks(pixel_values, bool_masked_pos)
         masks = masks[:, 0] if masks.ndim == 3 else masks
-        predicted = self._decode(self.mim(pixel_values, masks), masks, grid, "all").to(pixel_values.dtype)
-        return draw_reconstruction(self, predicted, pixel_values, masks, with_target)
+        grid = self.mask_grid(*image_size(pixel_values))
+        outputs = self.mim(pixel_values, masks, return_dict=True)
+        predicted = self._decode(outputs, masks, grid, "all").to(pixel_values.dtype)
+        targets = self._targets(pixel_values, grid)["patches"] if with_target else None
+        return draw_reconstruction(self.config, self.target, pixel_values, predicted, targets, masks, grid)
 
 
 class MIMForImageClassification(MIMPreTrainedModel):
@@ -326,7 +330,7 @@ class MIMForImageClassification(MIMPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.mim = MIMModel(config)
-        self.classifier = nn.Linear(self.mim.pooler.out_dim, config.num_labels)
+        self.classifier = nn.Linear(cast(Pooler, self.mim.pooler).out_dim, cast(int, config.num_labels))
         self.post_init()
 
     def freeze_encoder(self):
@@ -338,12 +342,17 @@ class MIMForImageClassification(MIMPreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> ImageClassifierOutput:
         """labels (batch,) of class indices, or as `config.problem_type` says -> logits (batch, num_labels)."""
-        outputs = self.mim(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        outputs = self.mim(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
@@ -370,11 +379,13 @@ class MIMBackbone(BackboneMixin, MIMPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> BackboneOutput:
-        outputs = self.mim(pixel_values, output_hidden_states=True, output_attentions=output_attentions)
+        outputs = self.mim(
+            pixel_values, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
+        )
         encoded = EncoderOutput(
             tokens=outputs.last_hidden_state, feature_maps=outputs.feature_maps, hidden_states=outputs.hidden_states
         )

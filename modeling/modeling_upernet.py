@@ -1,13 +1,15 @@
 """UperNet of transformers over `MIMBackbone`, in a form that loads through remote code as well."""
 
+from typing import Any, cast
+
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead, UperNetPreTrainedModel
 
 from .configuration_mim import MIMConfig
-from .modeling_mim import MIMBackbone
+from .modeling_mim import MIMBackbone, has_checkpointed_layers
 
 
 # `model_type` stays "upernet": where hf_mim is imported, transformers' own classes load the same files.
@@ -44,17 +46,18 @@ class MIMUperNet(UperNetForSemanticSegmentation):
     """
 
     config_class = MIMUperNetConfig
-    _auto_class = "AutoModelForSemanticSegmentation"
+    _auto_class: Any = "AutoModelForSemanticSegmentation"
     _no_split_modules = ["ViTLayer"]
     # The loss is a mean over the batch's labelled pixels: Trainer must not divide it by a count of labels.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MIMUperNetConfig):
         UperNetPreTrainedModel.__init__(self, config)  # the parent's asks the registry for the backbone
-        self.backbone = MIMBackbone(config.backbone_config)
+        self.backbone = MIMBackbone(cast(MIMConfig, config.backbone_config))
         self.decode_head = UperNetHead(config, in_channels=self.backbone.channels)
         channels = self.backbone.channels
-        self.auxiliary_head: nn.Module | None = UperNetFCNHead(config, channels) if config.use_auxiliary_head else None
+        self.auxiliary_head = UperNetFCNHead(config, channels) if config.use_auxiliary_head else None
+        self.supports_gradient_checkpointing = has_checkpointed_layers(self)
         self.post_init()
 
     def forward(self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs):

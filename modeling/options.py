@@ -9,6 +9,7 @@ from typing import Union, get_args, get_origin
 
 
 Size = int | list[int] | tuple[int, int]
+Grid = tuple[int, int]  # rows and columns, or height and width
 
 
 class OptionError(ValueError):
@@ -32,12 +33,12 @@ def unknown_choice(kind: str, value: str, choices: Iterable[object]) -> OptionEr
     return OptionError(f"unknown {kind} {value!r}{hint} Choices: {', '.join(names) or 'none'}", str(value), value)
 
 
-def pair(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> Grid:
     """An int or a (height, width) pair as a (height, width) pair of positive ints."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
         raise OptionError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
-    return sides
+    return sides[0], sides[1]
 
 
 def options_of(entry) -> dict[str, object]:

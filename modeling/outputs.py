@@ -13,17 +13,18 @@ class MIMModelOutput(ModelOutput):
         hidden tokens are dropped.
     pooler_output: (batch, dim), the pooler's vector.
     pooler_weights: (batch, [heads,] rows * cols), where the pooler weighs patches.
-    hidden_states: the tokens entering the first block and leaving each, before the final norm; on request.
+    hidden_states: the tokens entering the first block and leaving each, before the final norm; on request, None in
+        place of those that were not asked for.
     attentions: (batch, heads, length, length) per block; on request.
     feature_maps: (batch, channels, height, width) per stage, the stem first; ConvNets only.
     visible_index, hidden_index: (batch, visible) and (batch, hidden), the places of the tokens in the image, where
         hidden tokens are dropped.
     """
 
-    last_hidden_state: Tensor | None = None
+    last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     pooler_weights: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     feature_maps: tuple[Tensor, ...] | None = None
     visible_index: Tensor | None = None
@@ -42,7 +43,7 @@ class MIMForPreTrainingOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     bool_masked_pos: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 

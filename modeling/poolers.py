@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .encoder_base import choose
+from .encoder_base import Encoder, Grid, choose
 from .layers import MLP, FixedTables, sincos_2d
-
-
-Grid = tuple[int, int]
 
 
 class Pooler(nn.Module):
@@ -24,7 +21,7 @@ class Pooler(nn.Module):
     out_dim: int
     needs_attentions = False
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
         super().__init__()
         self.apply_final_norm = apply_final_norm
         self.out_dim = encoder.hidden_size
@@ -64,7 +61,7 @@ def read_out(probes: Tensor, keys: Tensor, values: Tensor, bias: Tensor | float 
 class ClsPooler(Pooler):
     """The class token."""
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         if not encoder.has_cls_token:
             raise ValueError("pooler 'cls' needs an encoder with a class token; choose another, such as 'mean'")
@@ -93,7 +90,7 @@ class GemPooler(Pooler):
     Values below `eps` count as `eps`: made for features without negative values.
     """
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True, p: float = 3.0, eps: float = 1e-6):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, p: float = 3.0, eps: float = 1e-6):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         self.initial_p, self.eps = float(p), eps
         self.p = nn.Parameter(torch.full((1,), self.initial_p))
@@ -127,7 +124,7 @@ class AbmilpPooler(Pooler):
 
     def __init__(
         self,
-        encoder,
+        encoder: Encoder,
         *,
         apply_final_norm: bool = True,
         depth: int = 1,
@@ -152,7 +149,8 @@ class AbmilpPooler(Pooler):
         if depth == 1 and (gated or hidden_size is not None):
             raise ValueError("gated and hidden_size are of hidden layers: they need a depth of 2 or more, got depth 1")
         attends = self_attention != "none"
-        self.qkv, self.proj = (nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)) if attends else (None, None)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False) if attends else None
+        self.proj = nn.Linear(dim, dim) if attends else None
         widths = [dim, *[width] * (depth - 1)]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
         self.gates = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]) if gated)
@@ -165,7 +163,7 @@ class AbmilpPooler(Pooler):
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
         prefix = num_prefix_tokens if self.content == "all" else 0
         values = seen = tokens[:, num_prefix_tokens - prefix :]
-        if self.qkv is not None:
+        if self.qkv is not None and self.proj is not None:
             query, key, value = self.qkv(values)[:, None].chunk(3, dim=-1)
             seen = self.proj(F.scaled_dot_product_attention(query, key, value)[:, 0])
         if self.self_attention == "both":
@@ -198,7 +196,7 @@ class AttentionPooler(Pooler):
 
     def __init__(
         self,
-        encoder,
+        encoder: Encoder,
         *,
         apply_final_norm: bool = True,
         form: str = "aim",
@@ -269,7 +267,7 @@ class SimPooler(Pooler):
             batch's as in the released code, where images change one another's vectors. The 1e-6 is not verified.
     """
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True, gamma: float | None = None):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, gamma: float | None = None):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         if gamma is not None and gamma <= 0:
             raise ValueError(f"gamma must be above 0, or None for a plain weighted mean, got {gamma}")
@@ -299,7 +297,7 @@ class EfficientPooler(Pooler):
     D^2 / d_out + Q D parameters, as the authors' logs say; an older description of theirs has averages instead of W_v.
     The vector has D / `d_out` channels, the weights are (batch, queries, rows * cols)."""
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True, num_queries: int = 32, d_out: int = 1):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, num_queries: int = 32, d_out: int = 1):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         dim = encoder.hidden_size
         at_least_one(num_queries=num_queries, d_out=d_out)
@@ -329,7 +327,7 @@ class CentralPooler(Pooler):
     """The mean of the `size` x `size` patches in the middle (`cp1` to `cp4` in the code of Beyond [cls], 2412.03215).
     Nothing is learned. As released where the grid's sides are even; with odd sides and size it is the true middle."""
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True, size: int = 2):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, size: int = 2):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         at_least_one(size=size)
         self.size = size
@@ -358,7 +356,7 @@ class ClsAttentionPooler(Pooler):
 
     needs_attentions = True
 
-    def __init__(self, encoder, *, apply_final_norm: bool = True, head: str = "mean"):
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, head: str = "mean"):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         if not (encoder.has_cls_token and encoder.has_attentions):
             raise ValueError(

@@ -1,9 +1,13 @@
 """Maps of several strides from an encoder of one stride."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -29,7 +33,7 @@ class FeaturePyramid(nn.ModuleList):
         factors: one per map, powers of two.
     """
 
-    def __init__(self, dim: int, factors: list[float]):
+    def __init__(self, dim: int, factors: Sequence[float]):
         super().__init__(scale_map(dim, factor) for factor in factors)
 
     def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -56,7 +60,7 @@ def scale_map(dim: int, factor: float) -> nn.Module:
     return nn.Sequential(*layers[:-2])
 
 
-def make_pyramid(encoder, config) -> nn.Module:
+def make_pyramid(encoder: Encoder, config: MIMConfigBase) -> nn.Module:
     """From the maps of `config.out_features` to those that a backbone gives: the pyramid, or the maps as they are.
 
     Raises:
@@ -65,7 +69,7 @@ def make_pyramid(encoder, config) -> nn.Module:
     factors, stages = config.feature_pyramid, config.out_features
     if factors is None:
         return nn.Identity()
-    if hasattr(encoder, "strides") or len(set(encoder.num_features)) > 1:
+    if encoder.strides is not None or len(set(encoder.num_features)) > 1:
         raise ValueError("feature_pyramid is for encoders of one stride; the stages of this one have several")
     if len(factors) != len(stages):
         raise ValueError(f"feature_pyramid has {len(factors)} factors for {len(stages)} stages: {', '.join(stages)}")

@@ -3,24 +3,30 @@
 import torch
 from torch import Tensor
 
+from .configuration_base import MIMConfigBase
+from .encoder_base import image_size
+from .options import Grid
 from .outputs import MIMReconstruction
-from .target_base import displayable
+from .target_base import Target, displayable
 
 
 def draw_reconstruction(
-    model, predicted: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor, with_target: bool
+    config: MIMConfigBase,
+    target: Target,
+    pixel_values: Tensor,
+    predicted: Tensor,
+    targets: Tensor | None,
+    bool_masked_pos: Tensor,
+    grid: Grid,
 ) -> MIMReconstruction:
-    """Predictions (batch, rows * cols, dim) of a `MIMForPreTraining` for images (batch, channels, height, width) as
-    pictures; `with_target` puts the target's own values beside them."""
-    grid, target = model.mask_grid(*pixel_values.shape[2:]), model.target
+    """Predictions (batch, rows * cols, dim) for images (batch, channels, height, width) as pictures; `targets`, of the
+    shape of the predictions or integer codes, are shown beside them where they are given."""
     prediction, extra = target.to_image(predicted, pixel_values, grid, bool_masked_pos), {}
-    if with_target:
-        target.bind(model.mim.encoder)
-        wanted = target.values(pixel_values, grid)["patches"]
-        extra = dict(target.comparison(predicted, wanted, pixel_values, grid, bool_masked_pos))
+    if targets is not None:
+        extra = dict(target.comparison(predicted, targets, pixel_values, grid, bool_masked_pos))
         prediction = extra.pop("prediction", prediction)
-    size = tuple(prediction.shape[2:])
-    original = enlarged(displayable(pixel_values, model.config.image_mean, model.config.image_std), size)
+    size = image_size(prediction)
+    original = enlarged(displayable(pixel_values, *config.statistics()), size)
     hidden = enlarged(bool_masked_pos.view(-1, 1, *grid), size)
     return MIMReconstruction(
         original=original,
@@ -33,7 +39,7 @@ def draw_reconstruction(
     )
 
 
-def enlarged(images: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarged(images: Tensor, size: Grid) -> Tensor:
     """(batch, channels, height, width) -> by whole factors to `size`."""
     for axis, length in zip((2, 3), size):
         images = images.repeat_interleave(length // images.shape[axis], dim=axis)

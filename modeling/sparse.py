@@ -1,5 +1,7 @@
 """ConvNets that compute on visible positions only (SparK, 2301.03580): dense convolutions on masked maps."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ class SparseMask:
     visible: Tensor | None = None  # (batch, 1, rows, cols), bool, on the mask grid
 
     def at(self, features: Tensor) -> Tensor:
-        """The same at the resolution of (batch, channels, height, width)."""
+        """`visible` at the resolution of (batch, channels, height, width)."""
+        assert self.visible is not None
         rows, cols = (length // cells for length, cells in zip(features.shape[2:], self.visible.shape[2:]))
         return self.visible.repeat_interleave(rows, dim=2).repeat_interleave(cols, dim=3)
 
@@ -28,11 +31,13 @@ class SparseBatchNorm2d(nn.BatchNorm2d):
         mean = (features * visible).sum((0, 2, 3)) / count
         gap = features - mean[:, None, None]
         variance = (gap.square() * visible).sum((0, 2, 3)) / count
-        if self.track_running_stats:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+                # A momentum of None asks for the plain average over all batches.
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), share)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), share)
         normalised = gap * torch.rsqrt(variance + self.eps)[:, None, None]
         return normalised * self.weight[:, None, None] + self.bias[:, None, None]
 
@@ -59,7 +64,8 @@ def make_sparse(network: nn.Module, mask: SparseMask) -> None:
     for module in network.modules():
         kind = type(module).__name__
         if type(module) is nn.BatchNorm2d:
-            module.__class__, module.mask = SparseBatchNorm2d, mask
+            module.__class__ = SparseBatchNorm2d
+            cast(SparseBatchNorm2d, module).mask = mask
         elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 or isinstance(module, nn.MaxPool2d):
             module.register_forward_pre_hook(hide)
         elif kind == "ConvNextV2GRN":

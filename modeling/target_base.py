@@ -1,17 +1,21 @@
 """The contract of a target, and what targets share."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder_base import Grid
+from .encoder_base import Encoder, Grid
 
 
+# (predicted, target) -> the loss of every value, or of every token with a last axis of length 1.
+Distance = Callable[[Tensor, Tensor], Tensor]
 # Losses per value; the targets average them over a token's values.
-DISTANCES = {
-    "mse": lambda predicted, value: (predicted - value).square(),
-    "l1": lambda predicted, value: (predicted - value).abs(),
-    "smooth_l1": lambda predicted, value: F.smooth_l1_loss(predicted, value, reduction="none", beta=2.0),
+DISTANCES: dict[str, Distance] = {
+    "mse": lambda predicted, target: (predicted - target).square(),
+    "l1": lambda predicted, target: (predicted - target).abs(),
+    "smooth_l1": lambda predicted, target: F.smooth_l1_loss(predicted, target, reduction="none", beta=2.0),
 }
 
 
@@ -23,34 +27,35 @@ class Target(nn.Module):
 
     scope: "hidden" or "all", the tokens that the decoder is asked for.
     outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
-    distance: (predicted, wanted) -> the loss of every value, an entry of `DISTANCES`.
-    token_features: whether the values are features of tokens, which can be averaged.
-    alone: whether the values follow from the image alone, without a teacher, a codebook or the student.
+    distance: an entry of `DISTANCES`, for the targets that keep the `loss` of this class.
+    token_features: whether the targets are features of tokens, which can be averaged.
+    needs_image_only: whether the targets follow from the image alone, without a teacher, a codebook or the student.
     image_note: what a person who looks at `to_image` and `comparison` must know.
     """
 
     scope: str = "hidden"
     outputs: dict[str, int]
+    distance: Distance
     token_features: bool = True
-    alone: bool = False
+    needs_image_only: bool = False
     image_note: str = VISIBLE_NOTE
 
     def options_to_save(self) -> dict:
         """What belongs into `target_config`, so that the model can be built where its teacher is not at hand."""
         return {}
 
-    def bind(self, encoder: nn.Module) -> None:
+    def bind(self, encoder: Encoder) -> None:
         """Shows the target the student's encoder; called before each loss, for targets that follow the student."""
 
     def update(self, step: int) -> None:
         """Follows the student after optimizer step `step` (from 1); `MIMTrainer` calls it."""
 
-    def figures(self) -> dict[str, float]:
-        """What is worth logging of the training values since the last call, by name."""
+    def log_metrics(self) -> dict[str, float]:
+        """Metrics of the training targets since the last call, by name."""
         return {}
 
-    def gather_figures(self) -> None:
-        """Brings what `figures` counts in all processes into the first one. Every process calls it, at one step."""
+    def reduce_metrics(self) -> None:
+        """Sums what `log_metrics` counts over all processes into the first. Every process calls it, at one step."""
 
     def moving_state(self) -> dict[str, Tensor]:
         """What a resumed run needs of a target that moves. It goes into the Trainer's checkpoints, not to the Hub."""
@@ -59,15 +64,15 @@ class Target(nn.Module):
     def load_moving_state(self, state: dict[str, Tensor]) -> None:
         """Takes `moving_state` back."""
 
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The unmasked images (batch, channels, height, width) -> {"patches": (batch, rows * cols, dim)}, without
         gradient."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method targets(pixel_values, grid)")
 
     def loss(
         self,
         predictions: dict[str, Tensor],
-        values: dict[str, Tensor],
+        targets: dict[str, Tensor],
         bool_masked_pos: Tensor,
         grid: Grid,
         generator: torch.Generator | None = None,
@@ -78,8 +83,8 @@ class Target(nn.Module):
         Unless a target says otherwise: `self.distance`, averaged over each token's values and over the hidden tokens.
         """
         predicted = predictions["patches"].float()
-        wanted, weight = hidden_values(values["patches"].float(), bool_masked_pos, predicted.shape[1])
-        return mean_over_hidden(self.distance(predicted, wanted).mean(dim=-1), weight)
+        target, weight = hidden_values(targets["patches"].float(), bool_masked_pos, predicted.shape[1])
+        return mean_over_hidden(self.distance(predicted, target).mean(dim=-1), weight)
 
     def to_image(
         self, values: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor | None = None
@@ -92,13 +97,17 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def comparison(
-        self, predicted: Tensor, wanted: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor
+        self, predicted: Tensor, target: Tensor, pixel_values: Tensor, grid: Grid, bool_masked_pos: Tensor
     ) -> dict[str, Tensor]:
-        """Where the target's own values (`wanted`, as of `values`) are at hand: pictures like those of `to_image` to be
+        """Where the target's own values (`target`, of `targets`) are at hand: pictures like those of `to_image` to be
         shown beside the prediction, by caption. "target" is what the prediction should look like, where that is not
         the image itself; "prediction" replaces `to_image` of the prediction where both are drawn by one scale.
         """
-        return {"target": self.to_image(wanted, pixel_values, grid)}
+        return {"target": self.to_image(target, pixel_values, grid)}
+
+
+# The targets that a config can name: filled in targets.py, which is above those that wrap another one.
+TARGETS: dict[str, type[Target]] = {}
 
 
 def hidden_values(values: Tensor, bool_masked_pos: Tensor, num_predicted: int) -> tuple[Tensor, Tensor | None]:

@@ -2,10 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .encoder_base import Encoder, Grid
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, Grid, image_size
 from .target_base import VISIBLE_NOTE, Target, code_colours, hidden_values, mean_over_hidden
 from .target_morphing import wrap_features
 
@@ -26,7 +28,7 @@ class DiscreteTokenTarget(Target):
     """The index of the codebook entry nearest to a token's features.
 
     Options:
-        features: the target whose values are coded: {"name": ..., and its options}.
+        features: the target whose features are coded: {"name": ..., and its options}.
         codebook: a safetensors file with `codes` (number, dim), as `hf-mim codebook` writes it.
         num_codes: how many there are; filled in with the first model that is built.
     """
@@ -36,7 +38,7 @@ class DiscreteTokenTarget(Target):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         features: dict | None = None,
@@ -45,11 +47,11 @@ class DiscreteTokenTarget(Target):
     ):
         super().__init__()
         self.wrapped = wrap_features("discrete_token", config, encoder, features)
-        self.codebook_file, self.features, self.codes = codebook, dict(features), None
-        self.counts = None  # how often each code was the value of a token in training, since `figures`
-        self.num_codes = num_codes
-        if num_codes is None:
-            self.num_codes = len(self.load_codes())
+        self.codebook_file, self.features = codebook, dict(features or {})
+        self.codes: Tensor | None = None  # a plain attribute: no part of the published weights
+        self.counts: Tensor | None = None  # how often each code was a token's target in training, since `log_metrics`
+        self.num_codes = num_codes or 0  # 0: as many as the codebook has
+        self.num_codes = self.num_codes or len(self.load_codes())
         self.outputs = {"patches": self.num_codes}
 
     def options_to_save(self) -> dict:
@@ -67,26 +69,26 @@ class DiscreteTokenTarget(Target):
                 raise ValueError("target 'discrete_token' needs target_config.codebook; make one with hf-mim codebook")
             try:
                 codes = load_file(self.codebook_file)["codes"].float()
-            except (OSError, KeyError) as error:
-                raise ValueError(f"{self.codebook_file} is no codebook: {error}") from error
+            except (OSError, KeyError, SafetensorError) as error:
+                raise ValueError(f"{self.codebook_file} is not a codebook: {error}") from error
             dim = self.wrapped.outputs["patches"]
             if codes.ndim != 2 or codes.shape[1] != dim:
                 raise ValueError(
                     f"the codebook {self.codebook_file} has codes of shape {tuple(codes.shape)}, the features have "
                     f"{dim} channels; fit one on the same features with hf-mim codebook"
                 )
-            if self.num_codes not in (None, len(codes)):
+            if self.num_codes not in (0, len(codes)):
                 raise ValueError(
                     f"the codebook {self.codebook_file} has {len(codes)} codes, and target_config.num_codes is "
                     f"{self.num_codes}: a model predicts as many codes as it was made for"
                 )
-            self.codes = codes  # a plain attribute: no part of the published weights
+            self.codes = codes
         return self.codes
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         """-> {"patches": (batch, tokens, 1)}, integers."""
-        features = self.wrapped.values(pixel_values, grid)["patches"].float()
+        features = self.wrapped.targets(pixel_values, grid)["patches"].float()
         codes = self.load_codes().to(features.device)
         index = nearest_code(features, codes)
         if self.training:
@@ -95,10 +97,10 @@ class DiscreteTokenTarget(Target):
             self.counts.index_add_(0, index.flatten(), torch.ones_like(index.flatten()))  # waits for no GPU
         return {"patches": index[..., None]}
 
-    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
+    def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
         logits = predictions["patches"].float()
-        wanted, weight = hidden_values(values["patches"], bool_masked_pos, logits.shape[1])
-        losses = F.cross_entropy(logits.transpose(1, 2), wanted[..., 0], reduction="none")
+        target, weight = hidden_values(targets["patches"], bool_masked_pos, logits.shape[1])
+        losses = F.cross_entropy(logits.transpose(1, 2), target[..., 0], reduction="none")
         return mean_over_hidden(losses, None if weight is None else bool_masked_pos.float())
 
     def usage(self, values: Tensor) -> tuple[float, int]:
@@ -106,7 +108,7 @@ class DiscreteTokenTarget(Target):
         return code_usage(torch.bincount(values.flatten(), minlength=self.num_codes))
 
     @torch.no_grad()
-    def gather_figures(self) -> None:
+    def reduce_metrics(self) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.counts is None or not distributed:
             return
@@ -114,7 +116,7 @@ class DiscreteTokenTarget(Target):
         if torch.distributed.get_rank() > 0:
             self.counts.zero_()
 
-    def figures(self) -> dict[str, float]:
+    def log_metrics(self) -> dict[str, float]:
         """The perplexity of the codes and how many were never used, once each could have been used ten times."""
         if self.counts is None or self.counts.sum() < 10 * self.num_codes:
             return {}
@@ -125,4 +127,4 @@ class DiscreteTokenTarget(Target):
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         """Codes (batch, tokens, 1), or logits (batch, tokens, codes), whose largest is shown."""
         index = values[..., 0].long() if values.shape[-1] == 1 else values.argmax(dim=-1)
-        return code_colours(index, self.num_codes, grid, tuple(pixel_values.shape[2:]))
+        return code_colours(index, self.num_codes, grid, image_size(pixel_values))

@@ -1,39 +1,42 @@
 """Pixels with a term in the Fourier domain (A2MIM, 2205.13943, section 4.3)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
 from .options import pair
-from .target_base import VISIBLE_NOTE, Target, displayable
+from .target_base import VISIBLE_NOTE, Distance, Target, displayable
 
 
-def focal_l1(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """e (2 sigmoid(0.2 e) - 1) with e = |predicted - wanted|: small errors count less (about 0.1 e^2)."""
-    error = (predicted - wanted).abs()
+def focal_l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """e (2 sigmoid(0.2 e) - 1) with e = |predicted - target|: small errors count less (about 0.1 e^2)."""
+    error = (predicted - target).abs()
     return error * (2 * torch.sigmoid(0.2 * error) - 1)
 
 
-SPATIAL_LOSSES = {"l1": lambda predicted, wanted: (predicted - wanted).abs(), "focal_l1": focal_l1}
+SPATIAL_LOSSES: dict[str, Distance] = {"l1": lambda predicted, target: (predicted - target).abs(), "focal_l1": focal_l1}
 
 
 def focal_frequency_loss(
     predicted: Tensor,
-    wanted: Tensor,
+    target: Tensor,
     alpha: float = 1.0,
     log_weight: bool = True,
     batch_weight: bool = True,
     average_spectra: bool = False,
 ) -> Tensor:
-    """The mean over frequencies of w |F(predicted) - F(wanted)|^2, F the orthonormal 2-D Fourier transform, of images
+    """The mean over frequencies of w |F(predicted) - F(target)|^2, F the orthonormal 2-D Fourier transform, of images
     (batch, channels, height, width) (Focal Frequency Loss, 2012.12821).
 
-    The weight w = |F(predicted) - F(wanted)|^alpha has no gradient; `log_weight` takes ln(1 + w); it is scaled to a
+    The weight w = |F(predicted) - F(target)|^alpha has no gradient; `log_weight` takes ln(1 + w); it is scaled to a
     maximum of 1 over each channel's spectrum, or with `batch_weight` over the whole batch. `alpha` 0 and no log give
     w = 1, and the loss is the mean squared error of the pixels (Parseval). `average_spectra` averages over the batch
     before comparing, as the released A2MIM configurations do: errors that cancel over the batch then cost nothing.
     """
-    spectrum, reference = (torch.fft.fft2(image.float(), norm="ortho") for image in (predicted, wanted))
+    spectrum, reference = (torch.fft.fft2(image.float(), norm="ortho") for image in (predicted, target))
     if average_spectra:
         spectrum, reference = (part.mean(dim=0, keepdim=True) for part in (spectrum, reference))
     distance = torch.view_as_real(spectrum - reference).square().sum(-1)
@@ -61,7 +64,7 @@ class FrequencyTarget(Target):
     """
 
     scope = "all"
-    alone = True
+    needs_image_only = True
     image_note = (
         f"{VISIBLE_NOTE} Spectra are logarithms of amplitudes, the lowest frequency in the middle; that of the "
         "prediction is of its picture with the visible patches."
@@ -69,7 +72,7 @@ class FrequencyTarget(Target):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         loss: str = "l1",
@@ -88,38 +91,43 @@ class FrequencyTarget(Target):
         self.spatial = SPATIAL_LOSSES[choose("loss of target 'frequency'", loss, SPATIAL_LOSSES)]
         self.replace = choose("replace of target 'frequency'", replace, ("mixed", "prediction"))
         self.weight = weight
-        self.options = {"alpha": alpha, "log_weight": log_weight, "batch_weight": batch_weight}
-        self.options["average_spectra"] = average_spectra
-        self.image_mean, self.image_std = config.image_mean, config.image_std
+        self.frequency = partial(
+            focal_frequency_loss,
+            alpha=alpha,
+            log_weight=log_weight,
+            batch_weight=batch_weight,
+            average_spectra=average_spectra,
+        )
+        self.image_mean, self.image_std = config.statistics()
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         return {"patches": patchify(pixel_values, grid)}
 
-    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
-        predicted, wanted = predictions["patches"].float(), values["patches"].float()
+    def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
+        predicted, target = predictions["patches"].float(), targets["patches"].float()
         hidden = bool_masked_pos[..., None].float()
-        spatial = (self.spatial(predicted, wanted) * hidden).sum() / (hidden.sum() * predicted.shape[-1])
+        spatial = (self.spatial(predicted, target) * hidden).sum() / (hidden.sum() * predicted.shape[-1])
         if self.weight == 0:
             return spatial
-        return spatial + self.weight * self.frequency_loss(predicted, wanted, hidden, grid)
+        return spatial + self.weight * self.frequency_loss(predicted, target, hidden, grid)
 
-    def frequency_loss(self, predicted: Tensor, wanted: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
-        """predicted, wanted (batch, tokens, values), hidden (batch, tokens, 1) in {0, 1}."""
+    def frequency_loss(self, predicted: Tensor, target: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
+        """predicted, target (batch, tokens, values), hidden (batch, tokens, 1) in {0, 1}."""
         detached = predicted.detach()
-        visible = detached if self.replace == "prediction" else (detached + wanted) / 2
+        visible = detached if self.replace == "prediction" else (detached + target) / 2
         height, width = (tokens * length for tokens, length in zip(grid, self.patch))
-        images = [unpatchify(p, grid, height, width) for p in (torch.where(hidden > 0, predicted, visible), wanted)]
-        return focal_frequency_loss(*images, **self.options)
+        image = unpatchify(torch.where(hidden > 0, predicted, visible), grid, height, width)
+        return self.frequency(image, unpatchify(target, grid, height, width))
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         image = unpatchify(values, grid, *pixel_values.shape[2:])
         return displayable(image, self.image_mean, self.image_std)
 
-    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+    def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
         """The spectra of image and prediction, on one scale."""
-        combined = torch.where(bool_masked_pos[..., None], predicted.float(), wanted.float())
-        spectra = [log_spectrum(self.to_image(values, pixel_values, grid)) for values in (wanted.float(), combined)]
+        combined = torch.where(bool_masked_pos[..., None], predicted.float(), target.float())
+        spectra = [log_spectrum(self.to_image(values, pixel_values, grid)) for values in (target.float(), combined)]
         largest = spectra[0].amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
         names = ("spectrum of the image", "spectrum of the prediction")
         return {name: (spectrum / largest).clamp(0, 1) for name, spectrum in zip(names, spectra)}

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoder_base import Encoder, Grid, choose
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, Grid, choose, divide, image_size
 from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target
 
@@ -27,7 +28,7 @@ def oriented_gradients(pixel_values: Tensor, cell: Grid, orientations: int = 9, 
     magnitude = torch.hypot(across, down)
     bins = torch.atan2(down, across).mul(orientations / math.pi).floor().long() % orientations
     if window:
-        magnitude = magnitude * tiled_gaussian(cell, pixels.shape[2:], pixels.device)
+        magnitude = magnitude * tiled_gaussian(cell, image_size(pixels), pixels.device)
     histogram = magnitude.new_zeros(*magnitude.shape[:2], orientations, *magnitude.shape[2:])
     histogram.scatter_(2, bins[:, :, None], magnitude[:, :, None])
     cells = F.avg_pool2d(histogram.flatten(0, 2)[:, None], cell).view(*histogram.shape[:3], -1)
@@ -58,12 +59,12 @@ class HOGTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
-    alone = True
+    needs_image_only = True
     image_note = f"{VISIBLE_NOTE} Each cell shows the directions of its edges; the brighter a line, the more of them."
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         cell_size: int | tuple[int, int] | None = None,
@@ -73,18 +74,18 @@ class HOGTarget(Target):
     ):
         super().__init__()
         size = pair(config.image_size)
-        patch = tuple(length // tokens for length, tokens in zip(size, encoder.mask_grid(*size)))
-        default = tuple(8 if length % 8 == 0 else max(1, length // 2) for length in patch)
-        self.cell = default if cell_size is None else pair(cell_size)
+        patch = divide(size, encoder.mask_grid(*size))
+        height, width = (8 if length % 8 == 0 else max(1, length // 2) for length in patch)
+        self.cell = (height, width) if cell_size is None else pair(cell_size)
         if any(length % step for length, step in zip(patch, self.cell)):
             raise ValueError(f"cell_size {self.cell[0]}x{self.cell[1]} does not divide the patch {patch[0]}x{patch[1]}")
         self.orientations, self.window = orientations, window
         self.distance = DISTANCES[choose("loss of target 'hog'", loss, DISTANCES)]
-        self.cells = tuple(length // step for length, step in zip(patch, self.cell))
+        self.cells = divide(patch, self.cell)
         self.outputs = {"patches": config.num_channels * orientations * math.prod(self.cells)}
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         histogram = oriented_gradients(pixel_values, self.cell, self.orientations, self.window)
         batch, channels = histogram.shape[:2]
         patches = histogram.view(
@@ -99,7 +100,8 @@ class HOGTarget(Target):
         cells = values.float().clamp(0, 1).view(batch, *grid, -1, self.orientations, rows, cols).mean(3)
         cells = cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.orientations, grid[0] * rows, grid[1] * cols)
         scale = max(1, -(-GLYPH // min(self.cell)))
-        fine = tuple(2 * scale * step for step in self.cell)  # drawn twice as large and averaged back: smooth lines
+        # Drawn twice as large and averaged back: smooth lines.
+        fine = (2 * scale * self.cell[0], 2 * scale * self.cell[1])
         glyphs = F.avg_pool2d(edge_glyphs(fine, self.orientations, values.device)[:, None], 2)[:, 0]
         height, width = (scale * length for length in pixel_values.shape[2:])
         return torch.einsum("bohw,oyx->bhywx", cells, glyphs).reshape(batch, 1, height, width).clamp(0, 1)

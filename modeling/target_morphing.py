@@ -1,13 +1,14 @@
-"""Morphed tokens as targets (DTM, 2401.00254): wraps any target whose values are token features."""
+"""Morphed tokens as targets (DTM, 2401.00254): wraps any target of token features."""
 
 import torch
 from torch import Tensor
 
-from .encoder_base import Encoder, Grid, choose
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, Grid, choose, image_size
 from .layers import take_tokens
 from .morphing import Groups, draw_schedule, even_schedule, match_tokens
 from .options import check_part
-from .target_base import Target, code_colours, feature_colours
+from .target_base import TARGETS, Target, code_colours, feature_colours
 from .target_teacher import FEATURE_DISTANCES, normalise_features
 
 
@@ -37,7 +38,7 @@ class TokenMorphingTarget(Target):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         features: dict | None = None,
@@ -59,7 +60,7 @@ class TokenMorphingTarget(Target):
         self.num_draws, self.max_iterations = num_draws, max_iterations
         if (num_merged is None) != (num_iterations is None):
             raise ValueError("num_merged and num_iterations fix the schedule together: set both or neither")
-        self.fixed = None if num_merged is None else (num_merged, num_iterations)
+        self.fixed = None if num_merged is None or num_iterations is None else (num_merged, num_iterations)
         self.how = {
             "halves": choose("halves", halves, ("random", "alternating")),
             "means": choose("means", means, ("size", "iterated")),
@@ -67,12 +68,12 @@ class TokenMorphingTarget(Target):
         }
         self.group_weights = choose("group_weights", group_weights, ("size", "uniform"))
         self.norm = choose("norm", norm, ("none", "layer"))
-        self.features = dict(features)
+        self.features = dict(features or {})
 
     def options_to_save(self) -> dict:
         return {"features": {**self.features, **self.wrapped.options_to_save()}}
 
-    def bind(self, encoder):
+    def bind(self, encoder: Encoder) -> None:
         self.wrapped.bind(encoder)
 
     def update(self, step: int) -> None:
@@ -84,8 +85,8 @@ class TokenMorphingTarget(Target):
     def load_moving_state(self, state: dict) -> None:
         self.wrapped.load_moving_state(state)
 
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
-        return {"patches": self.wrapped.values(pixel_values, grid)["patches"]}
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        return {"patches": self.wrapped.targets(pixel_values, grid)["patches"]}
 
     def morph(self, values: Tensor, generator: torch.Generator | None = None) -> Groups:
         """One draw of groups for values (batch, tokens, dim)."""
@@ -96,12 +97,12 @@ class TokenMorphingTarget(Target):
             schedule = draw_schedule(tokens, self.max_iterations, generator)
         return match_tokens(values, schedule, generator=generator, **self.how)
 
-    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
-        predicted, wanted = predictions["patches"].float(), values["patches"].float()
+    def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
+        predicted, target = predictions["patches"].float(), targets["patches"].float()
         losses = []
         for _ in range(self.num_draws):
-            groups = self.morph(wanted, generator)
-            morphed = normalise_features(groups.means(wanted), self.norm)
+            groups = self.morph(target, generator)
+            morphed = normalise_features(groups.means(target), self.norm)
             per_group = self.distance(groups.means(predicted), morphed).mean(dim=-1)
             weight = groups.size if self.group_weights == "size" else torch.ones_like(groups.size)
             losses.append((per_group * weight).sum() / weight.sum())
@@ -110,16 +111,16 @@ class TokenMorphingTarget(Target):
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         groups, tokens = shown_groups(values), values.float()
         means = take_tokens(groups.means(tokens), groups.index)
-        return feature_colours(means, grid, tuple(pixel_values.shape[2:]))
+        return feature_colours(means, grid, image_size(pixel_values))
 
-    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+    def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
         """The target's groups, and the means of target and prediction over them."""
-        size, groups = tuple(pixel_values.shape[2:]), shown_groups(wanted)
-        target, mine = (take_tokens(groups.means(tokens.float()), groups.index) for tokens in (wanted, predicted))
+        size, groups = image_size(pixel_values), shown_groups(target)
+        means, predicted = (take_tokens(groups.means(tokens.float()), groups.index) for tokens in (target, predicted))
         return {
             "groups": code_colours(groups.index, groups.count, grid, size),
-            "target": feature_colours(target, grid, size),
-            "prediction": feature_colours(mine, grid, size, like=target),
+            "target": feature_colours(means, grid, size),
+            "prediction": feature_colours(predicted, grid, size, like=means),
         }
 
 
@@ -129,14 +130,12 @@ def shown_groups(values: Tensor) -> Groups:
     return match_tokens(values, schedule, generator=torch.Generator().manual_seed(0))
 
 
-def wrap_features(kind: str, config, encoder: Encoder, features: dict | None) -> Target:
+def wrap_features(kind: str, config: MIMConfigBase, encoder: Encoder, features: dict | None) -> Target:
     """The target that a wrapping target `kind` is made around.
 
     Raises:
-        ValueError: none or an unknown one is named, or its values are no token features.
+        ValueError: none or an unknown one is named, or it is not one of token features.
     """
-    from .targets import TARGETS
-
     options = dict(features or {})
     name = options.pop("name", None)
     if name is None:
@@ -145,6 +144,6 @@ def wrap_features(kind: str, config, encoder: Encoder, features: dict | None) ->
         )
     check_part("target", TARGETS, name, options)
     wrapped = TARGETS[name](config, encoder, **options)
-    if not getattr(wrapped, "token_features", True):
-        raise ValueError(f"target {kind!r} needs token features, and the values of target {name!r} are none")
+    if not wrapped.token_features:
+        raise ValueError(f"target {kind!r} needs token features, which target {name!r} does not have")
     return wrapped

@@ -1,11 +1,13 @@
 """The student's own moving average as teacher (data2vec 2.0, 2212.07525)."""
 
 import copy
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose
 from .layers import MLP
 from .target_teacher import FEATURE_DISTANCES, FeatureTarget, normalise_features
@@ -27,7 +29,7 @@ class MovingAverageTarget(FeatureTarget):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         top_k_blocks: int = 10,
@@ -38,25 +40,24 @@ class MovingAverageTarget(FeatureTarget):
         global_weight: float = 0.0,
     ):
         super().__init__()
-        self.blocks = [module for module in encoder.modules() if isinstance(module, MLP)]
-        if not self.blocks:
+        num_blocks = len(mlps_of(encoder))
+        if not num_blocks:
             raise ValueError("target 'moving_average' reads the blocks of encoder 'vit'; choose that encoder")
         for name, value in (("decay", decay), ("end_decay", end_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        self.top_k_blocks = min(top_k_blocks, len(self.blocks))
-        self.blocks = None
+        self.top_k_blocks = min(top_k_blocks, num_blocks)
         self.decay, self.end_decay, self.decay_steps = decay, end_decay, decay_steps
         self.distance = FEATURE_DISTANCES[choose("loss of target 'moving_average'", loss, FEATURE_DISTANCES)]
         self.global_weight = global_weight
         self.block_dims = [encoder.hidden_size]
         self.outputs = {"patches": encoder.hidden_size} | ({"global": encoder.hidden_size} if global_weight else {})
-        self.average = Hidden()
+        self.average = UnregisteredModules()
 
-    def global_loss(self, predictions, values):
+    def global_loss(self, predictions, targets) -> Tensor | float:
         if not self.global_weight:
             return 0.0
-        error = predictions["global"].float() - values["global"].float()
+        error = predictions["global"].float() - targets["global"].float()
         return self.global_weight * error.square().mean()
 
     def bind(self, encoder: Encoder) -> None:
@@ -84,17 +85,18 @@ class MovingAverageTarget(FeatureTarget):
         """teacher = decay * teacher + (1 - decay) * student, parameter by parameter; buffers are copied. Step 0 begins
         with the student. Weights sharded by FSDP2 are gathered one by one: every process must call this."""
         teacher, student = self.average.teacher, self.average.student
-        if teacher is None:
+        if teacher is None or student is None:
             return
         share = 1 - self.decay_at(step) if step > 0 else 1.0
-        kept, new = list(teacher.parameters()), list(student.parameters())
+        kept: list[Tensor] = list(teacher.parameters())
+        new: list[Tensor] = list(student.parameters())
         if any(map(is_sharded, new)):
             for old, parameter in zip(kept, new, strict=True):
-                old.lerp_((parameter.full_tensor() if is_sharded(parameter) else parameter).to(old), share)
+                old.lerp_(whole(parameter).to(old), share)
         else:
             torch._foreach_lerp_(kept, [parameter.to(old) for old, parameter in zip(kept, new, strict=True)], share)
-        for kept, new in zip(teacher.buffers(), student.buffers()):
-            kept.copy_(new)
+        for old_buffer, buffer in zip(teacher.buffers(), student.buffers()):
+            old_buffer.copy_(buffer)
 
     def moving_state(self) -> dict[str, Tensor]:
         return {} if self.average.teacher is None else self.average.teacher.state_dict()
@@ -107,13 +109,14 @@ class MovingAverageTarget(FeatureTarget):
             self.average.waiting = None
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
-        teacher, outputs = self.average.teacher, []
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+        teacher = self.average.teacher
+        outputs: list[Tensor] = []
         if teacher is None:
             raise ValueError("target 'moving_average' follows a student: call bind(encoder) first")
         if next(teacher.parameters()).device != pixel_values.device:  # bound before the student was moved
             teacher.to(pixel_values.device)
-        blocks = [module for module in teacher.modules() if isinstance(module, MLP)][-self.top_k_blocks :]
+        blocks = mlps_of(teacher)[-self.top_k_blocks :]
         hooks = [block.register_forward_hook(lambda m, i, out: outputs.append(out)) for block in blocks]
         try:
             teacher(pixel_values.to(next(teacher.parameters()).dtype))
@@ -121,9 +124,15 @@ class MovingAverageTarget(FeatureTarget):
             for hook in hooks:
                 hook.remove()
         prefix = teacher.num_prefix_tokens
-        mean = sum(normalise_features(out[:, prefix:].float(), "instance") for out in outputs) / len(outputs)
+        normalised = (normalise_features(out[:, prefix:].float(), "instance") for out in outputs)
+        mean = reduce(torch.add, normalised) / len(outputs)
         patches = F.layer_norm(mean, mean.shape[-1:])
         return {"patches": patches} | ({"global": patches.mean(dim=1)} if self.global_weight else {})
+
+
+def mlps_of(encoder: Encoder) -> list[MLP]:
+    """The MLP of every block."""
+    return [module for module in encoder.modules() if isinstance(module, MLP)]
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -131,7 +140,14 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
-class Hidden:
+def whole(parameter: Tensor) -> Tensor:
+    """The parameter, its parts gathered from all processes where it is sharded."""
+    return parameter.full_tensor() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+
+
+class UnregisteredModules:
     """Keeps modules out of the module tree: they are neither trained nor saved with the model."""
 
-    student = teacher = waiting = None
+    student: Encoder | None = None
+    teacher: Encoder | None = None
+    waiting: dict[str, Tensor] | None = None  # the state to be loaded once there is a teacher

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
 from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, displayable
@@ -17,16 +18,16 @@ class PixelTarget(Target):
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
-    alone = True
+    needs_image_only = True
 
-    def __init__(self, config, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
+    def __init__(self, config: MIMConfigBase, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
         super().__init__()
         height, width = pair(config.image_size)
         rows, cols = encoder.mask_grid(height, width)
         self.outputs = {"patches": (height // rows) * (width // cols) * config.num_channels}
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]
-        self.image_mean, self.image_std = config.image_mean, config.image_std
+        self.image_mean, self.image_std = config.statistics()
         if normalize:
             self.image_note = (
                 f"{VISIBLE_NOTE} The model predicts each patch up to its brightness and contrast. Those of a hidden "
@@ -34,7 +35,7 @@ class PixelTarget(Target):
             )
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         patches = patchify(pixel_values, grid).float()
         if self.normalize:
             mean, scale = patch_statistics(patches)
@@ -49,7 +50,7 @@ class PixelTarget(Target):
             values = values * scale + mean
         return displayable(unpatchify(values, grid, *pixel_values.shape[2:]), self.image_mean, self.image_std)
 
-    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+    def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
         return {}  # the image stands there already
 
 

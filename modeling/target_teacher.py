@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoder_base import Encoder, Grid, choose
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, Grid, choose, image_size
 from .options import pair
-from .target_base import DISTANCES, VISIBLE_NOTE, Target, feature_colours, hidden_values, mean_over_hidden
+from .target_base import DISTANCES, VISIBLE_NOTE, Distance, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
 
 
@@ -23,9 +24,9 @@ def normalise_features(features: Tensor, norm: str) -> Tensor:
     return features
 
 
-def cosine_distance(predicted: Tensor, wanted: Tensor) -> Tensor:
+def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """1 - cosine over the last axis, which stays with length 1."""
-    return 1 - F.cosine_similarity(predicted, wanted, dim=-1)[..., None]
+    return 1 - F.cosine_similarity(predicted, target, dim=-1)[..., None]
 
 
 class FeatureTarget(Target):
@@ -38,32 +39,32 @@ class FeatureTarget(Target):
     global_weight: float = 0.0
     image_note = f"{VISIBLE_NOTE} Features are shown by their first three principal components, as red, green and blue."
 
-    def token_losses(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+    def token_losses(self, predicted: Tensor, target: Tensor) -> Tensor:
         """(batch, K, dim) each -> the loss of each token (batch, K): the mean over blocks of the mean over channels."""
-        pairs = zip(predicted.split(self.block_dims, dim=-1), wanted.split(self.block_dims, dim=-1))
+        pairs = zip(predicted.split(self.block_dims, dim=-1), target.split(self.block_dims, dim=-1))
         return torch.stack([self.distance(*blocks).mean(dim=-1) for blocks in pairs]).mean(dim=0)
 
-    def loss(self, predictions, values, bool_masked_pos, grid, generator=None) -> Tensor:
+    def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
         predicted = predictions["patches"].float()
-        wanted, weight = hidden_values(values["patches"].float(), bool_masked_pos, predicted.shape[1])
-        loss = mean_over_hidden(self.token_losses(predicted, wanted), weight)
-        return loss + self.global_loss(predictions, values)
+        target, weight = hidden_values(targets["patches"].float(), bool_masked_pos, predicted.shape[1])
+        loss = mean_over_hidden(self.token_losses(predicted, target), weight)
+        return loss + self.global_loss(predictions, targets)
 
-    def global_loss(self, predictions, values) -> Tensor | float:
+    def global_loss(self, predictions, targets) -> Tensor | float:
         if not self.global_weight:
             return 0.0
-        return self.global_weight * cosine_distance(predictions["global"].float(), values["global"].float()).mean()
+        return self.global_weight * cosine_distance(predictions["global"].float(), targets["global"].float()).mean()
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
-        return feature_colours(values.float(), grid, tuple(pixel_values.shape[2:]))
+        return feature_colours(values.float(), grid, image_size(pixel_values))
 
-    def comparison(self, predicted, wanted, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
-        size, wanted = tuple(pixel_values.shape[2:]), wanted.float()
-        predicted = feature_colours(predicted.float(), grid, size, like=wanted)
-        return {"target": feature_colours(wanted, grid, size), "prediction": predicted}
+    def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
+        size, target = image_size(pixel_values), target.float()
+        predicted = feature_colours(predicted.float(), grid, size, like=target)
+        return {"target": feature_colours(target, grid, size), "prediction": predicted}
 
 
-FEATURE_DISTANCES = {**DISTANCES, "cosine": cosine_distance}
+FEATURE_DISTANCES: dict[str, Distance] = {**DISTANCES, "cosine": cosine_distance}
 
 
 class TeacherFeatureTarget(FeatureTarget):
@@ -87,11 +88,11 @@ class TeacherFeatureTarget(FeatureTarget):
 
     def __init__(
         self,
-        config,
+        config: MIMConfigBase,
         encoder: Encoder,
         *,
         teacher: str | None = None,
-        layers: list[int | str] = (-1,),
+        layers: list[int | str] | tuple[int | str, ...] = (-1,),
         match: str = "input",
         input_size: int | list[int] | None = None,
         norm: str = "layer",
@@ -106,7 +107,7 @@ class TeacherFeatureTarget(FeatureTarget):
         self.norm, self.global_weight = choose("norm of the teacher's features", norm, NORMS), global_weight
         self.combine = choose("combine of the teacher's layers", combine, ("concat", "mean"))
         self.distance = FEATURE_DISTANCES[choose("loss of target 'teacher_feature'", loss, FEATURE_DISTANCES)]
-        self.teacher = Teacher(teacher, list(layers), match, input_size, config.image_mean, config.image_std)
+        self.teacher = Teacher(teacher, list(layers), match, input_size, *config.statistics())
         self.feature_dims = list(feature_dims or self.teacher.feature_dims())
         if combine == "mean" and len(set(self.feature_dims)) > 1:
             raise ValueError(f"combine 'mean' needs layers of one width, these have {self.feature_dims}")
@@ -122,11 +123,11 @@ class TeacherFeatureTarget(FeatureTarget):
         return {"feature_dims": self.feature_dims}
 
     @torch.no_grad()
-    def values(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
         maps = [stage.flatten(2).transpose(1, 2) for stage in self.teacher.maps(pixel_values, grid)]
         blocks = [normalise_features(tokens, self.norm) for tokens in maps]
         patches = torch.stack(blocks).mean(dim=0) if self.combine == "mean" else torch.cat(blocks, dim=-1)
-        values = {"patches": patches}
+        targets = {"patches": patches}
         if self.global_weight:
-            values["global"] = maps[-1].mean(dim=1)
-        return values
+            targets["global"] = maps[-1].mean(dim=1)
+        return targets

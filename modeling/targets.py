@@ -1,5 +1,6 @@
 """What is predicted of the hidden tokens: the targets that a config can name."""
 
+from .target_base import TARGETS
 from .target_discrete import DiscreteTokenTarget
 from .target_frequency import FrequencyTarget
 from .target_hog import HOGTarget
@@ -9,7 +10,7 @@ from .target_pixel import PixelTarget
 from .target_teacher import TeacherFeatureTarget
 
 
-TARGETS = {
+TARGETS |= {
     "pixel": PixelTarget,
     "hog": HOGTarget,
     "frequency": FrequencyTarget,

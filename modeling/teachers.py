@@ -1,20 +1,46 @@
 """Frozen teachers: vision models whose features are targets. They live outside the module tree, so that they are
 neither trained nor saved nor wrapped for several GPUs, and are loaded on first use."""
 
-from types import SimpleNamespace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from .encoder_base import Encoder, EncoderOutput, Grid
-from .options import pair, unknown_choice
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, EncoderOutput, Grid, image_size
+from .encoder_convnet import refuse_loading
+from .encoder_native import NativeEncoder, load_native
+from .options import Size, pair, unknown_choice
 
 
 MATCHES = ("input", "stage", "dilate", "interpolate")
+
+
+class TeacherModel(nn.Module):
+    """A frozen encoder, with what its images are like: size, channels, mean and std of `config`."""
+
+    def __init__(self, encoder: Encoder, config: MIMConfigBase):
+        super().__init__()
+        self.encoder, self.config = encoder, config
+        self.strides: list[Grid] | None = None
+
+    @torch.no_grad()
+    def stage_strides(self) -> list[Grid]:
+        """Pixels per cell (down, right) of every stage's map, read off one empty image, once."""
+        if self.strides is None:
+            height, width = pair(self.config.image_size)
+            like = next(self.parameters())
+            empty = torch.zeros(1, self.config.num_channels, height, width, device=like.device, dtype=like.dtype)
+            stages = self.encoder.stage_maps(self.encoder(empty, output_hidden_states=True), height, width)
+            self.strides = [(height // stage.shape[2], width // stage.shape[3]) for stage in stages]
+        return self.strides
+
+
 # name, dilation -> the loaded model; two targets with one teacher share it.
-LOADED = {}
+LOADED: dict[tuple[str, int | None], TeacherModel] = {}
 
 
 class Teacher:
@@ -34,12 +60,20 @@ class Teacher:
         ValueError: the model cannot be loaded, has no patch tokens, lacks a layer or cannot match the grid.
     """
 
-    def __init__(self, source: str, layers, match: str, input_size, image_mean, image_std):
+    def __init__(
+        self,
+        source: str,
+        layers: list[int | str],
+        match: str,
+        input_size: Size | None,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ):
         if match not in MATCHES:
             raise unknown_choice("match of the teacher's grid", match, MATCHES)
         self.source, self.layers, self.match, self.input_size = source, layers, match, input_size
         self.image_mean, self.image_std = image_mean, image_std
-        self.last = (None, None)
+        self.last: tuple[tuple, list[Tensor], Tensor] | None = None  # a call's key, result and images
 
     def feature_dims(self) -> list[int]:
         """The channels of each chosen layer."""
@@ -51,7 +85,7 @@ class Teacher:
         encoder = self.model().encoder
         return [encoder.stage_names[self._index(encoder, layer)] for layer in self.layers]
 
-    def _index(self, encoder, layer: int | str) -> int:
+    def _index(self, encoder: Encoder, layer: int | str) -> int:
         names = encoder.stage_names
         if isinstance(layer, str):
             if layer not in names:
@@ -61,7 +95,7 @@ class Teacher:
             raise ValueError(f"teacher {self.source} has no layer {layer}; it has {len(names)}: {', '.join(names)}")
         return layer % len(names)
 
-    def model(self, grid_stride: int | None = None):
+    def model(self, grid_stride: int | None = None) -> TeacherModel:
         """The loaded model, in bfloat16 on a GPU."""
         dilation = grid_stride if self.match == "dilate" else None
         if (self.source, dilation) not in LOADED:
@@ -75,7 +109,7 @@ class Teacher:
         if pixel_values.is_inference():  # these do not count their changes
             return self._maps(pixel_values, grid)
         key = (id(pixel_values), pixel_values._version, grid)
-        if self.last[0] != key:
+        if self.last is None or self.last[0] != key:
             self.last = (key, self._maps(pixel_values, grid), pixel_values)  # kept, so that its id stays its own
         return self.last[1]
 
@@ -85,36 +119,35 @@ class Teacher:
         model.to(device=pixel_values.device, dtype=dtype)
         indices = [self._index(model.encoder, layer) for layer in self.layers]
         pixels = self._renormalise(pixel_values.float(), model.config)
-        size = self._input_size(model, indices, pixel_values.shape[2:], grid)
+        size = self._input_size(model, indices, image_size(pixel_values), grid)
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
         encoded = model.encoder(pixels.to(dtype), output_hidden_states=True)
         stages = model.encoder.stage_maps(encoded, *size)
         return [self._on_grid(stages[i].float(), grid, i) for i in indices]
 
-    def _renormalise(self, pixel_values: Tensor, config) -> Tensor:
-        wanted = config.num_channels
+    def _renormalise(self, pixel_values: Tensor, config: MIMConfigBase) -> Tensor:
+        channels = config.num_channels
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixels = pixel_values * std + mean
-        if pixels.shape[1] != wanted:
+        if pixels.shape[1] != channels:
             if pixels.shape[1] != 1:
-                raise ValueError(f"teacher {self.source} takes {wanted} channels, the student {pixels.shape[1]}")
-            pixels = pixels.expand(-1, wanted, -1, -1)
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+                raise ValueError(f"teacher {self.source} takes {channels} channels, the student {pixels.shape[1]}")
+            pixels = pixels.expand(-1, channels, -1, -1)
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in config.statistics())
         return (pixels - mean) / std
 
-    def _input_size(self, model, indices: list[int], student: Grid, grid: Grid) -> Grid:
+    def _input_size(self, model: TeacherModel, indices: list[int], student: Grid, grid: Grid) -> Grid:
         if self.match != "input":
-            size = self.input_size or student
-            return (size, size) if isinstance(size, int) else tuple(size)
-        strides = {stage_strides(model)[i] for i in indices}
+            return pair(self.input_size or student)
+        strides = {model.stage_strides()[i] for i in indices}
         if len(strides) > 1:
             raise ValueError(
                 f"teacher {self.source}: layers {self.layers} have strides {sorted(strides)}, and match 'input' brings "
                 "one stride onto the grid; choose match 'interpolate'"
             )
-        (stride,) = strides
-        return tuple(tokens * step for tokens, step in zip(grid, stride))
+        ((down, right),) = strides
+        return grid[0] * down, grid[1] * right
 
     def _on_grid(self, stage: Tensor, grid: Grid, index: int) -> Tensor:
         if tuple(stage.shape[2:]) == grid:
@@ -127,22 +160,10 @@ class Teacher:
         )
 
 
-@torch.no_grad()
-def stage_strides(model) -> list[Grid]:
-    """Pixels per cell (down, right) of every stage's map, read off one empty image; remembered in the model."""
-    if not hasattr(model, "teacher_strides"):
-        height, width = pair(model.config.image_size)
-        like = next(model.parameters())
-        empty = torch.zeros(1, model.config.num_channels, height, width, device=like.device, dtype=like.dtype)
-        stages = model.encoder.stage_maps(model.encoder(empty, output_hidden_states=True), height, width)
-        model.teacher_strides = [(height // stage.shape[2], width // stage.shape[3]) for stage in stages]
-    return model.teacher_strides
-
-
 class TimmEncoder(Encoder):
     """A timm model as transformers wraps it, cut into its `feature_info`."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network
         self.stage_names = [entry["module"] for entry in network.feature_info]
@@ -153,48 +174,51 @@ class TimmEncoder(Encoder):
         return EncoderOutput(tokens=maps[-1], feature_maps=tuple(maps))
 
 
-class TimmTeacher(nn.Module):
-    """What `Teacher` needs of a model, around a timm model."""
-
-    def __init__(self, wrapped):
-        super().__init__()
-        cfg = wrapped.config.pretrained_cfg
-        self.encoder = TimmEncoder(wrapped.timm_model)
-        self.config = SimpleNamespace(
-            num_channels=cfg["input_size"][0],
-            image_size=tuple(cfg["input_size"][1:]),
-            image_mean=cfg["mean"],
-            image_std=cfg["std"],
-        )
-
-
-def load_teacher(source: str, output_stride: int | None = None) -> nn.Module:
-    """-> a frozen model with an `encoder` and a `config`.
+def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
+    """-> a frozen encoder. Code that travels with it is not run.
 
     Raises:
         ValueError: it cannot be loaded as an image encoder, or has no dilation to set.
     """
-    from .modeling_mim import MIMModel
-
     try:
-        config = AutoConfig.from_pretrained(source)
-        changes = _dilated(config, output_stride)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if output_stride is not None:
+            set_output_stride(config, output_stride)
         if config.model_type == "mim":
-            model = MIMModel.from_pretrained(source, add_pooling_layer=False, **changes)
+            # By the Auto class: the models are above this file.
+            model = AutoModel.from_pretrained(source, config=config, add_pooling_layer=False, trust_remote_code=False)
+            teacher = TeacherModel(model.encoder, config)
         elif config.model_type == "timm_wrapper":
-            model = TimmTeacher(AutoModel.from_pretrained(source))
+            teacher = timm_teacher(source, config)
         else:
-            model = MIMModel.from_encoder(source)
+            teacher = native_teacher(source)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot use {source!r} as a teacher: {reason}") from error
-    return model.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
-def _dilated(config, output_stride: int | None) -> dict:
-    if output_stride is None:
-        return {}
-    if getattr(config, "encoder_config", {}).get("model_type") != "timm":
+def timm_teacher(source: str, config: Any) -> TeacherModel:
+    refuse_loading(config.model_args or {})
+    encoder = TimmEncoder(AutoModel.from_pretrained(source, config=config, trust_remote_code=False).timm_model)
+    images = config.pretrained_cfg
+    channels, *size = images["input_size"]
+    return TeacherModel(
+        encoder,
+        MIMConfigBase(image_size=size, num_channels=channels, image_mean=images["mean"], image_std=images["std"]),
+    )
+
+
+def native_teacher(source: str) -> TeacherModel:
+    fields, state = load_native(source)
+    config = MIMConfigBase(**fields)
+    encoder = NativeEncoder(config, **config.options("encoder"))
+    encoder.load_native_state(state)
+    return TeacherModel(encoder, config)
+
+
+def set_output_stride(config: Any, output_stride: int) -> None:
+    options = getattr(config, "encoder_config", {})
+    if options.get("model_type") != "timm":
         raise ValueError("match 'dilate' needs a timm ConvNet saved by this project; choose match 'input'")
-    config.encoder_config = {**config.encoder_config, "output_stride": output_stride}
-    return {"config": config}
+    config.encoder_config = {**options, "output_stride": output_stride}

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
-from hf_mim.modeling.encoder_native import grid_of
+from hf_mim.modeling.encoder_native import infer_grid
 
 
 def timm(name: str, **options) -> dict:
@@ -163,10 +163,10 @@ def test_the_grid_of_any_picture():
     for height in range(16, 120, 3):
         for width in range(16, 120, 7):
             rows, cols = height // 4, width // 4
-            assert grid_of(rows * cols, height, width) == (rows, cols)
+            assert infer_grid(rows * cols, height, width) == (rows, cols)
             rows, cols = -(-height // 4), -(-width // 4)
             while min(rows, cols) > 1:
-                assert grid_of(rows * cols, height, width) == (rows, cols)
+                assert infer_grid(rows * cols, height, width) == (rows, cols)
                 rows, cols = -(-rows // 2), -(-cols // 2)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.decoders import DECODERS, Decoder
-from hf_mim.modeling.encoder_base import Encoder, EncoderOutput, cells
+from hf_mim.modeling.encoder_base import Encoder, EncoderOutput, grid_size
 from hf_mim.modeling.encoders import ENCODERS
 from hf_mim.modeling.masking import MASK_GENERATORS, count_hidden
 from hf_mim.modeling.options import is_of, options_of, pair
@@ -241,7 +241,7 @@ class EdgeTarget(Target):
         self.gain, self.outputs = gain, {"patches": config.num_channels}
 
     @torch.no_grad()
-    def values(self, pixel_values, grid):
+    def targets(self, pixel_values, grid):
         edges = pixel_values.diff(dim=3, append=pixel_values[..., -1:]).abs() * self.gain
         return {"patches": nn.functional.adaptive_avg_pool2d(edges, grid).flatten(2).transpose(1, 2)}
 
@@ -277,7 +277,7 @@ class AverageEncoder(Encoder):
         self.scale = nn.Parameter(torch.ones(()))
 
     def mask_grid(self, height, width):
-        return cells((height, width), (self.cell, self.cell), "cell")
+        return grid_size((height, width), (self.cell, self.cell), "cell")
 
     def forward(self, pixel_values, bool_masked_pos=None, output_hidden_states=False, output_attentions=False):
         tokens = nn.functional.avg_pool2d(pixel_values, self.cell).flatten(2).transpose(1, 2)

@@ -10,7 +10,7 @@ from helpers import DECODER_OPTIONS, NATIVE_VIT, RESNET, SWIN, perturb, random_m
 from hf_mim import MIMForPreTraining
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoder_base import EncoderOutput
-from hf_mim.modeling.layers import ToGrid
+from hf_mim.modeling.layers import PixelShuffleLinear
 from hf_mim.modeling.modeling_mim import make_encoder
 from hf_mim.modeling.options import options_of
 
@@ -118,14 +118,14 @@ def test_other_resolutions(decoder, encoding, size):
         assert module(encoded, mask, (rows, cols), "all").shape == (2, rows * cols, OUT_DIM)
 
 
-# --- ToGrid ------------------------------------------------------------------------------------------------------
+# --- PixelShuffleLinear ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [(1, 1), (2, 2), (4, 4), (2, 3), (1, 2)])
 def test_to_grid_is_a_1x1_convolution_and_a_pixel_shuffle(factor):
     torch.manual_seed(0)
     (down, right), coarse, out_dim = factor, (3, 2), 5
-    module = ToGrid(7, out_dim, factor)
+    module = PixelShuffleLinear(7, out_dim, factor)
     tokens = torch.randn(2, 6, 7)
     got = module(tokens, (coarse[0] * down, coarse[1] * right))
     assert got.shape == (2, 6 * down * right, out_dim)

@@ -73,7 +73,7 @@ def test_the_whole_loss_by_hand(replace, loss):
     torch.manual_seed(0)
     frequency = target(loss=loss, replace=replace, weight=0.5)
     pixel_values, mask = torch.randn(2, 3, 16, 16), random_masks(2, 16, 9)
-    wanted = frequency.values(pixel_values, (4, 4))["patches"]
+    wanted = frequency.targets(pixel_values, (4, 4))["patches"]
     predicted = torch.randn_like(wanted, requires_grad=True)
     total = frequency.loss({"patches": predicted}, {"patches": wanted}, mask, (4, 4))
 
@@ -92,5 +92,5 @@ def test_the_whole_loss_by_hand(replace, loss):
 
 def test_a_perfect_prediction_costs_nothing():
     frequency = target()
-    wanted = frequency.values(torch.randn(2, 3, 16, 16), (4, 4))
+    wanted = frequency.targets(torch.randn(2, 3, 16, 16), (4, 4))
     assert frequency.loss(wanted, wanted, random_masks(2, 16, 9), (4, 4)).item() == 0

@@ -64,7 +64,7 @@ def test_dimension_and_order_of_a_patch(size, patch, channels, dim):
     height, width = (size, size) if isinstance(size, int) else size
     pixel_values = torch.randn(2, channels, height, width)
     grid = make_encoder(config).mask_grid(height, width)
-    values = target.values(pixel_values, grid)["patches"]
+    values = target.targets(pixel_values, grid)["patches"]
     assert values.shape == (2, grid[0] * grid[1], dim) and target.outputs == {"patches": dim}
     cells = oriented_gradients(pixel_values, target.cell)
     (rows, cols), last = target.cells, (grid[0] - 1, grid[1] - 1)
@@ -81,7 +81,7 @@ def test_glyphs_show_edges_in_their_direction():
     target = MIMForPreTraining(config).target
     step = torch.zeros(1, 1, 32, 32)
     step[..., 4:] = 1
-    values = target.values(step, (2, 2))["patches"]
+    values = target.targets(step, (2, 2))["patches"]
     picture = target.to_image(values, step, (2, 2))
     assert picture.shape == (1, 1, 32, 32) and picture.min() >= 0 and picture.max() <= 1
     assert picture[0, 0, :, 3:5].mean() > 4 * picture[0, 0, :, 16:].mean()

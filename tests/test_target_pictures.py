@@ -34,7 +34,7 @@ def test_a_true_prediction_gives_the_target_s_picture(target, tmp_path):
     model = model_of(target, tmp_path)
     pixel_values, mask = torch.randn(2, 3, 32, 32).clamp(-1, 1), random_masks(2, 16, 8)
     model.target.bind(model.mim.encoder)
-    values = model.target.values(pixel_values, (4, 4))["patches"]
+    values = model.target.targets(pixel_values, (4, 4))["patches"]
     model.decoder = Oracle()
     model.decoder.answer = values
     if not values.is_floating_point():  # codes: logits whose largest is the right one
@@ -88,7 +88,7 @@ def test_each_number_has_its_colour():
     assert torch.equal(picture[1], picture[2]) and len(picture.unique(dim=0)) == 3
 
 
-@pytest.mark.parametrize("target", [name for name, kind in TARGETS.items() if kind.alone])
+@pytest.mark.parametrize("target", [name for name, kind in TARGETS.items() if kind.needs_image_only])
 def test_targets_of_the_image_alone_need_nothing_else(target, tmp_path):
     """Their pictures can be drawn wherever the checkpoint goes."""
     model_of(target, tmp_path).save_pretrained(tmp_path / "saved")

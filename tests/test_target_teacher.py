@@ -50,7 +50,7 @@ def test_values_are_the_teachers_normalised_tokens(vit_folder):
     pixels = (pixel_values * own[1] + own[0] - theirs[0]) / theirs[1]
     tokens = AutoModel.from_pretrained(vit_folder).eval()(pixels).last_hidden_state[:, 1:]
     wanted = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(model.target.values(pixel_values, (8, 8))["patches"], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.target.targets(pixel_values, (8, 8))["patches"], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_normalisations_against_numpy():
@@ -76,11 +76,11 @@ def test_ways_to_match_the_grid(resnet_folder, options, size):
     seen = []
     hook = teacher.encoder.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
     pixel_values = torch.randn(2, 3, 32, 32)
-    values = model.target.values(pixel_values, (8, 8))["patches"]
+    values = model.target.targets(pixel_values, (8, 8))["patches"]
     hook.remove()
     assert seen[-1] == size and values.shape == (2, 64, model.target.outputs["patches"])
     pixels = torch.nn.functional.interpolate(pixel_values, size=size, mode="bicubic", antialias=True)
-    maps = teacher(pixels).feature_maps[options.get("layers", [-1])[0]]
+    maps = teacher.encoder(pixels).feature_maps[options.get("layers", [-1])[0]]
     wanted = torch.nn.functional.interpolate(maps, size=(8, 8), mode="bilinear", antialias=True)
     torch.testing.assert_close(tokens_to_map(values, (8, 8)), wanted, rtol=1e-3, atol=1e-3)
 
@@ -96,17 +96,17 @@ def test_dilation_keeps_the_grid_fine(tmp_path):
             target_config={"teacher": str(tmp_path), "match": "dilate"},
         )
     )
-    assert model.target.values(torch.randn(1, 3, 64, 64), (8, 8))["patches"].shape == (1, 64, 512)
+    assert model.target.targets(torch.randn(1, 3, 64, 64), (8, 8))["patches"].shape == (1, 64, 512)
 
 
 def test_several_layers_side_by_side_or_averaged(vit_folder):
     pixel_values, mask = torch.randn(2, 3, 32, 32), random_masks(2, 64, 40)
     concat = student(teacher=vit_folder, layers=[1, 2], loss="mse").target
     mean = student(teacher=vit_folder, layers=["stage1", "stage2"], combine="mean").target
-    values = concat.values(pixel_values, (8, 8))["patches"]
+    values = concat.targets(pixel_values, (8, 8))["patches"]
     assert concat.outputs == {"patches": 32} and mean.outputs == {"patches": 16}
     torch.testing.assert_close(
-        mean.values(pixel_values, (8, 8))["patches"], (values[..., :16] + values[..., 16:]) / 2, rtol=1e-4, atol=1e-5
+        mean.targets(pixel_values, (8, 8))["patches"], (values[..., :16] + values[..., 16:]) / 2, rtol=1e-4, atol=1e-5
     )
     predicted = torch.randn(2, 40, 32)
     loss = concat.loss({"patches": predicted}, {"patches": values}, mask, (8, 8))
@@ -130,7 +130,7 @@ def test_global_and_cosine_terms_by_hand(vit_folder):
 def test_the_teacher_is_outside_runs_once_and_is_shared(vit_folder, tmp_path):
     first, second = student(teacher=vit_folder), student(teacher=vit_folder, norm="none")
     assert first.target.teacher.model() is second.target.teacher.model()
-    first.target.values(torch.randn(1, 3, 32, 32), (8, 8))  # reads off the strides
+    first.target.targets(torch.randn(1, 3, 32, 32), (8, 8))  # reads off the strides
     runs = []
     hook = first.target.teacher.model().encoder.register_forward_pre_hook(lambda *_: runs.append(1))
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -141,9 +141,9 @@ def test_the_teacher_is_outside_runs_once_and_is_shared(vit_folder, tmp_path):
     teacher = first.target.teacher.model()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not any("teacher" in name or "network" in name for name in first.state_dict())
-    before = first.target.values(pixel_values, (8, 8))["patches"]
+    before = first.target.targets(pixel_values, (8, 8))["patches"]
     pixel_values.square_()  # the same tensor with other values is another batch
-    assert not torch.equal(first.target.values(pixel_values, (8, 8))["patches"], before)
+    assert not torch.equal(first.target.targets(pixel_values, (8, 8))["patches"], before)
     first.save_pretrained(tmp_path / "student")
     teachers.LOADED.clear()
     again = MIMForPreTraining.from_pretrained(tmp_path / "student")
@@ -220,7 +220,7 @@ def test_moving_average_values_by_hand():
     model = student("moving_average", top_k_blocks=2)
     pixel_values = torch.randn(2, 3, 32, 32)
     model.target.bind(model.mim.encoder)
-    values = model.target.values(pixel_values, (8, 8))["patches"]
+    values = model.target.targets(pixel_values, (8, 8))["patches"]
     encoder = copy.deepcopy(model.mim.encoder).eval()
     with torch.no_grad():
         tokens, _, _ = encoder._embed(pixel_values, None, (8, 8))
@@ -250,8 +250,8 @@ def test_moving_average_is_kept_out_of_the_weights_and_comes_back_on_resume():
     again.load_state_dict(model.state_dict())
     again.target.load_moving_state({name: value.clone() for name, value in model.target.moving_state().items()})
     again.target.bind(again.mim.encoder)
-    wanted = model.target.values(pixel_values, (8, 8))["patches"]
-    assert torch.equal(again.target.values(pixel_values, (8, 8))["patches"], wanted)
+    wanted = model.target.targets(pixel_values, (8, 8))["patches"]
+    assert torch.equal(again.target.targets(pixel_values, (8, 8))["patches"], wanted)
     with pytest.raises(ValueError, match="encoder 'vit'"):
         options = {"encoder": "convnet", "encoder_config": RESNET, "decoder": "linear"}
         MIMForPreTraining(MIMConfig(image_size=64, target="moving_average", **options))
@@ -267,8 +267,8 @@ def test_codes_are_the_nearest_and_cost_their_cross_entropy(tmp_path):
     features = {"name": "pixel", "normalize": False}
     model = student("discrete_token", features=features, codebook=str(tmp_path / "codes.safetensors"))
     pixel_values, mask = torch.randn(2, 3, 32, 32), random_masks(2, 64, 40)
-    values = model.target.values(pixel_values, (8, 8))["patches"]
-    patches = model.target.wrapped.values(pixel_values, (8, 8))["patches"].double()
+    values = model.target.targets(pixel_values, (8, 8))["patches"]
+    patches = model.target.wrapped.targets(pixel_values, (8, 8))["patches"].double()
     wanted = (patches[:, :, None] - codes.double()).square().sum(-1).argmin(-1)
     assert torch.equal(values[..., 0], wanted) and model.target.outputs == {"patches": 7}
     for count in (40, 64):

@@ -50,7 +50,7 @@ def test_shapes_and_gradients(name, tmp_path):
     torch.manual_seed(0)
     target = any_target(name, tmp_path)
     pixel_values = torch.randn(2, 3, 32, 24, requires_grad=True)
-    values = target.values(pixel_values, (4, 3))
+    values = target.targets(pixel_values, (4, 3))
     assert target.scope in ("hidden", "all")
     assert not any(value.requires_grad for value in values.values())
     mask = random_masks(2, 12, 7)
@@ -72,7 +72,7 @@ def test_values_live_on_the_grid_at_every_resolution(name, tmp_path):
     target = any_target(name, tmp_path)
     for grid in ((4, 3), (2, 5), (3, 3)):
         pixel_values = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
-        values = target.values(pixel_values, grid)["patches"]
+        values = target.targets(pixel_values, grid)["patches"]
         assert values.shape[:2] == (2, grid[0] * grid[1])
         if values.is_floating_point():
             assert values.shape[2] == target.outputs["patches"]
@@ -137,7 +137,7 @@ def test_half_precision_images_are_normalised_in_float32():
     pixel_values = (0.02 * torch.randn(2, 3, *SIZE) + 1).bfloat16()
     target = target_of(normalize=True)
     assert torch.equal(
-        target.values(pixel_values, GRID)["patches"], target.values(pixel_values.float(), GRID)["patches"]
+        target.targets(pixel_values, GRID)["patches"], target.targets(pixel_values.float(), GRID)["patches"]
     )
 
 
@@ -170,7 +170,7 @@ def test_losses_against_loops(kind, normalize):
     target = target_of(normalize=normalize, loss=kind)
     pixel_values, mask = torch.randn(3, 3, *SIZE), random_masks(3, 12, 7)
     predicted = 3 * torch.randn(3, 12, target.outputs["patches"])
-    values = target.values(pixel_values, GRID)
+    values = target.targets(pixel_values, GRID)
     wanted = loss_by_loops(kind, predicted.double(), values["patches"].double(), mask)
     of_all = target.loss({"patches": predicted}, values, mask, GRID)
     of_hidden = target.loss({"patches": predicted[mask].view(3, 7, -1)}, values, mask, GRID)
@@ -182,7 +182,7 @@ def test_losses_with_unequal_counts_weigh_every_hidden_token_alike():
     torch.manual_seed(0)
     target, pixel_values = target_of(), torch.randn(3, 3, *SIZE)
     mask = torch.arange(12)[None] < torch.tensor([1, 5, 0])[:, None]
-    predicted, values = torch.randn(3, 12, target.outputs["patches"]), target.values(pixel_values, GRID)
+    predicted, values = torch.randn(3, 12, target.outputs["patches"]), target.targets(pixel_values, GRID)
     wanted = loss_by_loops("mse", predicted.double(), values["patches"].double(), mask)
     assert abs(target.loss({"patches": predicted}, values, mask, GRID).item() - wanted) < 1e-5 * wanted
 
@@ -190,7 +190,7 @@ def test_losses_with_unequal_counts_weigh_every_hidden_token_alike():
 def test_with_nothing_hidden_the_loss_is_zero_and_not_nan():
     target, pixel_values = target_of(), torch.randn(2, 3, *SIZE)
     predicted = torch.randn(2, 12, target.outputs["patches"], requires_grad=True)
-    loss = target.loss({"patches": predicted}, target.values(pixel_values, GRID), torch.zeros(2, 12).bool(), GRID)
+    loss = target.loss({"patches": predicted}, target.targets(pixel_values, GRID), torch.zeros(2, 12).bool(), GRID)
     loss.backward()
     assert loss.item() == 0 and predicted.grad.abs().max() == 0
 
@@ -199,13 +199,13 @@ def test_visible_tokens_get_no_gradient():
     torch.manual_seed(0)
     target, mask = target_of(), random_masks(2, 12, 7)
     predicted = torch.randn(2, 12, target.outputs["patches"], requires_grad=True)
-    target.loss({"patches": predicted}, target.values(torch.randn(2, 3, *SIZE), GRID), mask, GRID).backward()
+    target.loss({"patches": predicted}, target.targets(torch.randn(2, 3, *SIZE), GRID), mask, GRID).backward()
     assert torch.equal(predicted.grad.abs().amax(-1) > 0, mask)
 
 
 def test_perfect_predictions_cost_nothing_in_half_precision_too():
     target, pixel_values = target_of(), torch.randn(2, 3, *SIZE)
-    values, mask = target.values(pixel_values, GRID), random_masks(2, 12, 7)
+    values, mask = target.targets(pixel_values, GRID), random_masks(2, 12, 7)
     loss = target.loss({"patches": values["patches"].bfloat16()}, values, mask, GRID)
     assert loss.dtype == torch.float32 and loss < 1e-4
 
@@ -219,7 +219,7 @@ def test_the_true_values_give_the_picture_back(channels, normalize):
     torch.manual_seed(0)
     target = target_of(channels=channels, normalize=normalize)
     pixel_values = torch.randn(2, channels, *SIZE)
-    picture = target.to_image(target.values(pixel_values, GRID)["patches"], pixel_values, GRID)
+    picture = target.to_image(target.targets(pixel_values, GRID)["patches"], pixel_values, GRID)
     shown = 3 if channels >= 3 else 1
     mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if channels == 3 else ([0.5] * 3, [0.5] * 3)
     wanted = np.zeros((2, shown, *SIZE))
@@ -290,5 +290,5 @@ def test_a_convnet_s_patches_are_the_cells_of_its_masked_stage():
     config = tiny_config(image_size=[64, 96], encoder="convnet", encoder_config=RESNET, decoder="linear")
     target = TARGETS["pixel"](config, make_encoder(config))
     assert target.outputs == {"patches": 16 * 16 * 3}
-    values = target.values(torch.randn(1, 3, 64, 96), (4, 6))["patches"]
+    values = target.targets(torch.randn(1, 3, 64, 96), (4, 6))["patches"]
     assert values.shape == (1, 24, 768)

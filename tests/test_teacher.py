@@ -135,9 +135,9 @@ def test_figures_count_the_codes_of_training_only(tmp_path):
     config.target_config = options
     target, images = MIMForPreTraining(config).target, torch.zeros(1, 3, 8, 8)
     images[:, :, :2] = 1  # 16 of 64 pixels
-    target.eval().values(images, (8, 8))
-    assert target.figures() == {}
-    target.train().values(images, (8, 8))
+    target.eval().targets(images, (8, 8))
+    assert target.log_metrics() == {}
+    target.train().targets(images, (8, 8))
     wanted = math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
-    assert target.figures() == {"code_perplexity": pytest.approx(wanted), "dead_codes": 1}
-    assert target.figures() == {}  # they count from the last call
+    assert target.log_metrics() == {"code_perplexity": pytest.approx(wanted), "dead_codes": 1}
+    assert target.log_metrics() == {}  # they count from the last call

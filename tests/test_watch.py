@@ -80,7 +80,7 @@ def test_the_loss_of_the_mean_is_the_variance_of_the_targets():
     network = MIMForPreTraining(tiny_config(target_config={"normalize": False}))
     pixels, masks = torch.randn(6, 3, 16, 16), torch.zeros(6, 16, dtype=torch.bool)
     masks[:, :5] = True
-    values = network.target.values(pixels, (4, 4))["patches"][masks]
+    values = network.target.targets(pixels, (4, 4))["patches"][masks]
     expected = values.var(dim=0, unbiased=False).mean().item()
     assert watch.loss_of_the_mean(network, pixels, masks) == pytest.approx(expected, rel=1e-5)
 

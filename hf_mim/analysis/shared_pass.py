@@ -8,9 +8,7 @@ from hf_mim.analysis.exact_attention import watched_attention
 from hf_mim.analysis.images import EncoderImages
 from hf_mim.analysis.measurement import Layer, Measurement, Seen, Setting
 from hf_mim.modeling.encoder_base import Grid
-from hf_mim.modeling.encoder_native import grid_of
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.modeling.options import pair
 
 
 def measure(
@@ -72,8 +70,7 @@ def patch_layer(state: Tensor, encoder, size: tuple[int, int]) -> Layer:
     if state.shape[1] == prefix + rows * cols:
         return Layer(state[:, prefix:], (rows, cols))
     # Of a stage before the last, which has more tokens and none without a place.
-    down, right = pair(getattr(getattr(encoder, "native", None), "patch_size", 1))
-    return Layer(state, grid_of(state.shape[1], size[0] / down, size[1] / right))
+    return Layer(state, encoder.state_grid(state.shape[1], *size))
 
 
 @torch.inference_mode()

@@ -37,7 +37,9 @@ def export(checkpoint: str, out: str | Path, to: str) -> list[str]:
         raise unknown_choice("format", to, FORMATS)
     config = load_config(checkpoint)
     model = MIMModel.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True).float().eval()
-    out = Path(out)
+    out, formats = Path(out), model.encoder.export_formats
+    if to not in formats:
+        raise ValueError(f"this encoder has no counterpart in {to}: export it --to {' or '.join(formats)}")
     if to == "onnx":
         from .onnx import to_onnx as write
     elif to == "timm":
@@ -73,7 +75,7 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
     """
     encoder, kind = model.encoder, model.config.encoder
     if kind == "vit":
-        refuse(vit_obstacles(model), "transformers' ViTModel")
+        refuse(encoder.extra_parts(), "transformers' ViTModel")
         native = vit_model(model)
     elif kind == "native":
         native = native_model(model.config, encoder.native)
@@ -103,22 +105,6 @@ def native_noise(native, images: Tensor) -> dict:
 def refuse(obstacles: list[str], what: str) -> None:
     if obstacles:
         raise ValueError(f"this encoder cannot be exported as {what}, which has no {', no '.join(obstacles)}")
-
-
-def vit_obstacles(model: MIMModel) -> list[str]:
-    """What `ViTModel` does not do. (LayerScale is multiplied into the layer before it.)"""
-    encoder = model.encoder
-    layer = encoder.layers[0]
-    found = {
-        "relative position bias": bool(encoder.positions & {"relative", "shared_relative"}),
-        "rotary positions": "rotary" in encoder.positions,
-        "register tokens": encoder.num_prefix_tokens > encoder.has_cls_token,
-        "encoder without a class token": not encoder.has_cls_token,
-        "normalised queries and keys (qk_norm)": layer.attention.q_norm is not None,
-        "SwiGLU": layer.mlp.gated,
-        "encoder without a last norm (final_norm false)": isinstance(encoder.final_norm, nn.Identity),
-    }
-    return [name for name, present in found.items() if present]
 
 
 def position_table(model: MIMModel) -> Tensor:
@@ -191,8 +177,6 @@ def convnet_state(model: MIMModel) -> dict[str, Tensor]:
 def convnet_model(model: MIMModel) -> nn.Module:
     options = {**model.config.encoder_config}
     model_type = options.pop("model_type", "resnet")
-    if model_type == "timm":
-        raise ValueError("this encoder is timm's own: export it --to timm")
     for ours in ("mask_style", "mask_stage", "mask_scale_init_value", "pixel_fill"):
         options.pop(ours, None)
     native = native_config(model.config, model_type, options)

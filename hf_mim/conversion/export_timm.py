@@ -11,7 +11,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 
 from .convnets import timm_name
-from .export import check_same, named, patch_convolution, position_table, refuse, vit_obstacles
+from .export import check_same, named, patch_convolution, position_table, refuse
 
 
 def to_timm(model: MIMModel, out: Path) -> list[str]:
@@ -22,10 +22,8 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
     """
     if model.config.encoder == "vit":
         architecture, options, state = timm_vit(model)
-    elif model.config.encoder == "convnet":
-        architecture, options, state = timm_convnet(model)
     else:
-        raise ValueError("a model of transformers has no counterpart in timm: export it --to transformers")
+        architecture, options, state = timm_convnet(model)
     network = timm.create_model(architecture, **options).eval()
     try:
         network.load_state_dict(state)
@@ -72,10 +70,8 @@ def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
     """-> an architecture's name, the arguments that make it this encoder, and the weights."""
     encoder = model.encoder
     has_cls = encoder.has_cls_token
-    obstacles = [
-        name for name in vit_obstacles(model) if name in ("relative position bias", "rotary positions", "SwiGLU")
-    ]
-    refuse(obstacles, "timm's VisionTransformer")
+    extra = [name for name in encoder.extra_parts() if name in ("relative position bias", "rotary positions", "SwiGLU")]
+    refuse(extra, "timm's VisionTransformer")
     options = vit_arguments(model)
     state = {
         "pos_embed": position_table(model)[None],

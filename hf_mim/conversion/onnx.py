@@ -35,7 +35,7 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
     step = tuple(length // cells for length, cells in zip(size, model.encoder.token_grid(*size)))
     images = [torch.randn(count, model.config.num_channels, *size) for count in (2, 3)]
     other = torch.randn(1, model.config.num_channels, size[0] + step[0], size[1] + 2 * step[1])
-    if size_can_vary(model):
+    if model.encoder.traces_any_size:
         dynamic, note = dynamic_sizes(step), "any number of images of any size that the model takes"
         images.append(other)
     else:
@@ -52,14 +52,6 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
         note,
         f"outputs in onnxruntime differ by {difference:.0e} at most",
     ]
-
-
-def size_can_vary(model: MIMModel) -> bool:
-    """Whether the exported network can take images of other sizes. The exporter follows one way through the code: a
-    table that is resized only where the size differs is either never resized or always."""
-    if model.config.encoder == "vit":
-        return not model.encoder.positions & {"learned", "relative", "shared_relative"}
-    return model.config.encoder == "convnet"
 
 
 def dynamic_sizes(step: tuple[int, int]) -> dict:

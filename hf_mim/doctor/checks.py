@@ -137,7 +137,7 @@ def check_target(model: MIMForPreTraining, pixel_values: Tensor, splits: Splits)
     grid = model.mask_grid(*pixel_values.shape[2:])
     try:
         model.target.bind(model.mim.encoder)
-        values = model.target.values(pixel_values, grid)["patches"]
+        values = model.target.targets(pixel_values, grid)["patches"]
     except (ValueError, OSError) as error:  # a teacher or a codebook that is not at hand
         return [Check("target", "skipped", f"it cannot be computed: {str(error).strip().splitlines()[0]}")]
     flat = values.flatten(0, 1)
@@ -161,7 +161,7 @@ def check_codes(model: MIMForPreTraining, splits: Splits, grid: tuple[int, int])
     number, dataset = model.target.num_codes, whole(splits.train)
     count = min(len(dataset), math.ceil(TOKENS_PER_CODE * number / math.prod(grid)), MOST)
     batches = pixels_of(dataset, model.config, max(count, IMAGES)).split(IMAGES)
-    codes = torch.cat([model.target.values(batch, grid)["patches"] for batch in batches])
+    codes = torch.cat([model.target.targets(batch, grid)["patches"] for batch in batches])
     perplexity, dead = model.target.usage(codes)
     seen = f"{dead} of {number} are never used by {codes.numel():,} tokens; perplexity {perplexity:.1f}"
     if codes.numel() < TOKENS_PER_CODE * number:

@@ -40,5 +40,5 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside what should have been predicted, where that needs no teacher, which may be far away or lost.
-    shown = model.reconstruct(**inputs, with_target=getattr(model.target, "alone", False))
+    shown = model.reconstruct(**inputs, with_target=model.target.needs_image_only)
     pictures.draw_reconstructions(shown).save(out)

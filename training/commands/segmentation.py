@@ -162,7 +162,7 @@ def choose_stages(encoder: MIMModel, factors: list[float] | None) -> tuple[list[
         ValueError: there are fewer than four maps of one stride, or fewer than two of several.
     """
     names, widths = encoder.encoder.stage_names, encoder.encoder.num_features
-    if len(set(widths)) > 1 or hasattr(encoder.encoder, "strides"):
+    if len(set(widths)) > 1 or encoder.encoder.strides is not None:
         if factors is not None:
             raise ValueError("finetune.pyramid is for encoders of one stride; the stages of this one have several")
         last = [name for name, width, after in zip(names, widths, [*widths[1:], None]) if width != after][-4:]

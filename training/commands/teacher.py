@@ -163,12 +163,12 @@ def _fit_codebook(
     recipe = recipes.resolve("maskdistill_small", [f"model.target_config.teacher={source}", *overrides])
     config = MIMConfig(**recipe["model"])
     encoder = make_encoder(config)
-    target = TeacherFeatureTarget(config, encoder, **config.target_config)
+    target = TeacherFeatureTarget(config, encoder, **config.options("target"))
     grid = encoder.mask_grid(*pair(config.image_size))
     batches = images_of(recipe, config, images)
     with console.progress() as bar:
         track = bar.track(batches, description="running the teacher")
-        features = torch.cat([target.values(batch, grid)["patches"].flatten(0, 1) for batch in track])
+        features = torch.cat([target.targets(batch, grid)["patches"].flatten(0, 1) for batch in track])
     if len(features) < codes:
         raise RecipeError(f"{len(features)} tokens are too few for {codes} codes: give more images or fewer codes")
     with console.status(f"fitting {codes} codes to {len(features):,} tokens"):

@@ -65,7 +65,7 @@ def extract_features(model, loader, bf16: bool = False) -> dict[str, Tensor | No
         "mean": (images, dim), the mean of the patch tokens; "cls": (images, dim), or None without a class token.
     """
     model.eval()
-    prefix, has_cls = model.encoder.num_prefix_tokens, getattr(model.encoder, "has_cls_token", False)
+    prefix, has_cls = model.encoder.num_prefix_tokens, model.encoder.has_cls_token
     mean, cls = [], []
     for pixel_values in loader:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):

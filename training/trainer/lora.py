@@ -11,7 +11,6 @@ from torch import nn
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
-from hf_mim.training.trainer.layer_decay import encoder_blocks
 
 
 ADAPTER = "adapter"  # in a run's folder; beside the merged checkpoint transformers would load it in its place
@@ -27,7 +26,7 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
         ValueError: the blocks have no linear layers, or none of the names in `options.lora_layers`.
     """
     encoder = model.mim.encoder
-    inside = {id(module) for block in encoder_blocks(encoder) for part in block for module in part.modules()}
+    inside = {id(module) for block in encoder.blocks() for part in block for module in part.modules()}
     found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
     names = sorted({name.rpartition(".")[2] for name in found})
     if not names:

@@ -64,7 +64,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps and state.global_step != state.max_steps:
             return
-        self.model.target.gather_figures()
+        self.model.target.reduce_metrics()
         if self.looks:
             wanted = control.should_log  # logging below clears it, and the loss is still to be logged
             self._quietly(lambda: self._look(state))
@@ -103,7 +103,7 @@ class Watch(TrainerCallback):
         found |= {"watch_effective_rank": rank, "watch_spread": spread}
         if self.mean_loss is not None:
             found["watch_mean_loss"] = self.mean_loss
-        found |= {f"watch_{name}": value for name, value in self.model.target.figures().items()}
+        found |= {f"watch_{name}": value for name, value in self.model.target.log_metrics().items()}
         self._warn_of_codes(found)
         self._warn(state, rank, spread, features.shape[1])
         self.trainer.log(found)
@@ -231,7 +231,7 @@ def loss_of_the_mean(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> fl
     target, grid = model.target, model.mask_grid(*pixel_values.shape[2:])
     masks = bool_masked_pos[:, 0] if bool_masked_pos.ndim == 3 else bool_masked_pos
     target.bind(model.mim.encoder)
-    values = target.values(pixel_values, grid)
+    values = target.targets(pixel_values, grid)
     hidden, dim = values["patches"][masks], target.outputs["patches"]
     if hidden.is_floating_point():
         mean = hidden.float().mean(dim=0)
