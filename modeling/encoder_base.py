@@ -79,6 +79,16 @@ class Encoder(nn.Module):
         """The grid of a hidden state of `num_tokens` tokens without the prefix."""
         return self.token_grid(height, width)
 
+    def global_token(self, tokens: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        """Encoded tokens -> the class token (batch, dim), or without one the mean of the visible tokens."""
+        if self.has_cls_token:
+            return tokens[:, 0]
+        patches = tokens[:, self.num_prefix_tokens :]
+        if patches.shape[1] != bool_masked_pos.shape[1]:  # hidden ones were dropped, or a coarser map has mixed them in
+            return patches.mean(dim=1)
+        visible = (~bool_masked_pos)[..., None].to(patches.dtype)
+        return (patches * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+
     def blocks(self) -> list[list[nn.Module]]:
         """The modules of every block of a transformer or stage of a ConvNet, first to last, for layer-wise learning
         rates and adapters; empty where blocks cannot be told apart."""

@@ -353,6 +353,11 @@ class CrossLayer(GradientCheckpointingLayer):
         return queries + self.mlp(self.norm2(queries))
 
 
+def has_checkpointed_layers(model: nn.Module) -> bool:
+    """Whether gradient checkpointing would save something."""
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+
+
 class PixelShuffleLinear(nn.Module):
     """A linear map from the tokens of a coarse grid to those of a grid `factor` times finer per axis: each token
     makes factor x factor tokens (a 1x1 convolution and a pixel shuffle). `factor` (1, 1) is a plain linear layer."""

@@ -17,13 +17,13 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig
 from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
 from .encoder_native import load_native
+from .layers import has_checkpointed_layers
 from .masking import check_masking, sample_masks
 from .options import Grid, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
@@ -38,11 +38,6 @@ PRETRAINING_PARTS = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", 
 
 
 HiddenStates = bool | int | list[int] | None  # as in transformers: all of them, or those of these indices
-
-
-def has_checkpointed_layers(model: nn.Module) -> bool:
-    """Whether gradient checkpointing would save something."""
-    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
 
 
 class MIMPreTrainedModel(PreTrainedModel):
@@ -152,9 +147,7 @@ class MIMModel(MIMPreTrainedModel):
         """
         pixel_values = to_grey(pixel_values, self.config.num_channels)
         self.check_inputs(pixel_values, bool_masked_pos)
-        states: HiddenStates = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         asked = self.config.output_attentions if output_attentions is None else output_attentions
         encoded = self.encoder(
             pixel_values.to(self.dtype),
@@ -257,7 +250,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
         grid = self.mask_grid(*image_size(pixel_values))
         predictions = {"patches": self._decode(outputs, masks, grid, self.target.scope)}
         if self.global_head is not None:
-            predictions["global"] = self.global_head(self._global_token(outputs, masks))
+            predictions["global"] = self.global_head(self.mim.encoder.global_token(outputs.last_hidden_state, masks))
         loss = None
         if return_loss:
             targets = self._targets(pixel_values, grid)  # once for each image, however many masks of it there are
@@ -293,17 +286,6 @@ class MIMForPreTraining(MIMPreTrainedModel):
             feature_maps=outputs.feature_maps,
         )
         return self.decoder(encoded, masks, grid, scope)
-
-    def _global_token(self, outputs: MIMModelOutput, masks: Tensor) -> Tensor:
-        """The class token (batch, dim), or without one the mean of the visible tokens."""
-        tokens, prefix = outputs.last_hidden_state, self.mim.encoder.num_prefix_tokens
-        if self.mim.encoder.has_cls_token:
-            return tokens[:, 0]
-        patches = tokens[:, prefix:]
-        if patches.shape[1] != masks.shape[1]:  # hidden tokens were dropped, or a coarser map has mixed them in
-            return patches.mean(dim=1)
-        visible = (~masks)[..., None].to(patches.dtype)
-        return (patches * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
 
     @torch.no_grad()
     def reconstruct(

@@ -9,7 +9,8 @@ from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead, UperNetPreTrainedModel
 
 from .configuration_mim import MIMConfig
-from .modeling_mim import MIMBackbone, has_checkpointed_layers
+from .layers import has_checkpointed_layers
+from .modeling_mim import MIMBackbone
 
 
 # `model_type` stays "upernet": where hf_mim is imported, transformers' own classes load the same files.

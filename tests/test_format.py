@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_mim import MIMBackbone, cli
-from hf_mim.modeling.configuration_mim import FORMAT_VERSION
+from hf_mim.modeling.configuration_base import FORMAT_VERSION
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -288,7 +288,7 @@ def test_codebooks_that_do_not_fit(tmp_path):
     features = {"name": "pixel", "normalize": False}
     for options, message in (
         ({"codebook": str(tmp_path / "codes.safetensors")}, r"shape \(7, 5\), the features have 48"),
-        ({"codebook": str(tmp_path / "absent.safetensors")}, "is no codebook"),
+        ({"codebook": str(tmp_path / "absent.safetensors")}, "is not a codebook"),
         ({}, "hf-mim codebook"),
     ):
         with pytest.raises(ValueError, match=message):

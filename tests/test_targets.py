@@ -123,7 +123,7 @@ def test_normalised_patches_against_numpy():
     torch.manual_seed(0)
     pixel_values = 3 * torch.randn(2, 3, *SIZE) + 1
     pixel_values[0, :, :4, :8] = 0.7  # a blank patch: variance 0
-    values = target_of(normalize=True).values(pixel_values, GRID)["patches"]
+    values = target_of(normalize=True).targets(pixel_values, GRID)["patches"]
     patches = patchify(pixel_values, GRID).numpy().astype(np.float64)
     variance = patches.var(axis=-1, ddof=1, keepdims=True)
     wanted = (patches - patches.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-6)
