@@ -2,20 +2,21 @@
 
 from torch import Tensor, nn
 
-from .encoder_base import Encoder, EncoderOutput, Grid
+from .configuration_base import MIMConfigBase
+from .encoder_base import Encoder, EncoderOutput, Grid, divide
 from .options import pair
 
 
 class Decoder(nn.Module):
     """What the decoders share: the way from the encoder's tokens to the mask grid."""
 
-    def __init__(self, config, encoder: Encoder):
+    def __init__(self, config: MIMConfigBase, encoder: Encoder):
         super().__init__()
         size = pair(config.image_size)
         self.num_prefix_tokens = encoder.num_prefix_tokens
         self.base_grid = encoder.mask_grid(*size)
         coarse = encoder.token_grid(*size)
-        self.factor = tuple(fine // rough for fine, rough in zip(self.base_grid, coarse))
+        self.factor = divide(self.base_grid, coarse)
         self.drops_tokens = encoder.drops_tokens
         self.std = config.initializer_range
 

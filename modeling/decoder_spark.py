@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .encoder_base import Encoder, patchify
 from .options import unknown_choice
@@ -27,9 +28,17 @@ class SparKDecoder(Decoder):
             layer, as released.
     """
 
-    def __init__(self, config, encoder: Encoder, out_dim: int, *, hidden_size: int = 768, norm: str | None = None):
+    def __init__(
+        self,
+        config: MIMConfigBase,
+        encoder: Encoder,
+        out_dim: int,
+        *,
+        hidden_size: int = 768,
+        norm: str | None = None,
+    ):
         super().__init__(config, encoder)
-        if getattr(encoder, "mask_style", "") != "sparse":
+        if encoder.mask_style != "sparse" or encoder.strides is None:
             raise ValueError(
                 "decoder 'spark' needs encoder 'convnet' with mask_style 'sparse'; 'unet' takes any ConvNet"
             )
@@ -40,7 +49,7 @@ class SparKDecoder(Decoder):
             )
         if out_dim != coarsest**2 * config.num_channels:
             raise ValueError(
-                "decoder 'spark' predicts pixels, and the target's values are none; 'unet' takes any target"
+                "decoder 'spark' predicts pixels, and this target is not of pixels; 'unet' takes any target"
             )
         if norm is None:
             norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) else "layer"

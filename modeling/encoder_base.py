@@ -45,6 +45,7 @@ class Encoder(nn.Module):
     has_cls_token: bool = False
     has_attentions: bool = True
     base_grid: Grid  # of the output tokens at the config's image size
+    mask_style: str | None = None  # what hiding means, where it is an option
     drops_tokens: bool = False
     stage_names: list[str]
     num_features: list[int]  # channels of every stage

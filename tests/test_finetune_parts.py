@@ -153,7 +153,7 @@ def test_without_layer_decay_every_rate_is_the_same(tmp_path):
 def test_an_encoder_without_blocks_says_so(tmp_path):
     model = classifier(encoder="native", encoder_config=NATIVE_VIT)
     model.mim.encoder.network = nn.Sequential(nn.Linear(16, 16))
-    with pytest.raises(ValueError, match=r"'vit' cannot be told apart.*finetune.layer_decay=1"):
+    with pytest.raises(ValueError, match=r"blocks of this encoder cannot be told apart.*finetune.layer_decay=1"):
         make(tmp_path, model, options={"layer_decay": 0.5})
 
 

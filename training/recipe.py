@@ -21,9 +21,9 @@ HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
 
 
 def _model_keys() -> dict:
-    from hf_mim.modeling.configuration_mim import MIMConfig
+    from hf_mim.modeling.configuration_base import MIMConfigBase
 
-    own = {name: kind for name, kind in MIMConfig.__annotations__.items() if not name.startswith("_")}
+    own = {name: kind for name, kind in MIMConfigBase.__annotations__.items() if not name.startswith("_")}
     # These follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
     for name in ("stage_names", "format_version", "feature_pyramid"):
         own.pop(name)
