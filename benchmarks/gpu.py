@@ -33,8 +33,9 @@ from peers import Arm, Batch, make_batch, make_transformers
 from summary import publish
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.recipe import merge, resolve
 from hf_mim.training.trainer.throughput import flops_per_image, peak_flops
 

@@ -27,9 +27,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from hf_mim import MIMConfig
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
-from hf_mim.training.data.sources import DataArguments, decode
-from hf_mim.training.data.transforms import UNIFORMS, crop_batch, crop_boxes, normalize, resize, sample_rng
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator, normalize
+from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.transforms import UNIFORMS, crop_batch, crop_boxes, resize, sample_rng
 
 
 SCALE = [0.2, 1.0]

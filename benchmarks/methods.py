@@ -30,8 +30,9 @@ from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.commands.pretrain import set_up, train, write_results
-from hf_mim.training.data.pretraining import MIMCollator, load_splits
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.trainer.trainer import has_bf16
 

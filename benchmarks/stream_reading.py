@@ -21,8 +21,8 @@ from input_pipeline import make_jpegs
 from measure import markdown_table, parser, write_section
 
 from hf_mim import MIMConfig
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.data.sources import DataArguments
 
 
 SHARDS, READERS, BATCH = 8, 4, 32

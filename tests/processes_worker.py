@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from hf_mim import MIMForPreTraining
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.commands.teacher import fit_codebook
-from hf_mim.training.data.pretraining import MIMCollator, Splits
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.pretraining import Splits
 from hf_mim.training.trainer.monitor import Watch
 from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 

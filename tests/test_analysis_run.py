@@ -19,7 +19,7 @@ from hf_mim.analysis import MEASUREMENTS
 from hf_mim.analysis.images import choose_images, in_turn
 from hf_mim.analysis.run import analyze, common_grid, labels_for
 from hf_mim.cli import main
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 
 
 FEW = ["analyze.images=12", "analyze.prototype_images=20", "analyze.examples=2", "analyze.batch_size=5"]

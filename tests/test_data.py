@@ -12,9 +12,17 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
-from hf_mim.training.data import sources, transforms
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, StreamedImages, load_splits, processor_for
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data import transforms
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.columns import find_columns
+from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.processors import processor_for
+from hf_mim.training.data.sources import open_dataset
+from hf_mim.training.data.splits import choose_splits
+from hf_mim.training.data.streaming import StreamedImages
 
 
 def picture(seed: int, size=(20, 24), mode="RGB") -> PIL.Image.Image:
@@ -48,7 +56,7 @@ def test_the_shipped_data_is_the_default_and_grey_is_repeated():
     splits = load_splits(DataArguments(max_train_images=50), config(16, 1))
     assert len(splits.train) == 50 and len(splits.test) == 3000 and splits.note == "split test"
     assert splits.test.labels.bincount().tolist() == [300] * 10
-    three = MIMDataset(sources.open_dataset(DataArguments())["test"].select([0]), config(16, 3), DataArguments(), False)
+    three = MIMDataset(open_dataset(DataArguments())["test"].select([0]), config(16, 3), DataArguments(), False)
     image = three[0].images[0]
     assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
 
@@ -96,12 +104,12 @@ def test_columns_are_found_or_named():
         "kind": datasets.ClassLabel(names=["a"]),
         "sharpness": datasets.Value("float32"),
     }
-    assert sources.find_columns(features, DataArguments()) == ("photo", "kind")
-    assert sources.find_columns(features, DataArguments(label_column="id")) == ("photo", "id")
+    assert find_columns(features, DataArguments()) == ("photo", "kind")
+    assert find_columns(features, DataArguments(label_column="id")) == ("photo", "id")
     with pytest.raises(ValueError, match="did you mean 'photo'"):
-        sources.find_columns(features, DataArguments(image_column="photos"))
+        find_columns(features, DataArguments(image_column="photos"))
     with pytest.raises(ValueError, match=r"no column holds images; the columns are id"):
-        sources.find_columns({"id": datasets.Value("string")}, DataArguments())
+        find_columns({"id": datasets.Value("string")}, DataArguments())
 
 
 def test_text_labels_mean_the_same_in_every_split(tmp_path):
@@ -119,7 +127,7 @@ def test_text_labels_mean_the_same_in_every_split(tmp_path):
 def test_what_is_not_there_is_said_clearly(tmp_path):
     with pytest.raises(ValueError, match="no file or folder ./nowhere"):
         load_splits(DataArguments(dataset="./nowhere"), config())
-    with pytest.raises(ValueError, match="no local file or folder, and not to be had from the Hub"):
+    with pytest.raises(ValueError, match="was not found, locally or on the Hub"):
         load_splits(DataArguments(dataset="nobody/nothing"), config())
     with pytest.raises(ValueError, match="there are no images in"):
         load_splits(DataArguments(dataset=str(tmp_path)), config())
@@ -136,12 +144,12 @@ def test_what_is_not_there_is_said_clearly(tmp_path):
 
 def test_splits_are_named_or_found():
     some = dict.fromkeys(("train", "validation", "extra"))
-    assert sources.choose_splits(some, DataArguments()) == ("train", "validation")
-    assert sources.choose_splits(some, DataArguments(split="extra", eval_split="train")) == ("extra", "train")
+    assert choose_splits(some, DataArguments()) == ("train", "validation")
+    assert choose_splits(some, DataArguments(split="extra", eval_split="train")) == ("extra", "train")
     with pytest.raises(ValueError, match=r"unknown data.split 'trian': did you mean 'train'"):
-        sources.choose_splits(some, DataArguments(split="trian"))
+        choose_splits(some, DataArguments(split="trian"))
     with pytest.raises(ValueError, match="which split"):
-        sources.choose_splits(dict.fromkeys(("a", "b")), DataArguments())
+        choose_splits(dict.fromkeys(("a", "b")), DataArguments())
 
 
 # ---- pixels --------------------------------------------------------------------------------------------------------
@@ -154,7 +162,7 @@ def test_common_modes_become_grey_or_rgb(mode, channels):
     wanted = image.convert("RGB" if channels == 3 else "L") if mode != "CMYK" else image.convert("RGB").convert("L")
     if mode == "CMYK" and channels == 3:
         wanted = image.convert("RGB")
-    pixels = sources.decode({"bytes": buffer.getvalue(), "path": None}, channels)
+    pixels = decode({"bytes": buffer.getvalue(), "path": None}, channels)
     assert pixels.shape == (channels, 20, 24) and pixels.dtype == np.uint8
     expected = np.asarray(wanted).reshape(20, 24, channels).transpose(2, 0, 1)
     assert np.abs(pixels.astype(int) - expected).max() <= 1  # P and RGBA reach grey through RGB
@@ -170,14 +178,14 @@ def test_a_photo_taken_sideways_is_turned(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     picture(0).save(tmp_path / "a.jpg", exif=exif)
-    assert sources.decode(str(tmp_path / "a.jpg"), 3).shape == (3, 24, 20)
+    assert decode(str(tmp_path / "a.jpg"), 3).shape == (3, 24, 20)
 
 
 def test_what_cannot_be_decoded_is_named():
-    with pytest.raises(ValueError, match=r"cannot decode broken\.png"):
-        sources.decode({"bytes": b"no image", "path": "broken.png"}, 3)
+    with pytest.raises(ValueError, match=r"broken\.png is not a recognised image file"):
+        decode({"bytes": b"no image", "path": "broken.png"}, 3)
     with pytest.raises(ValueError, match=r"holds float32 from 0.0 to 2.0; use uint8, uint16 or floats in \[0, 1\]"):
-        sources.decode(PIL.Image.fromarray(np.float32([[0, 2]])), 1)
+        decode(PIL.Image.fromarray(np.float32([[0, 2]])), 1)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 3), ((24, 16), 3), (16, 1), (64, 3)])

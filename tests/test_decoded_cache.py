@@ -12,9 +12,10 @@ import torch
 
 from hf_mim import MIMConfig
 from hf_mim.training.data import decoded_cache
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoded_cache import DecodedCache
-from hf_mim.training.data.pretraining import MIMDataset
-from hf_mim.training.data.sources import DataArguments, decode
+from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.images import MIMDataset
 
 
 SIZES = [(40, 52), (36, 36), (70, 33), (41, 60), (38, 45)]

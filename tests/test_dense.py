@@ -27,8 +27,9 @@ from hf_mim.training.commands.dense import (
     read_tokens,
 )
 from hf_mim.training.data.masked import MaskedSplits
+from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.evaluation.features import Features
-from hf_mim.training.evaluation.iou import IGNORE, pixel_counts, scores
+from hf_mim.training.evaluation.iou import pixel_counts, scores
 from hf_mim.training.evaluation.metrics import TEMPERATURE
 
 

@@ -23,10 +23,10 @@ from test_streaming import consume, numbered, solid, take
 from hf_mim import cli
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.data import shards, streaming
-from hf_mim.training.data.decoding import TooManyBadImages
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import TooManyBadImages
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.shards import Shards, UnreadableShard
-from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.trainer.saving import last_checkpoint
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -68,7 +68,7 @@ def test_a_damaged_shard_is_used_as_far_as_it_goes(tmp_path, make, good):
     for epoch in range(2):
         files = [file["bytes"] for number, _, file in lane if number == epoch]
         assert len(files) == len(set(files)) == 18 + good
-    (words,) = images.damaged()
+    (words,) = images.damaged_shards()
     assert words.startswith(f"{tmp_path}/train-2.") and words.endswith(f"is damaged: {good} of its images can be read")
     assert images.shards.lengths.tolist() == [6, 6, good, 6]
     # What goes on from a checkpoint has the same order, and knows of it.
@@ -143,7 +143,8 @@ def test_a_file_of_which_nothing_can_be_read_is_left_out(tmp_path):
     os.truncate(tmp_path / "train-2.parquet", 300)  # its table of contents is at its end
     lane = list(itertools.islice(shards.Lane(images.shards, 0, 1, 3, 3).rows(0), 36))
     assert {epoch for epoch, _, _ in lane} == {0, 1} and len({file["bytes"] for _, _, file in lane}) == 18
-    assert images.shards.lengths.tolist() == [6, 6, 0, 6] and "train-2.parquet is damaged: 0 of" in images.damaged()[0]
+    assert images.shards.lengths.tolist() == [6, 6, 0, 6]
+    assert "train-2.parquet is damaged: 0 of" in images.damaged_shards()[0]
 
 
 def test_a_shard_that_had_more_images_stops_the_run(tmp_path):
@@ -161,7 +162,7 @@ def test_bad_images_are_replaced_by_the_next_of_their_lane(tmp_path, monkeypatch
     place = broken(tmp_path / "images", 12, (3, 4, 11))
     first = opened(place, most=3)
     whole = take(first, 7, workers=2)
-    assert first.bad_count == 3
+    assert first.bad_images().count == 3
     again = opened(place, most=3)
     again.seek(first.position(16))
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], take(again, 3), strict=True))

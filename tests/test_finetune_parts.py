@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 
 from hf_mim import MIMForImageClassification
 from hf_mim.training.commands.classification import ClassificationLoss
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.augment import ClassificationCollator, LabelledImages
-from hf_mim.training.data.labelled import balanced_weights, hold_out_labelled
-from hf_mim.training.data.pretraining import MIMDataset
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.labels import balanced_weights
+from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation import classification as evaluation
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -382,10 +383,10 @@ def test_balanced_weights_are_scikit_learns():
 
 def test_every_class_keeps_an_image_to_train_on():
     labels = np.array([0] * 50 + [1] * 45 + [2] * 4 + [3])
-    train, held = hold_out_labelled(labels)
+    train, held = hold_out(labels)
     assert len(held) == 10 and sorted([*train, *held]) == list(range(100))
     assert set(labels[train]) == {0, 1, 2, 3} and 99 in train
-    again = hold_out_labelled(labels)[1]
+    again = hold_out(labels)[1]
     assert held.tolist() == again.tolist()
     with pytest.raises(ValueError, match="none can be held out"):
-        hold_out_labelled(np.arange(5))
+        hold_out(np.arange(5))

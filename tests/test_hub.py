@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
-from hf_mim.training.data.pretraining import processor_for
+from hf_mim.training.data.processors import processor_for
 
 
 BARE = Path(__file__).parent / "fixtures" / "checkpoint_v1"  # neither code nor card

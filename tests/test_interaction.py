@@ -29,7 +29,7 @@ from hf_mim.analysis.interaction import (
 from hf_mim.analysis.interaction_models import classifier_of, fit_probe, plan_of
 from hf_mim.analysis.run import analyze
 from hf_mim.training.checkpoint import load_encoder
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 
 
 FEW = Plan(images=1, pairs=8, contexts=50, orders=(0.0, 0.25, 0.5, 1.0), grid=(2, 3), reach=2)

@@ -5,7 +5,7 @@ from helpers import tiny_config
 from torch.utils.data import Dataset
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.data.pretraining import MIMCollator
+from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.trainer.saving import MOVING_STATE
 from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments, seed_of
 

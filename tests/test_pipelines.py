@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from hf_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.encoder_base import to_grey
-from hf_mim.training.data.pretraining import processor_for
+from hf_mim.training.data.processors import processor_for
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from hf_mim.training.checkpoint import load_encoder, load_model
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.data import urls
+from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.trainer import remote
-from hf_mim.training.trainer.remote import MARKER, RemoteRun, fetch_files, fetch_model
+from hf_mim.training.trainer.remote import MARKER, RemoteRun, fetch_files
 from hf_mim.training.trainer.saving import last_checkpoint
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -74,7 +75,7 @@ def test_a_run_at_a_url_is_the_run_in_a_folder(protocol, tmp_path, whole):
     checkpoints = {name.partition("/")[0] for name in there(url) if name.startswith("checkpoint-")}
     assert there(url) >= FILES | {f"checkpoint-4/{MARKER}"} and checkpoints == {"checkpoint-4"}
     assert not any(name.endswith("training_args.bin") for name in there(url))
-    assert f"hf-mim pretrain {url}/recipe.yaml" in urls.read(f"{url}/recipe.yaml").decode()
+    assert f"hf-mim pretrain {url}/recipe.yaml" in urls.read_url(f"{url}/recipe.yaml").decode()
     assert equal(load_model(url).state_dict(), whole)
     if protocol == "memory":
         fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)
@@ -121,11 +122,11 @@ def test_a_fine_tuned_model_at_a_url(tmp_path):
     out = io.StringIO()
     finetune("flaky://bucket/source", None, [*FINETUNE, f"training.output_dir={URL}"], Console(file=out, width=250))
     assert there() >= {"config.json", "model.safetensors", "recipe.yaml", "metrics.json", "confusion.png"}
-    assert "init_from: flaky://bucket/source" in urls.read(f"{URL}/recipe.yaml").decode()
-    accuracy = json.loads(urls.read(f"{URL}/metrics.json"))["test"]["accuracy"]
+    assert "init_from: flaky://bucket/source" in urls.read_url(f"{URL}/recipe.yaml").decode()
+    accuracy = json.loads(urls.read_url(f"{URL}/metrics.json"))["test"]["accuracy"]
     shutil.rmtree(local())  # another machine, after the end: the best checkpoint is found again
     finetune(URL, None, ["training.resume=true"], Console(file=out, width=250))
-    assert json.loads(urls.read(f"{URL}/metrics.json"))["test"]["accuracy"] == accuracy
+    assert json.loads(urls.read_url(f"{URL}/metrics.json"))["test"]["accuracy"] == accuracy
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------

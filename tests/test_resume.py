@@ -23,8 +23,10 @@ from hf_mim import MIMForPreTraining
 from hf_mim.training import recipe as recipes
 from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, StreamedImages
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.trainer import saving
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint
 from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments

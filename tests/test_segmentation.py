@@ -21,14 +21,12 @@ from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
 from hf_mim.training.commands.finetune import finetune, read_recipe
 from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter, predict
-from hf_mim.training.data.masked import (
-    BadMask,
-    Pairs,
-    load_masked_splits,
-)
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.masked import load_masked_splits
+from hf_mim.training.data.masks import IGNORE, BadMask
+from hf_mim.training.data.pairs import Pairs
 from hf_mim.training.data.scenes import Scenes
-from hf_mim.training.data.sources import DataArguments
-from hf_mim.training.evaluation.iou import IGNORE, MeanIoU
+from hf_mim.training.evaluation.iou import MeanIoU
 from hf_mim.training.plots.masks import draw_masks
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 

@@ -11,18 +11,14 @@ from helpers import png, tiny_config, write_pairs
 from rich.console import Console
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from hf_mim.training.data.masked import (
-    BadMask,
-    MaskedDataset,
-    SegmentationCollator,
-    crop_pair,
-    decode_mask,
-    find_pairs,
-    load_masked_splits,
-)
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.files import list_files
+from hf_mim.training.data.masked import load_masked_splits
+from hf_mim.training.data.masks import IGNORE, BadMask, decode_mask
+from hf_mim.training.data.pairs import find_pairs
 from hf_mim.training.data.scenes import Scenes
-from hf_mim.training.data.sources import DataArguments, list_files
-from hf_mim.training.evaluation.iou import IGNORE, MeanIoU, intervals, pixel_counts, scores
+from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator, crop_pair
+from hf_mim.training.evaluation.iou import MeanIoU, intervals, pixel_counts, scores
 
 
 QUIET = Console(quiet=True)

@@ -15,9 +15,11 @@ from test_data import config, folder, picture, rows
 from test_pretrain import TINY
 
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.data.decoding import TooManyBadImages, allowed, decode, is_plain_jpeg
-from hf_mim.training.data.pretraining import MIMCollator, load_splits
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import TooManyBadImages, allowed
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.decoding import decode, is_plain_jpeg
+from hf_mim.training.data.pretraining import load_splits
 
 
 def png(image) -> bytes:
@@ -162,8 +164,8 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path, limit, workers):
         torch.equal(pixels[4], pixels[6]) and torch.equal(pixels[5], pixels[6]) and torch.equal(pixels[29], pixels[0])
     )
     assert not torch.equal(pixels[6], pixels[7]) and len({tuple(m.tolist()) for m in masks}) > 1
-    count, first = train.bad.found()  # found by the workers, known here
-    assert count == 3 and "04.png" in first
+    report = train.bad_images()  # found by the workers, known here
+    assert report.count == 3 and "04.png" in report.first
 
 
 @pytest.mark.parametrize("workers", [0, 1])

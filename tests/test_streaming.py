@@ -17,9 +17,11 @@ from test_pretrain import ROOT
 from test_trainer import make, model
 
 from hf_mim.training.data import shards
-from hf_mim.training.data.pretraining import MIMCollator, StreamedImages, load_splits
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.shards import Shards
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.streaming import StreamedImages
 
 
 SIZES = (5, 1, 9, 0, 7, 12, 2, 6)  # images in each shard: 42 in all

@@ -15,8 +15,8 @@ from hf_mim.cli import main
 from hf_mim.modeling.target_discrete import nearest_code
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.commands.teacher import report_usage
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.evaluation.metrics import token_diversity
 

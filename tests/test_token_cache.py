@@ -10,8 +10,8 @@ import torch
 from helpers import NATIVE_VIT, RESNET, perturb, tiny_config
 
 from hf_mim import MIMModel
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.evaluation import feature_store as token_cache
 from hf_mim.training.evaluation.feature_store import RowFile, data_hash, weights_hash
 from hf_mim.training.evaluation.features import (

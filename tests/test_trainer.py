@@ -12,8 +12,9 @@ from helpers import tiny_config
 from rich.console import Console
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.trainer import trainer as trainers
 from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 

@@ -17,9 +17,11 @@ from test_data import config, folder, picture, rows
 from test_sources import png, shard
 
 from hf_mim.training.data import urls
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.files import list_files
 from hf_mim.training.data.masked import load_masked_splits
-from hf_mim.training.data.pretraining import MIMCollator, load_splits
-from hf_mim.training.data.sources import DataArguments, list_files
+from hf_mim.training.data.pretraining import load_splits
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +192,7 @@ def test_a_net_that_fails_for_a_moment_makes_no_bad_image(flaky):
     train = load_splits(data, config()).train
     flaky.faults = [("read", f"{i}.png", TimeoutError("slow")) for i in (0, 2, 2)]
     assert torch.equal(train.__getitems__(range(4))[0].images, wanted)
-    assert not flaky.faults and train.bad.found() is None
+    assert not flaky.faults and train.bad_images().count == 0
 
 
 def test_a_net_that_stays_away_ends_the_run_and_a_missing_file_does_not(flaky):
@@ -199,7 +201,7 @@ def test_a_net_that_stays_away_ends_the_run_and_a_missing_file_does_not(flaky):
     train = load_splits(data, config()).train
     fsspec.filesystem("flaky").rm("/photos/2.png")
     train.__getitems__(range(4))
-    assert train.bad.found()[0] == 1 and "flaky://photos/2.png" in train.bad.found()[1]
+    assert train.bad_images().count == 1 and "flaky://photos/2.png" in train.bad_images().first
     flaky.always = {"read": TimeoutError("no answer")}
     loader = torch.utils.data.DataLoader(train, 2, collate_fn=MIMCollator(config()), num_workers=1)
     with pytest.raises(urls.Unreachable) as caught:

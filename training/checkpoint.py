@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.data.urls import LOCAL, is_url
 from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.foreign_errors import mismatch_reason
-from hf_mim.training.trainer.remote import fetch_model
 
 
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards

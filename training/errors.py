@@ -2,8 +2,8 @@
 it is about. Nothing decides on the text of one of them."""
 
 
-class UserError(ValueError):
-    """The base of them all.
+class OneLineError(Exception):
+    """An exception whose message stays one line.
 
     A worker of a loader passes its traceback on as the message, and makes the exception anew from it: what is kept is
     the line of the message.
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(message.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2] or message)
+
+
+class UserError(OneLineError, ValueError):
+    """The base of them all."""
 
 
 class RecipeError(UserError):

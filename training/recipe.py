@@ -36,7 +36,7 @@ def keys_of(arguments: type) -> dict:
 
 
 def _data_keys() -> dict:
-    from hf_mim.training.data.sources import DataArguments
+    from hf_mim.training.data.arguments import DataArguments
 
     return keys_of(DataArguments)
 
@@ -197,7 +197,7 @@ def find(name: str) -> Path:
     if name in recipe_files():
         return recipe_files()[name]
     if "://" in name:
-        from hf_mim.training.trainer.remote import fetch_recipe
+        from hf_mim.training.data.fetching import fetch_recipe
 
         return fetch_recipe(name)
     path = Path(name).expanduser()

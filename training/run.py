@@ -24,7 +24,7 @@ from transformers import set_seed
 from hf_mim.modeling.options import Size, pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import FolderError, RecipeError
 from hf_mim.training.trainer.processes import Lookout

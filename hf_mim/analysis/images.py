@@ -9,9 +9,11 @@ import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
-from hf_mim.training.data import sources
-from hf_mim.training.data.pretraining import MIMDataset
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.columns import find_columns
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.sources import open_dataset
+from hf_mim.training.data.splits import choose_splits
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation import metrics
 
@@ -40,10 +42,10 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
     """
     if data.streaming:
         raise RecipeError("data.streaming must be false here: every encoder must see the same images", "data.streaming")
-    splits = sources.open_dataset(data)
-    train_name, test_name = sources.choose_splits(splits, data)
+    splits = open_dataset(data)
+    train_name, test_name = choose_splits(splits, data)
     train = splits[train_name]
-    _, label = sources.find_columns(train.features, data)
+    _, label = find_columns(train.features, data)
     note = f"split {test_name or train_name}"
     if test_name is not None:
         test, rest = splits[test_name], train

@@ -27,7 +27,7 @@ from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.console import RunConsole
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import CheckpointError, FolderError, RecipeError
 from hf_mim.training.run import versions

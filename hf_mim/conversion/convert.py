@@ -27,7 +27,7 @@ def convert(source: str, out: str | Path, heads: int | None = None, image_size=N
         ValueError: the source is of no known kind, holds other types than tensors, or parts of its encoder are unknown.
         OSError: there is no such source, or `out` cannot be written.
     """
-    from hf_mim.training.data.pretraining import processor_for  # it imports much
+    from hf_mim.training.data.processors import processor_for  # it imports much
 
     from .libraries import convert_folder
 

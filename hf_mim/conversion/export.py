@@ -31,7 +31,7 @@ def export(checkpoint: str, out: str | Path, to: str) -> list[str]:
             does, or a package is not installed; the message says which.
     """
     from hf_mim.training.checkpoint import load_config, resolve
-    from hf_mim.training.data.pretraining import processor_for
+    from hf_mim.training.data.processors import processor_for
 
     if to not in FORMATS:
         raise unknown_choice("format", to, FORMATS)

@@ -27,8 +27,11 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits, load_splits
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.pretraining import Splits, load_splits
+from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
 
@@ -128,7 +131,7 @@ def whole(dataset: MIMDataset) -> MIMDataset:
 
 def pixels_of(dataset: MIMDataset, config: MIMConfig, count: int) -> Tensor:
     """(count, channels, height, width), normalised; always the same images."""
-    batches = dataset.__getitems__(metrics.subset_indices(len(dataset), count))
+    batches = dataset.__getitems__(draw_subset(len(dataset), count).tolist())
     return MIMCollator(config)(batches)["pixel_values"]
 
 
@@ -228,7 +231,7 @@ def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[C
     shares = (2 * count // 3, count // 3)
     subsets = [metrics.subset(dataset, share) for dataset, share in zip(datasets, shares)] if labelled else []
     images = [subset[0] for subset in subsets] or [
-        torch.utils.data.Subset(datasets[0], metrics.subset_indices(len(datasets[0]), count // 3))
+        torch.utils.data.Subset(datasets[0], draw_subset(len(datasets[0]), count // 3).tolist())
     ]
     features = [features_of(encoder, dataset) for dataset in images]
     if not all(torch.isfinite(value).all() for found in features for value in found.values()):

@@ -121,7 +121,7 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     if (folder / "preprocessor_config.json").is_file():
         shutil.copy(folder / "preprocessor_config.json", scratch)
     else:
-        from hf_mim.training.data.pretraining import processor_for
+        from hf_mim.training.data.processors import processor_for
 
         processor_for(getattr(config, "backbone_config", config)).save_pretrained(scratch)
     for name in RESULTS:

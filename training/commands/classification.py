@@ -20,8 +20,9 @@ from hf_mim.training.checkpoint import config_errors, load_config, misfit, model
 from hf_mim.training.commands.finetune import FinetuneRun
 from hf_mim.training.console import make_table
 from hf_mim.training.data.augment import ClassificationCollator
-from hf_mim.training.data.labelled import LabelledSplits, balanced_weights, load_labelled_splits
-from hf_mim.training.data.pretraining import processor_for
+from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
+from hf_mim.training.data.labels import balanced_weights
+from hf_mim.training.data.processors import processor_for
 from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.evaluation import classification as evaluation
 from hf_mim.training.run import dataset_title, size_title

@@ -21,12 +21,14 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.segmentation import SCENES, SHOWN, input_size, predict
 from hf_mim.training.console import RunConsole, make_table
-from hf_mim.training.data.masked import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
+from hf_mim.training.data.masks import IGNORE
+from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.features import Features, choose_layers
-from hf_mim.training.evaluation.iou import IGNORE, intervals, pixel_counts, scores
+from hf_mim.training.evaluation.iou import intervals, pixel_counts, scores
 from hf_mim.training.evaluation.metrics import NEIGHBOURS, PENALTIES, TEMPERATURE, fit_logistic
 from hf_mim.training.plots.masks import draw_masks
 from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, size_title, versions

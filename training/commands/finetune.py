@@ -10,7 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.plots import pictures

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,12 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import config_errors, load_model
 from hf_mim.training.commands.teacher import teacher_of
 from hf_mim.training.console import IMAGES_DONE, RunConsole, make_table
-from hf_mim.training.data.pretraining import MIMCollator, Splits, load_splits, processor_for
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.base import ImageDataset
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.pretraining import Splits, load_splits
+from hf_mim.training.data.processors import processor_for
+from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import metrics
@@ -110,7 +114,7 @@ def check_length(dataset, arguments: MIMTrainingArguments) -> None:
     """Raises:
     RecipeError: there would be no optimizer step.
     """
-    if not hasattr(dataset, "__len__"):
+    if not isinstance(dataset, Sized):
         if arguments.max_steps < 1:
             raise RecipeError("streaming data has no length: set training.max_steps", "training.max_steps")
     elif arguments.dataloader_drop_last and len(dataset) < arguments.train_batch_size * arguments.world_size:
@@ -123,7 +127,7 @@ def check_length(dataset, arguments: MIMTrainingArguments) -> None:
 
 def describe(run: PretrainRun) -> None:
     config, train = run.config, run.splits.train
-    count = f"{len(train):,}" if hasattr(train, "__len__") else "streamed"
+    count = f"{len(train):,}" if isinstance(train, Sized) else "streamed"
     run.describe(
         data=f"{dataset_title(run.data)}, {count} training images at {size_title(config.image_size)}",
         model=f"{config.encoder} encoder, {run.model.mim.num_parameters() / 1e6:.2f} M parameters, with the decoder "
@@ -170,7 +174,7 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
         run.model.target.load_moving_state(moving)
     if any("loss" in entry for entry in trainer.state.log_history):
         pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
-    if hasattr(run.splits.train, "__len__"):
+    if isinstance(run.splits.train, Sized):
         reconstruct_examples(run).save(run.folder / "reconstructions.png")
 
 
@@ -206,11 +210,11 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
     results |= {
         **run.metadata(trainer, seconds),
         **mean_throughput(trainer.state.log_history),
-        "num_train_images": len(run.splits.train) if hasattr(run.splits.train, "__len__") else None,
+        "num_train_images": len(run.splits.train) if isinstance(run.splits.train, Sized) else None,
         "bad_images": bad_images(run.splits),
     }
-    if hasattr(run.splits.train, "damaged"):
-        results["damaged_shards"] = run.splits.train.damaged()
+    if isinstance(run.splits.train, StreamedImages):
+        results["damaged_shards"] = run.splits.train.damaged_shards()
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TeacherWatch):
             results["teacher"] = callback.found
@@ -221,16 +225,15 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
     if "trained" in results:
         run.console.show(results_table(results))
     else:
-        run.console.log(f"not evaluated: {run.splits.note}")
+        run.console.log(f"Not evaluated: {run.splits.note}")
 
 
 def bad_images(splits: Splits) -> dict:
     """{"count", "first"}: how many images could not be used, as far as they were looked at, and what is wrong with the
     first; None where that is not known."""
-    reports = [split.bad.found() for split in (splits.train, splits.test) if hasattr(split, "bad")]
-    reports = [report for report in reports if report is not None]
-    count = sum(report[0] for report in reports) + getattr(splits.train, "bad_count", 0)
-    return {"count": count, "first": reports[0][1] if reports else None}
+    reports = [split.bad_images() for split in (splits.train, splits.test) if isinstance(split, ImageDataset)]
+    first = next((report.first for report in reports if report.first is not None), None)
+    return {"count": sum(report.count for report in reports), "first": first}
 
 
 def evaluate(run: PretrainRun) -> dict:

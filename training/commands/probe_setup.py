@@ -13,14 +13,15 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.console import RunConsole
-from hf_mim.training.data import sources
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.columns import find_columns, is_class
 from hf_mim.training.data.pretraining import Splits, load_splits
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.sources import open_dataset
+from hf_mim.training.data.splits import choose_splits, draw_subset
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
-from hf_mim.training.evaluation.metrics import subset_indices
 from hf_mim.training.run import Run, best_device, choose_folder, name_of
 
 
@@ -173,15 +174,15 @@ def check_labels(data: DataArguments) -> None:
     """
     if data.streaming:
         raise RecipeError("probing reads its images more than once: leave out data.streaming", "data.streaming")
-    splits = sources.open_dataset(data)
-    features = splits[sources.choose_splits(splits, data)[0]].features
-    _, label = sources.find_columns(features, data)
+    splits = open_dataset(data)
+    features = splits[choose_splits(splits, data)[0]].features
+    _, label = find_columns(features, data)
     if label is None:
         raise DataError(
             f"probing needs labels, and no column seems to hold any; the columns are {', '.join(features)}. If one "
             "does, name it in data.label_column; of image files, put those of each class into a folder"
         )
-    if not sources._is_class(features[label]):
+    if not is_class(features[label]):
         kind = getattr(features[label], "dtype", None) or type(features[label]).__name__
         message = f"column {label!r} holds {kind}; labels are whole numbers or text: see data.label_column"
         raise DataError(message, label)
@@ -233,7 +234,7 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
             f"{len(labels):,} training images are fewer than the {len(classes):,} classes: give more images, or check "
             "data.label_column"
         )
-    test = subset_indices(len(splits.test), data.max_eval_images or len(splits.test))
+    test = draw_subset(splits.test.labels.numpy(), data.max_eval_images or len(splits.test)).tolist()
     augmented = splits.train if views > 1 else None
     return {
         "train": ImageViews(splits.train_eval, augmented, list(range(len(labels))), config, "train"),

@@ -6,8 +6,9 @@ import torch
 
 from hf_mim.modeling.options import pair
 from hf_mim.training.checkpoint import load_model
-from hf_mim.training.data import sources
-from hf_mim.training.data.pretraining import ImageBatch, MIMCollator
+from hf_mim.training.data.batches import ImageBatch, MIMCollator
+from hf_mim.training.data.decoding import Undecodable, decode
+from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.transforms import resize, sample_rng
 from hf_mim.training.plots import pictures
 
@@ -26,15 +27,13 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
     """
     if not image.is_file():
         raise ValueError(f"there is no image {image}")
-    if out.suffix.lower() not in sources.EXTENSIONS:
-        raise ValueError(f"{out} must end in one of {', '.join(sorted(sources.EXTENSIONS))}")
+    if out.suffix.lower() not in EXTENSIONS:
+        raise ValueError(f"{out} must end in one of {', '.join(sorted(EXTENSIONS))}")
     model = load_model(checkpoint).eval()
     size = pair(model.config.image_size)
     try:
-        pixels = torch.from_numpy(sources.decode(str(image), model.config.num_channels))[None]
-    except ValueError as error:
-        if "mode" in str(error):  # it is one, of other channels
-            raise
+        pixels = torch.from_numpy(decode(str(image), model.config.num_channels))[None]
+    except Undecodable:
         raise ValueError(f"{image} cannot be read as an image") from None
     batch = ImageBatch(resize(pixels, size), [sample_rng(seed, 0, 0)])
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])

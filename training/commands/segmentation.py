@@ -20,11 +20,13 @@ from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands import finetune
 from hf_mim.training.commands.finetune import FinetuneRun
 from hf_mim.training.console import RunConsole, make_table
-from hf_mim.training.data.masked import MaskedDataset, MaskedSplits, SegmentationCollator, load_masked_splits
-from hf_mim.training.data.pretraining import BICUBIC
+from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
+from hf_mim.training.data.masks import IGNORE
+from hf_mim.training.data.processors import BICUBIC
 from hf_mim.training.data.scenes import SIZE
+from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
 from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.evaluation.iou import IGNORE, intervals, ious, pixel_counts, scores
+from hf_mim.training.evaluation.iou import intervals, ious, pixel_counts, scores
 from hf_mim.training.plots.masks import draw_masks
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments

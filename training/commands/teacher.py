@@ -21,8 +21,8 @@ from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole, make_table
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.data.sources import DataArguments
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.run import size_title

@@ -14,9 +14,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.training.data.pretraining import MIMDataset
-from hf_mim.training.data.transforms import ImageBatch, normalize
-from hf_mim.training.trainer.finetune_arguments import MAGNITUDES, FinetuneArguments
+from hf_mim.training.data.arguments import MAGNITUDES, AugmentArguments
+from hf_mim.training.data.bad_images import BadImageReport
+from hf_mim.training.data.base import ImageDataset
+from hf_mim.training.data.batches import ImageBatch, normalize, statistics
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.errors import DataError
 
 
 ERASED = ((0.02, 1 / 3), (0.3, 10 / 3))  # area and aspect ratio of an erased rectangle, as in timm and in MAE's release
@@ -31,20 +34,28 @@ class LabelledBatch(ImageBatch):
     train: bool
 
 
-class LabelledImages(torch.utils.data.Dataset):
+class LabelledImages(ImageDataset):
     """Some images of a `MIMDataset`, with labels.
 
     Args:
         indices: which ones; None takes all.
+
+    Raises:
+        DataError: there are no labels.
     """
 
     def __init__(self, dataset: MIMDataset, indices: np.ndarray | None = None):
+        if dataset.labels is None:
+            raise DataError("the data set has no labels")
         self.dataset = dataset
         self.indices = np.arange(len(dataset)) if indices is None else indices
+        self.labels = dataset.labels[torch.as_tensor(self.indices)]
 
-    @property
-    def labels(self) -> Tensor:
-        return self.dataset.labels[torch.as_tensor(self.indices)]
+    def without_augmentation(self) -> "LabelledImages":
+        return LabelledImages(self.dataset.without_augmentation(), self.indices)
+
+    def bad_images(self) -> BadImageReport:
+        return self.dataset.bad_images()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,11 +95,11 @@ class ClassificationCollator:
 
     Args:
         config: gives channels, mean and std.
-        options: see `FinetuneArguments`.
+        options: see `AugmentArguments`.
         num_classes: labels are in [0, num_classes).
     """
 
-    def __init__(self, config: MIMConfig, options: FinetuneArguments, num_classes: int):
+    def __init__(self, config: MIMConfig, options: AugmentArguments, num_classes: int):
         self.config, self.num_classes, self.probability = config, num_classes, options.mix_probability
         self.randaugment = rand_augment(config, options) if options.randaugment else None
         scale, ratio = ERASED
@@ -110,9 +121,11 @@ class ClassificationCollator:
         seeds = np.stack([rng.integers(2**63, size=3) for rng in rngs])
         with own_randomness() as generator:
             if self.randaugment is not None:
-                images = torch.stack(
-                    [self._augment(generator.manual_seed(int(seed)), image) for image, seed in zip(images, seeds[:, 0])]
-                )
+                augmented = []
+                for image, seed in zip(images, seeds[:, 0]):
+                    generator.manual_seed(int(seed))
+                    augmented.append(augment(self.randaugment, image))
+                images = torch.stack(augmented)
             pixels = self._normalize(images)
             if self.erasing is not None:
                 for i, seed in enumerate(seeds[:, 1]):
@@ -123,13 +136,7 @@ class ClassificationCollator:
         return {"pixel_values": pixels, "labels": labels}
 
     def _normalize(self, images: Tensor) -> Tensor:
-        return normalize(images, self.config.image_mean, self.config.image_std)
-
-    def _augment(self, generator: torch.Generator, image: Tensor) -> Tensor:
-        """One image (channels, height, width), uint8; channels that are no colours as a stack of grey images."""
-        if len(image) in (1, 3):
-            return self.randaugment(image)
-        return self.randaugment(image[:, None])[:, 0]
+        return normalize(images, *statistics(self.config))
 
     def _mix(self, generator, pixels: Tensor, labels: Tensor, seeds: np.ndarray) -> tuple[Tensor, Tensor]:
         shares = F.one_hot(labels, self.num_classes).float()
@@ -141,10 +148,15 @@ class ClassificationCollator:
         return pixels, shares
 
 
-def rand_augment(config: MIMConfig, options: FinetuneArguments) -> v2.RandAugment:
+def augment(randaugment: v2.RandAugment, image: Tensor) -> Tensor:
+    """One image (channels, height, width), uint8; channels that are no colours as a stack of grey images."""
+    return randaugment(image) if len(image) in (1, 3) else randaugment(image[:, None])[:, 0]
+
+
+def rand_augment(config: MIMConfig, options: AugmentArguments) -> v2.RandAugment:
     """torchvision's, whose strengths are here those of timm (9 of 10 is 27 degrees); what turns into view is the mean
     colour."""
-    fill = [255 * mean for mean in config.image_mean]
+    fill: list[float] | float = [255 * mean for mean in statistics(config)[0]]
     if config.num_channels not in (1, 3):
-        fill = sum(fill) / len(fill)
+        fill = 255 * sum(statistics(config)[0]) / config.num_channels
     return v2.RandAugment(options.randaugment_ops, options.randaugment, MAGNITUDES, InterpolationMode.BILINEAR, fill)

@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 
 from hf_mim.training.data.transforms import resize
+from hf_mim.training.errors import DataError
 
 
 SAMPLE = 32  # images from which the size of the cache is estimated
@@ -116,7 +117,7 @@ class DecodedCache:
         what = f"decoding {self.count - done:,} of {self.count:,} images once: about {needed / 1e9:,.2f} GB"
         report(f"{what} in {self.path.parent}, where {free / 1e9:,.1f} GB are free")
         if needed > free:
-            raise ValueError(f"{what} do not fit into {self.path.parent}; set data.cache_size or data.cache_dir")
+            raise DataError(f"{what} do not fit into {self.path.parent}; set data.cache_size or data.cache_dir")
 
     def _shrunk(self, image: np.ndarray) -> np.ndarray:
         short = min(image.shape[1:])

@@ -5,12 +5,16 @@ import PIL.Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
 from hf_mim.modeling.options import pair, unknown_choice
-from hf_mim.training.data.sources import DataArguments, decode, find_columns, open_dataset
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.columns import find_columns
+from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.sources import open_dataset
+from hf_mim.training.errors import DataError
 
 
 SIZE = (56, 56)  # pixels; a piece of clothing is 28 x 28 before it is scaled
 COUNTS = {"train": 1000, "validation": 200, "test": 200}
-PIECES = (3, 6)  # least and most in a scene
+PIECES = (3, 6)  # the fewest and the most in a scene
 SCALES = (0.8, 1.2)
 POOL = 3000  # images of clothes that the scenes of a split draw from
 FOREGROUND = 12  # of 255: the photographs' own background is 0
@@ -40,7 +44,7 @@ class Scenes:
             raise unknown_choice("split of the composed scenes", split, COUNTS)
         self.split, self.size, self.seed, self.num_channels = split, pair(size), seed, num_channels
         if min(self.size) < 28:
-            raise ValueError(f"a scene must be at least 28 pixels high and wide, not {self.size[0]}x{self.size[1]}")
+            raise DataError(f"a scene must be at least 28 pixels high and wide, not {self.size[0]}x{self.size[1]}")
         self.count = COUNTS[split] if count is None else count
         rows = open_dataset(DataArguments())["test" if split == "test" else "train"]
         first = POOL if split == "validation" else 0  # classes are balanced in any run of rows
@@ -60,7 +64,7 @@ class Scenes:
         rng = np.random.default_rng((self.seed, list(COUNTS).index(self.split), index))
         image, mask = texture(rng, self.size), np.zeros(self.size, dtype=np.int64)
         owner = np.zeros(self.size, dtype=np.int64)  # which piece a pixel belongs to, counted from 1
-        areas = []
+        areas: list[int] = []
         for _ in range(rng.integers(PIECES[0], PIECES[1], endpoint=True)):
             chosen = rng.integers(len(self.pieces))
             piece = rescale(self.pieces[chosen], rng.uniform(*SCALES))

@@ -17,7 +17,8 @@ import pyarrow
 import torch
 
 from hf_mim.training.data import urls
-from hf_mim.training.data.decoding import OneLine, allowed
+from hf_mim.training.data.bad_images import allowed
+from hf_mim.training.errors import DataError
 
 
 READ = 16  # rows fetched from a shard at once
@@ -25,7 +26,7 @@ UNREAD = object()  # in the place of a file that has been counted and not read
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, pyarrow.ArrowException, ValueError)
 
 
-class UnreadableShard(OneLine):
+class UnreadableShard(DataError):
     """A shard that cannot be read, where the run cannot go on without it."""
 
 
@@ -181,7 +182,7 @@ class Lane:
         return order[(self.number + epoch) % self.lanes :: self.lanes].tolist()
 
     def _pass(self, epoch: int, order: list[int], first: int) -> Iterator:
-        rows, held = Rows(self.shards, order), []
+        rows, held = Rows(self.shards, order), list[list]()
         drawn = shuffled(rows, held, max(1, self.buffer), self._rng(epoch, self.number + 1))
         if sum(1 for _ in itertools.islice(drawn, first)) == first:
             rows.read(held)
@@ -197,11 +198,13 @@ class Rows:
     of shards whose length is known are only counted."""
 
     def __init__(self, shards: Shards, order: list[int]):
-        self.shards, self.order, self.reading, self.at, self.opened = shards, order, False, None, None
+        self.shards, self.order, self.reading = shards, order, False
+        self.current: int | None = None  # the shard that is being read
+        self.opened: Iterator | None = None
 
     def __iter__(self):
         for shard in self.order:
-            length, number, self.at = int(self.shards.lengths[shard]), 0, shard
+            length, number, self.current = int(self.shards.lengths[shard]), 0, shard
             while not self.reading and number < length:
                 yield [shard, number, UNREAD]
                 number += 1
@@ -211,33 +214,33 @@ class Rows:
 
     def read(self, waiting: list[list]) -> None:
         """From now on rows are read, and so are those that are waiting."""
-        self.reading, wanted = True, {}
+        self.reading, unread = True, dict[int, dict[int, list]]()
         for row in waiting:
             if row[2] is UNREAD:
-                wanted.setdefault(row[0], {})[row[1]] = row
-        for shard, rows in wanted.items():
+                unread.setdefault(row[0], {})[row[1]] = row
+        for shard, rows in unread.items():
             files, last = enumerate(self.shards.read(shard)), max(rows)
             for number, file in files:
                 if number in rows:
                     rows[number][2] = file
                 if number == last:
                     break
-            if shard == self.at:  # the shard that comes next is not opened twice
+            if shard == self.current:  # the shard that comes next is not opened twice
                 self.opened = files
 
 
 def shuffled(rows, held: list, size: int, rng: np.random.Generator) -> Iterator:
     """Draws each row from `held`, the list of up to `size` rows that were read and not given yet."""
-    draws = iter(())
+    draws: Iterator[int] = iter(())
     for row in rows:
         if len(held) < size:
             held.append(row)
             continue
-        at = next(draws, None)
-        if at is None:
+        place = next(draws, None)
+        if place is None:
             draws = iter(rng.integers(size, size=1000).tolist())
-            at = next(draws)
-        row, held[at] = held[at], row
+            place = next(draws)
+        row, held[place] = held[place], row
         yield row
     held[:] = [held[i] for i in rng.permutation(len(held))] if size > 1 else held
     while held:
@@ -253,7 +256,8 @@ class Window:
     """
 
     def __init__(self, rows: Iterator, first: int):
-        self.rows, self.first, self.held = rows, first, deque()
+        self.rows, self.first = rows, first
+        self.held: deque[tuple] = deque()
 
     def look(self, number: int) -> Iterator:
         """The rows from `number` on; those before are gone for good."""
@@ -263,10 +267,10 @@ class Window:
         for ahead in itertools.count():
             if ahead == len(self.held):
                 rows = list(itertools.islice(self.rows, READ))
-                files = urls.read_all([row[-1] for row in rows])  # side by side: it is waiting that takes the time
+                files = urls.read_files([row[-1] for row in rows])  # side by side: it is waiting that takes the time
                 self.held.extend((*row[:-1], file) for row, file in zip(rows, files, strict=True))
             yield self.held[ahead]
 
 
-class NoImages(OneLine):
+class NoImages(DataError):
     """There is nothing to train on."""

@@ -1,8 +1,6 @@
-"""Random crops, flips and normalisation; every random number follows from (seed, epoch, sample index)."""
+"""Sizes, random crops and flips; every random number follows from (seed, epoch, sample index)."""
 
-import functools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,24 +12,6 @@ TRIES = 10  # crops that do not fit into the image are drawn again, as in torchv
 UNIFORMS = 4 * TRIES + 1  # how many numbers an image's crop and flip take from its generator, whatever the options
 # Up to this size a crop is resampled as two matrix products for the whole batch; above, one image at a time is faster.
 SMALL = 48
-
-# How many values a processor normalises at a time: they stay in its cache between the three operations.
-IN_CACHE = 2**17
-
-
-@dataclass
-class ImageBatch:
-    """A batch before normalisation.
-
-    Args:
-        images: (batch, channels, height, width), uint8.
-        rngs: one generator per image, for its mask; it has already given the numbers for crop and flip.
-        crops: for images that are still whole, (batch, 5), int: what `crop_and_flip` is to do on the device.
-    """
-
-    images: torch.Tensor
-    rngs: list[np.random.Generator]
-    crops: torch.Tensor | None = None
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -162,24 +142,3 @@ def crop_and_flip(images: torch.Tensor, crops: torch.Tensor, size: tuple[int, in
     """
     cropped = resample(images, crops, size)
     return torch.where(crops[:, 4].bool()[:, None, None, None], cropped.flip(-1), cropped)
-
-
-def normalize(
-    images: torch.Tensor, mean: list[float], std: list[float], out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(batch, channels, height, width) uint8 -> float32 `pixel_values` on the same device, written to `out` if given:
-    (pixel / 255 - mean) / std per channel."""
-    scale, shift = scale_and_shift(tuple(mean), tuple(std), images.device)
-    result = torch.empty(images.shape, device=images.device) if out is None else out
-    count = max(1, IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    for part, normalized in zip(images.split(count), result.split(count), strict=True):
-        normalized.copy_(part).mul_(scale).add_(shift)
-    return result
-
-
-@functools.cache  # made anew at each step, they would have a GPU waited for
-def scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both (channels, 1, 1), on the device: pixel * scale + shift is normalised."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device)[:, None, None]
-    return scale, shift

@@ -13,6 +13,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
+from hf_mim.training.errors import OneLineError, RecipeError, UserError
+
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 SECRET = re.compile(r"token|secret|passw|signature|credential|api_?key|^key$|^sig$|^auth", re.IGNORECASE)
@@ -21,12 +23,8 @@ PAUSES = (1, 5)  # seconds before a file is read again
 AT_ONCE = 16  # files of a batch that are read side by side: it is waiting that takes the time
 
 
-class Unreachable(OSError):
+class Unreachable(OneLineError, OSError):
     """What lies at a URL cannot be read or written, and not because it is not there."""
-
-    def __init__(self, message: str):
-        # A loader's worker passes its traceback on as the message; the command prints one line.
-        super().__init__(message.strip().splitlines()[-1].partition("Unreachable: ")[2] or message)
 
 
 def is_url(place) -> bool:
@@ -42,9 +40,10 @@ def check_url(key: str, place) -> None:
     parts = urlsplit(place)
     named = parts.username is not None and (parts.password is not None or parts.scheme in ("http", "https"))
     if named or any(SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
-        raise ValueError(
+        raise RecipeError(
             f"{key} holds a password or token ({masked(place)}): give it to the file system instead, by its own "
-            "environment variables or by a file in ~/.config/fsspec"
+            "environment variables or by a file in ~/.config/fsspec",
+            key,
         )
 
 
@@ -53,7 +52,7 @@ def check_local(key: str, place) -> None:
     ValueError: it is a URL, where only a folder will do.
     """
     if is_url(place):
-        raise ValueError(f"{key} must be a local folder, not {masked(place)}")
+        raise RecipeError(f"{key} must be a local folder, not {masked(place)}", key)
 
 
 def masked(text: str) -> str:
@@ -74,12 +73,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         advice = f": pip install {package}" if package not in ("", "fsspec") else f": {one_line(error)}"
-        raise ValueError(f"{masked(url)} needs a package that is not installed{advice}") from None
+        raise UserError(f"{masked(url)} needs a package that is not installed{advice}") from None
     except ValueError as error:
         if protocol not in known_implementations:
             choices = "s3://, gs://, az://, hf://, https://, file:// and all others that fsspec knows"
-            raise ValueError(f"unknown protocol of {masked(url)}; choose among {choices}") from None
-        raise ValueError(f"{masked(url)} is no valid URL: {one_line(error)}") from None
+            raise UserError(f"unknown protocol of {masked(url)}; choose among {choices}") from None
+        raise UserError(f"{masked(url)} is not a valid URL: {one_line(error)}") from None
     except Exception as error:  # signing in, with some
         raise failed(url, error) from None
 
@@ -120,14 +119,14 @@ def list_below(url: str) -> list[str]:
     fs, path = filesystem(url)
     try:
         fs.invalidate_cache()  # others write there
-        found = fs.find(path) or fs.ls(path, detail=False) and []  # `find` is silent of what it cannot list
+        names = fs.find(path) or fs.ls(path, detail=False) and []  # `find` is silent about what it cannot list
     except FileNotFoundError:
         return []
     except Exception as error:
         raise failed(url, error) from None
     start = path.rstrip("/") + "/"
     return sorted(
-        name.removeprefix(start) for name in found if name.startswith(start) and is_inside(name[len(start) :])
+        name.removeprefix(start) for name in names if name.startswith(start) and is_inside(name[len(start) :])
     )
 
 
@@ -156,8 +155,8 @@ def open_file(place: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def read(url: str, fs: fsspec.AbstractFileSystem | None = None) -> bytes:
-    """A file. What does not work is tried again: a net that is down for a second is no broken file.
+def read_url(url: str, fs: fsspec.AbstractFileSystem | None = None) -> bytes:
+    """A file. What fails is tried again: a network that is down for a second does not make a broken file.
 
     Args:
         url: may be a chain, `zip://a.png::https://...`.
@@ -167,19 +166,21 @@ def read(url: str, fs: fsspec.AbstractFileSystem | None = None) -> bytes:
         FileNotFoundError: there is no such file.
         ValueError, Unreachable: it cannot be read.
     """
-    found, path = filesystem(url) if fs is None else (fs, fs._strip_protocol(url))
-    for pause in (*PAUSES, None):
+    fs, path = filesystem(url) if fs is None else (fs, str(fs._strip_protocol(url)))
+    pauses = iter(PAUSES)
+    while True:
         try:
-            return found.cat_file(path)
-        except (FileNotFoundError, PermissionError) as error:
-            raise error if isinstance(error, FileNotFoundError) else failed(url, error) from None
+            return fs.cat_file(path)
+        except FileNotFoundError:
+            raise
         except Exception as error:
+            pause = None if isinstance(error, PermissionError) else next(pauses, None)
             if pause is None:
                 raise failed(url, error) from None
             time.sleep(pause)
 
 
-def read_all(files: list) -> list:
+def read_files(files: list) -> list:
     """Files of a data set, {"bytes", "path"}, with the contents of those that are only URLs, read side by side; one
     that is not there stays as it is.
 
@@ -201,6 +202,6 @@ def _is_named_only(file) -> bool:
 
 def _read_or_none(url: str, fs) -> bytes | None:
     try:
-        return read(url, fs)
+        return read_url(url, fs)
     except FileNotFoundError:
         return None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_mim.modeling.options import check_part
 from hf_mim.modeling.poolers import POOLERS
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.evaluation.feature_store import RowFile, data_hash
 
 

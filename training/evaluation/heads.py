@@ -4,12 +4,12 @@ import copy
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation.features import PoolerChoice, pool
 
 
@@ -134,25 +134,6 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-# ---- splits --------------------------------------------------------------------------------------------------------
-def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions to train on and to validate on: of every class `share`, at least one image where it has two.
-
-    Raises:
-        ValueError: no class has two images.
-    """
-    rng, held = np.random.default_rng(seed), []
-    for label in labels.unique().tolist():
-        found = np.flatnonzero(labels.numpy() == label)
-        if len(found) > 1:
-            held.append(rng.permutation(found)[: max(1, round(share * len(found)))])
-    if not held:
-        raise ValueError("no class has two images, so that none can be held out to choose settings: give more images")
-    validation = np.sort(np.concatenate(held))
-    train = np.setdiff1d(np.arange(len(labels)), validation)
-    return torch.from_numpy(train), torch.from_numpy(validation)
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
 def make_optimizer(trained: list[Trained], schedule: Schedule, batch_size: int) -> torch.optim.Optimizer:
     """One optimizer with a learning rate for every head.
@@ -204,7 +185,8 @@ def train_heads(
     Returns:
         one entry for each head, with the parameters of its best epoch.
     """
-    (train, validation), generator = hold_out(labels, share, seed), torch.Generator().manual_seed(seed)
+    train, validation = map(torch.from_numpy, hold_out(labels.numpy(), share, seed))
+    generator = torch.Generator().manual_seed(seed)
     heads = make_heads(rates, classes, seed)
     everything = [one for members in heads.values() for one in members]
     batch_size = max(2, min(schedule.batch_size, len(train) // FEWEST_STEPS))

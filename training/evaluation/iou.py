@@ -4,8 +4,9 @@ import datasets
 import evaluate
 import numpy as np
 
+from hf_mim.training.data.masks import IGNORE
 
-IGNORE = 255  # the id of pixels that have no class
+
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap
 DESCRIPTION = """Mean over the classes of intersection / union of predicted and true pixels, counted over all images; a
 class that is neither there nor predicted is left out. Pixels whose true id is `ignore_index` do not count."""

@@ -1,12 +1,14 @@
 """What a frozen encoder is worth: k-NN and linear-probe accuracy of its features."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.training.data.pretraining import MIMCollator
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.splits import draw_subset, hold_out
+from hf_mim.training.errors import DataError
 
 
 # At most so many images are used, drawn at random but always the same; what was used stands in metrics.json.
@@ -26,22 +28,16 @@ PROTOCOL = {
 
 def subset(dataset, most: int):
     """The data set, or `most` images of it drawn with a fixed seed; and their labels (count,)."""
-    chosen = subset_indices(len(dataset), most)
+    chosen = draw_subset(dataset.labels, most).tolist()
     return torch.utils.data.Subset(dataset, chosen), dataset.labels[chosen]
-
-
-def subset_indices(count: int, most: int) -> list[int]:
-    """All of `count` positions, or `most` of them drawn with a fixed seed, in order."""
-    if count <= most:
-        return list(range(count))
-    return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist()
 
 
 def labels_of(pair) -> Tensor:
     """The labels of what was fetched, once it was: an image that cannot be decoded is replaced by another."""
     dataset, labels = pair
-    whole = getattr(dataset, "dataset", None)
-    return whole.true_labels(dataset.indices) if hasattr(whole, "true_labels") else labels
+    if isinstance(dataset, torch.utils.data.Subset) and isinstance(dataset.dataset, MIMDataset):
+        return dataset.dataset.true_labels(list(dataset.indices))
+    return labels
 
 
 def pixel_loader(dataset, config: MIMConfig, batch_size: int = 64, workers: int = 0, advance=lambda images: None):
@@ -146,13 +142,14 @@ def percent(predicted: Tensor, labels: Tensor) -> float:
 
 
 def choose_penalty(features: Tensor, labels: Tensor, classes: int) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """The best of `PENALTIES` on every fifth image, fitted on the others, and the weights fitted with it."""
-    held_out = torch.arange(len(features)) % 5 == 4
-    if not held_out.any():
+    """The best of `PENALTIES` on a fifth of every class, fitted on the others, and the weights fitted with it."""
+    try:
+        rest, held_out = map(torch.from_numpy, hold_out(labels.numpy(), 0.2))
+    except DataError:  # no class has two images
         return 1.0, None
     start, best = None, (-1.0, 1.0, None)
     for penalty in PENALTIES:
-        start = fit_logistic(features[~held_out], labels[~held_out], classes, penalty, start)
+        start = fit_logistic(features[rest], labels[rest], classes, penalty, start)
         score = percent((features[held_out] @ start[0].T + start[1]).argmax(1), labels[held_out])
         best = max(best, (score, penalty, start), key=lambda found: found[0])
     return best[1:]

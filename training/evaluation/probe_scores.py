@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.evaluation.features import ImageViews, pool
 
@@ -51,7 +52,7 @@ def pooled_vectors(source, images: ImageViews, layer: int, model, most: int) -> 
     Returns:
         {"mean", "cls"}: (images, dim), without "cls" where there is no class token; and their positions (images,).
     """
-    positions = torch.tensor(metrics.subset_indices(len(images), most))
+    positions = torch.from_numpy(draw_subset(len(images), most))
     encoder, found = model.encoder, {}
     for chosen in positions.split(256):
         features = source.fetch(0, chosen)
@@ -126,7 +127,7 @@ def score_raw_pixels(images: dict[str, ImageViews]) -> dict:
     """k-NN and linear probe of the normalised pixels themselves: {"knn": entry, "linear": entry}."""
     sides = []
     for split, most in (("train", metrics.TRAIN_IMAGES), ("test", metrics.TEST_IMAGES)):
-        positions = torch.tensor(metrics.subset_indices(len(images[split]), most))
+        positions = torch.from_numpy(draw_subset(len(images[split]), most))
         pixels = metrics.raw_pixels(images[split].fetch(0, chosen) for chosen in positions.split(256))
         sides += [pixels, images[split].labels[positions]]
     train, train_labels, test, test_labels = sides

@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from hf_mim.training.evaluation.iou import IGNORE
+from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.plots.pictures import FONT, GAP, MOST, SIDE
 
 

@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field
 
 from hf_mim.modeling.options import unknown_choice
+from hf_mim.training.data.arguments import AugmentArguments
 
 
 TASKS = ("classification", "segmentation")
 OPTIMIZERS = ("lamb",)
-MAGNITUDES = 11  # strengths of RandAugment, 0 to 10 as in timm's `rand-m9`
 
 
 @dataclass
-class FinetuneArguments:
-    """The section `finetune` of a recipe.
+class FinetuneArguments(AugmentArguments):
+    """The section `finetune` of a recipe; its augmentations are those of `AugmentArguments`.
 
     Args:
         task: classification, or segmentation, where only what says so below applies.
@@ -23,13 +23,7 @@ class FinetuneArguments:
         drop_path: rate of the deepest block, in [0, 1); None keeps what the checkpoint's config says. For both tasks.
         optimizer: lamb (timm's), or None for that of `training.optim`. For both tasks.
         ema: decay of a moving average of the weights, which is what is evaluated and saved; 0 has none. For both tasks.
-        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0 switches it off. With both, each
-            pair of images gets one of them.
-        mix_probability: for a pair to be mixed at all.
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
-        randaugment: strength, 0 to 10 as in timm's names (`rand-m9` is 9); 0 switches it off.
-        randaugment_ops: how many operations an image gets.
-        random_erasing: probability that a rectangle of an image is replaced by noise.
         class_weights: a weight per class for the training loss, in the order of the classes; "balanced" makes them
             inverse to how often a class occurs, 1 on the mean over the images.
         lora: train low-rank additions to the linear layers of the encoder's blocks (2106.09685) by PEFT, pooler and
@@ -49,13 +43,7 @@ class FinetuneArguments:
     drop_path: float | None = None
     optimizer: str | None = None
     ema: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
     label_smoothing: float = 0.0
-    randaugment: int = 0
-    randaugment_ops: int = 2
-    random_erasing: float = 0.0
     class_weights: str | list[float] | None = None
     lora: bool = False
     lora_rank: int = 8
@@ -67,26 +55,19 @@ class FinetuneArguments:
     pyramid: list[float] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.task not in TASKS:
             raise unknown_choice("finetune.task", self.task, TASKS)
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise unknown_choice("finetune.optimizer", self.optimizer, OPTIMIZERS)
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise unknown_choice("finetune.class_weights", self.class_weights, ["balanced", "a list of numbers"])
-        for name in ("mix_probability", "random_erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"finetune.{name} must be in [0, 1], not {getattr(self, name)}")
         for name in ("drop_path", "ema", "label_smoothing", "lora_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"finetune.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"finetune.{name} must be 0 or a positive number, not {getattr(self, name)}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"finetune.layer_decay must be in (0, 1], not {self.layer_decay}")
-        if not 0 <= self.randaugment < MAGNITUDES:
-            raise ValueError(f"finetune.randaugment must be from 0 to {MAGNITUDES - 1}, not {self.randaugment}")
-        for name in ("randaugment_ops", "lora_rank", "lora_alpha", "head_size"):
+        for name in ("lora_rank", "lora_alpha", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"finetune.{name} must be at least 1, not {getattr(self, name)}")
         if self.lora and self.freeze:

@@ -11,7 +11,11 @@ from transformers import TrainerCallback
 
 from hf_mim.modeling.options import pair
 from hf_mim.training.commands.teacher import DEAD_SHARE, teacher_diversity
-from hf_mim.training.data.pretraining import MIMCollator, MIMDataset, Splits
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.pretraining import Splits
+from hf_mim.training.data.splits import draw_subset
+from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.plots import pictures
 
@@ -186,13 +190,13 @@ def example_batches(splits: Splits):
     """Up to `IMAGES` images, whole; those that the picture shows come first."""
     dataset = splits.test
     if dataset is None and not isinstance(splits.train, MIMDataset):
-        if not hasattr(splits.train, "seek"):
+        if not isinstance(splits.train, StreamedImages):
             return
         yield from itertools.islice(splits.train.without_augmentation(), IMAGES)
         return
     dataset = splits.train.without_augmentation() if dataset is None else dataset
     shown = pictures.examples(dataset)
-    others = [i for i in metrics.subset_indices(len(dataset), IMAGES) if i not in shown]
+    others = [i for i in draw_subset(len(dataset), IMAGES).tolist() if i not in shown]
     for indices in (shown, others[: IMAGES - len(shown)]):
         if indices:
             yield from dataset.__getitems__(indices)
@@ -200,7 +204,7 @@ def example_batches(splits: Splits):
 
 def fetch(dataset: MIMDataset, most: int) -> tuple[list, Tensor]:
     """Batches of at most so many images, always the same, and their labels (count,)."""
-    indices = metrics.subset_indices(len(dataset), most)
+    indices = draw_subset(len(dataset) if dataset.labels is None else dataset.labels.numpy(), most).tolist()
     batches = [dataset.__getitems__(indices[i : i + BATCH])[0] for i in range(0, len(indices), BATCH)]
     return batches, dataset.true_labels(indices)
 

@@ -1,6 +1,5 @@
-"""Runs and models at URLs: a run works in a local folder and is copied from there, a model is fetched into one."""
+"""Runs at URLs: a run works in a local folder and is copied from there."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,25 +10,17 @@ from pathlib import Path
 
 import accelerate
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
-from huggingface_hub import constants
 from transformers import TrainerCallback
 
 from hf_mim.training.data import urls
+from hf_mim.training.data.fetching import cached, fetch_files
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint, publish
 
 
 MARKER = "trainer_state.json"  # the last file of a checkpoint to arrive, and the first to go
 OUTGOING = "outgoing"  # in a run's folder: links to what is being copied, which may be rotated away meanwhile
 SHOWN = 8  # names of files in a line
-MODEL_FILES = (".json", ".safetensors")  # neither code nor pickles
 LEFT_OUT = "training_args.bin"  # a pickle; recipe.yaml says the same to people
-
-
-def cached(kind: str, url: str) -> Path:
-    """The folder in the user's cache that belongs to a URL."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-.")[-60:]
-    return Path(constants.HF_HOME) / "hf_mim" / kind / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 class RemoteRun(TrainerCallback):
@@ -77,7 +68,7 @@ class RemoteRun(TrainerCallback):
             broadcast_object_list(latest)  # machines without it fetch it as well
         name = f"checkpoint-{latest[0]}"
         if state.is_local_main_process and latest[0] and not (self.folder / name / MARKER).is_file():
-            best = json.loads(urls.read(urls.join(self.url, f"{name}/{MARKER}"))).get("best_model_checkpoint")
+            best = json.loads(urls.read_url(urls.join(self.url, f"{name}/{MARKER}"))).get("best_model_checkpoint")
             best = Path(best).name if best else name
             for wanted in dict.fromkeys((best, name)):
                 if not (self.folder / wanted / MARKER).is_file():
@@ -109,7 +100,7 @@ class RemoteRun(TrainerCallback):
 
     def _is_whole(self, step: int) -> bool:
         try:
-            state = json.loads(urls.read(urls.join(self.url, f"checkpoint-{step}/{MARKER}")))
+            state = json.loads(urls.read_url(urls.join(self.url, f"checkpoint-{step}/{MARKER}")))
         except (FileNotFoundError, ValueError):  # cut short
             return False
         return isinstance(state, dict) and state.get("global_step") == step
@@ -264,85 +255,3 @@ def link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # not every disk has links
         shutil.copyfile(source, target)
-
-
-# ---- fetching --------------------------------------------------------------------------------------------------------
-def fetch_files(url: str, names: list[str], folder: Path) -> None:
-    """Raises:
-    ValueError: a name leads out of the folder.
-    Unreachable: one cannot be read or written.
-    """
-    fs, path = urls.filesystem(url)
-    root = folder.resolve()
-    for name in names:
-        target = (root / name).resolve()
-        if not urls.is_inside(name) or not target.is_relative_to(root):
-            raise ValueError(f"{url} holds a file whose name leads elsewhere: {name!r}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        try:
-            fs.get_file(f"{path}/{name}", str(partial))
-        except Exception as error:
-            partial.unlink(missing_ok=True)
-            raise urls.failed(urls.join(url, name), error) from None
-        partial.replace(target)
-
-
-def fetch_model(url: str) -> Path:
-    """A folder in the cache with the configuration and the safetensors files of a model, as they are there now.
-
-    Raises:
-        ValueError: there is no model, its weights are no safetensors, or the URL holds a secret.
-        Unreachable: it cannot be read.
-    """
-    urls.check_url("the model's URL", url)
-    url = url.rstrip("/")
-    listed = [name for name in urls.list_below(url) if "/" not in name]
-    names = [name for name in listed if name.endswith(MODEL_FILES)]
-    if "config.json" not in names:
-        raise ValueError(f"no checkpoint at {url}: there is {'no config.json' if listed else 'nothing'}")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"no checkpoint at {url}: it has no weights as safetensors, and others are not fetched")
-    fs, path = urls.filesystem(url)
-    state = repr([sorted(fs.info(f"{path}/{name}").items()) for name in names])
-    folder = cached("models", url) / hashlib.sha256(state.encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            staging = folder.with_suffix(".partial")
-            shutil.rmtree(staging, ignore_errors=True)
-            fetch_files(url, names, staging)
-            check_index(staging, names)
-            staging.rename(folder)
-    return folder
-
-
-def check_index(folder: Path, names: list[str]) -> None:
-    """Raises:
-    ValueError: weights in several files name one that was not fetched, or lies elsewhere on this machine.
-    """
-    for index in folder.glob("*.index.json"):
-        parts = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        for name in sorted(parts - set(names)):
-            raise ValueError(f"{index.name} names weights that are not there: {name!r}")
-
-
-def fetch_recipe(url: str) -> Path:
-    """The recipe of a run, or a YAML file, as a file in the cache.
-
-    Raises:
-        ValueError: there is none, or the URL holds a secret.
-        Unreachable: it cannot be read.
-    """
-    urls.check_url("the recipe's URL", url)
-    place = url if url.endswith((".yaml", ".yml")) else urls.join(url, "recipe.yaml")
-    try:
-        content = urls.read(place)
-    except FileNotFoundError:
-        raise ValueError(f"no recipe at {place}") from None
-    file = cached("recipes", place) / place.rpartition("/")[2]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{os.getpid()}.partial")  # every process fetches it
-    partial.write_bytes(content)
-    partial.replace(file)
-    return file

@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
+from hf_mim.training.data.streaming import StreamedImages
+
 
 UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
 MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
@@ -59,7 +61,7 @@ class SafeCheckpointMixin:
         """
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self._check_finite(folder)
-        if hasattr(self.train_dataset, "gather"):
+        if isinstance(self.train_dataset, StreamedImages):
             self.train_dataset.gather(self.args.device)
         self._staging, self._to_push = folder / UNFINISHED, None
         if self.args.should_save:
@@ -126,7 +128,7 @@ class SafeCheckpointMixin:
                 self.processing_class.save_pretrained(folder)
         if moving:
             save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
-        if hasattr(self.train_dataset, "position"):
+        if isinstance(self.train_dataset, StreamedImages):
             (folder / STREAM_STATE).write_text(json.dumps(self.train_dataset.position(self._images_seen())))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -145,7 +147,7 @@ class SafeCheckpointMixin:
         self._load_renamed(folder)
         if self.target is not None and (folder / MOVING_STATE).is_file():
             self.target.load_moving_state(load_file(folder / MOVING_STATE))
-        if (folder / STREAM_STATE).is_file() and hasattr(self.train_dataset, "seek"):
+        if (folder / STREAM_STATE).is_file() and isinstance(self.train_dataset, StreamedImages):
             self.train_dataset.seek(json.loads((folder / STREAM_STATE).read_text()))
 
     # transformers saves the weights of some models (Swin) under older names. `from_pretrained` knows them, but Trainer
@@ -172,7 +174,7 @@ class SafeCheckpointMixin:
     _rng_checkpoint = None
 
     def _load_rng_state(self, checkpoint) -> None:
-        if hasattr(self.train_dataset, "seek"):
+        if isinstance(self.train_dataset, StreamedImages):
             self._rng_checkpoint = checkpoint
         else:
             super()._load_rng_state(checkpoint)

@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_mim.modeling.options import pair
-from hf_mim.training.data.pretraining import finish
+from hf_mim.training.data.base import FollowsEpochs, ImageDataset
+from hf_mim.training.data.batches import normalize_batch
+from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.trainer.optimization import OptimizationArguments, WeightDecayCallback, lamb
 from hf_mim.training.trainer.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.trainer.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
@@ -120,7 +123,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         self.add_callback(EpochCallback(self))
         if getattr(self.args, "weight_decay_end", None) is not None:
             self.add_callback(WeightDecayCallback())
-        if hasattr(self.train_dataset, "seek"):
+        if isinstance(self.train_dataset, StreamedImages):
             self.args.ignore_data_skip = True  # the stream goes to its place itself
             args = self.args
             self.train_dataset.arrange(
@@ -136,7 +139,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if console is not None and self.is_world_process_zero():
             self.progress = TrainingProgress(console)
             self.add_callback(self.progress)
-            if hasattr(self.train_dataset, "damaged"):
+            if isinstance(self.train_dataset, ImageDataset):
                 self.add_callback(DamageCallback(self.train_dataset, console))
 
     def train(self, *args, **kwargs):
@@ -187,7 +190,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         if self.pixels is None or (self.pixels.shape, self.pixels.device) != (shape, images.device):
             # Kept for the next step: fresh pages of memory would cost a processor more than the arithmetic.
             self.pixels = torch.empty(shape, device=images.device)
-        return finish(inputs, config, out=self.pixels)
+        return normalize_batch(inputs, config, out=self.pixels)
 
     def get_batch_samples(self, *args, **kwargs):
         try:
@@ -218,7 +221,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self):
-        if hasattr(self.train_dataset, "seek"):
+        if isinstance(self.train_dataset, StreamedImages):
             return self._stream_loader()
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
@@ -243,7 +246,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
+        if not isinstance(dataset, Sized) or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.sampler = EpochSampler(len(dataset), seed)
@@ -297,11 +300,11 @@ class TargetCallback(TrainerCallback):
 class DamageCallback(TrainerCallback):
     """Says of each shard of a stream that turns out to be damaged, once, that it is."""
 
-    def __init__(self, stream, console: Console):
-        self.stream, self.console, self.said = stream, console, set()
+    def __init__(self, dataset: ImageDataset, console: Console):
+        self.dataset, self.console, self.said = dataset, console, set()
 
     def on_log(self, args, state, control, **kwargs):
-        for words in self.stream.damaged():
+        for words in self.dataset.damaged_shards():
             if words not in self.said:
                 self.said.add(words)
                 self.console.print(f"{words}, the others are left out", style="yellow", soft_wrap=True)
@@ -338,7 +341,7 @@ class EpochCallback(TrainerCallback):
         # 1e-9: an epoch is a sum of shares; at its end it is a whole number, or less by rounding.
         epoch = int((state.epoch or 0) + 1e-9)
         for listener in (self.trainer.train_dataset, self.trainer.sampler):
-            if hasattr(listener, "set_epoch"):
+            if isinstance(listener, FollowsEpochs):
                 listener.set_epoch(epoch)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,0 +1,120 @@
+"""What a recipe says about data: the section `data`, and the augmentations of the section `finetune`."""
+
+from dataclasses import dataclass
+
+from hf_mim.training.data import urls
+from hf_mim.training.errors import RecipeError
+
+
+# The smallest value that a number may have.
+MINIMUM = {"max_train_images": 1, "max_eval_images": 0, "max_bad_images": 0, "cache_size": 1, "shuffle_buffer": 0}
+MAGNITUDES = 11  # strengths of RandAugment, 0 to 10 as in timm's `rand-m9`
+
+
+@dataclass
+class DataArguments:
+    """The section `data` of a recipe.
+
+    Args:
+        dataset: a Hub id, or a folder or file of images, parquet or WebDataset shards, or the URL of one, as fsspec
+            knows them (s3://, hf://, https://); None is the Fashion-MNIST subset that ships with the package.
+        subset: the configuration of a Hub data set that has several.
+        split: what to train on; None is `train`, else the only split there is.
+        eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
+        image_column, label_column, mask_column: None finds them; masks are for segmentation.
+        streaming: read the data set as it comes instead of downloading or indexing it first; needs
+            `training.max_steps`. Its shards (files; slices of a folder) are dealt to the loader's workers in all
+            processes: give it several times as many as workers, of like size. The number of workers and processes
+            at the beginning is part of what the order of the images follows from. See `StreamedImages`.
+        shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
+            a random order. 1 shuffles the shards only, 0 keeps the stream's own order.
+        max_train_images: train only on the first so many; of a stream, each worker then reads all of them.
+        max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
+        crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
+        horizontal_flip: mirror half of the training images.
+        crop_on_device: crop and flip on the device instead of in the loader; for images of one size that are held in
+            memory. Slower on a processor, and not measured on a GPU.
+        max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
+            least one image), or a number. The same holds for damaged shards of a stream.
+        memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
+        cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
+        cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
+        cache_size: pixels to which the shorter side is shrunk for it; null keeps the size, and the crops exact.
+    """
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    mask_column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    max_train_images: int | None = None
+    max_eval_images: int | None = None
+    crop_scale: list[float] | None = None
+    horizontal_flip: bool = True
+    crop_on_device: bool = False
+    max_bad_images: float = 0.01
+    memory_limit_mb: int = 1024
+    cache_decoded: bool = False
+    cache_dir: str | None = None
+    cache_size: int | None = None
+
+    def __post_init__(self):
+        urls.check_url("data.dataset", self.dataset)
+        urls.check_local("data.cache_dir", self.cache_dir)
+        if self.streaming and self.crop_on_device:
+            raise RecipeError(
+                "data.crop_on_device needs images that are held in memory: leave out data.streaming",
+                "data.crop_on_device",
+            )
+        scale = self.crop_scale
+        if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+            raise RecipeError(
+                f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}", "data.crop_scale"
+            )
+        for name, smallest in MINIMUM.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise RecipeError(f"data.{name} must be at least {smallest}, not {value}", f"data.{name}")
+
+
+@dataclass
+class AugmentArguments:
+    """The augmentations of fine-tuning, part of the section `finetune` of a recipe.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0 switches it off. With both, each
+            pair of images gets one of them.
+        mix_probability: for a pair to be mixed at all.
+        randaugment: strength, 0 to 10 as in timm's names (`rand-m9` is 9); 0 switches it off.
+        randaugment_ops: how many operations an image gets.
+        random_erasing: probability that a rectangle of an image is replaced by noise.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    randaugment: int = 0
+    randaugment_ops: int = 2
+    random_erasing: float = 0.0
+
+    def __post_init__(self):
+        for name in ("mix_probability", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"finetune.{name} must be in [0, 1], not {getattr(self, name)}", f"finetune.{name}")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                value = getattr(self, name)
+                raise RecipeError(f"finetune.{name} must be 0 or a positive number, not {value}", f"finetune.{name}")
+        if not 0 <= self.randaugment < MAGNITUDES:
+            raise RecipeError(
+                f"finetune.randaugment must be from 0 to {MAGNITUDES - 1}, not {self.randaugment}",
+                "finetune.randaugment",
+            )
+        if self.randaugment_ops < 1:
+            raise RecipeError(
+                f"finetune.randaugment_ops must be at least 1, not {self.randaugment_ops}", "finetune.randaugment_ops"
+            )

@@ -1,0 +1,109 @@
+"""Images that cannot be used: they are counted, named and replaced, and beyond `data.max_bad_images` the run stops."""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_mim.training.errors import DataError
+
+
+SETTLED = 1000  # images of which a share of bad ones says something
+HOPELESS = 3  # passes without one good image
+BAD_SLOTS = 2**20  # a bad file takes one by its checksum: workers need no lock, and two in one slot are rare
+
+
+class TooManyBadImages(DataError):
+    """More files than `data.max_bad_images` allows cannot be used."""
+
+
+@dataclass(frozen=True)
+class BadImageReport:
+    """How many images could not be used, as far as they were looked at, and what is wrong with the first in the data
+    set's order; None where that is not known."""
+
+    count: int = 0
+    first: str | None = None
+
+
+class BadImages:
+    """Which images of a data set cannot be used; each is replaced by the next one that can, whoever finds it first.
+
+    Args:
+        count: of the images.
+        limit: `data.max_bad_images`.
+        error_of: the index of a bad image -> what is wrong with it, naming the file.
+    """
+
+    def __init__(self, count: int, limit: float, error_of: Callable[[int], str]):
+        self.count, self.limit, self.error_of = count, limit, error_of
+        self.flags = torch.zeros(count, dtype=torch.bool).share_memory_()  # the loader's workers write here too
+
+    def add(self, index: int) -> None:
+        """Raises:
+        TooManyBadImages: that was one too many.
+        """
+        self.flags[index] = True
+        self.check()
+
+    def check(self) -> None:
+        report = self.report()
+        if report.count and (report.count > allowed(self.count, self.limit) or report.count == self.count):
+            raise too_many(report.count, f"{self.count} images", self.limit, report.first)
+
+    def report(self) -> BadImageReport:
+        indices = self.flags.nonzero().flatten()
+        return BadImageReport(len(indices), self.error_of(int(indices[0]))) if len(indices) else BadImageReport()
+
+    def replace(self, indices: list[int]) -> list[int]:
+        """Known bad images by the next good ones."""
+        if not self.flags.any():
+            return list(indices)
+        return [self._good(int(index)) for index in indices]
+
+    def _good(self, index: int) -> int:
+        while self.flags[index]:
+            index = (index + 1) % self.count
+        return index
+
+
+class BadFiles:
+    """What one worker that reads a stream has met that cannot be decoded.
+
+    Args:
+        slots: (BAD_SLOTS,), of all workers.
+        limit: `data.max_bad_images`.
+
+    Attributes:
+        seen: how many images were looked at, by pass.
+        any_good: whether one of them was good.
+    """
+
+    def __init__(self, slots: torch.Tensor, limit: float):
+        self.slots, self.limit, self.any_good = slots, limit, False
+        self.seen: Counter[int] = Counter()
+        self.bad: set[int] = set()
+
+    def add(self, file: dict | None, epoch: int, error: str) -> None:
+        """Raises:
+        TooManyBadImages: that was one too many, or there is no good one.
+        """
+        file = file or {}
+        slot = zlib.crc32((file.get("path") or "").encode() + (file.get("bytes") or b"")) % BAD_SLOTS
+        self.slots[slot] = True
+        self.bad.add(slot)
+        seen = max(self.seen.values())
+        hopeless = not self.any_good and epoch >= min(self.seen) + HOPELESS
+        if hopeless or len(self.bad) > allowed(max(seen, SETTLED), self.limit):
+            raise too_many(len(self.bad), f"the first {seen} images", self.limit, error) from None
+
+
+def allowed(count: int, limit: float) -> int:
+    """`data.max_bad_images` as a number of images: a share below 1, of which at least one image; else a number."""
+    return int(limit) if limit >= 1 or limit == 0 else max(1, int(limit * count))
+
+
+def too_many(bad: int, total: str, limit: float, error: str | None) -> TooManyBadImages:
+    return TooManyBadImages(f"{bad} of {total} cannot be used, more than data.max_bad_images={limit} allows: {error}")

@@ -1,0 +1,136 @@
+"""Images with masks: where they come from, and that they fit together."""
+
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+import numpy as np
+
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.files import SHARDS, list_files, place_of
+from hf_mim.training.data.masks import BadMask, decode_mask, size_of
+from hf_mim.training.data.sources import open_dataset
+from hf_mim.training.data.splits import split_of
+from hf_mim.training.errors import DataError
+
+
+MASK_FOLDERS = ("masks", "annotations", "labels")
+PAIR_FOLDERS = ("images", *MASK_FOLDERS)
+
+
+class MaskedSource(Protocol):
+    """Images with masks, by their number: `Pairs`, and `Scenes`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
+        """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
+        ...
+
+    def mask(self, index: int) -> np.ndarray:
+        """The class ids (height, width) alone."""
+        ...
+
+
+class Pairs:
+    """Images and masks of a `datasets.Dataset`, decoded when they are asked for.
+
+    Raises (when it is indexed):
+        BadMask: a mask of another size than its image, or one that cannot be read.
+        ValueError: the image cannot be decoded into `num_channels`.
+    """
+
+    def __init__(self, dataset, image_column: str, mask_column: str, num_channels: int):
+        dataset = dataset.select_columns([image_column, mask_column])
+        for column in (image_column, mask_column):
+            if isinstance(dataset.features[column], datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.dataset, self.columns, self.num_channels = dataset, (image_column, mask_column), num_channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def mask(self, index: int) -> np.ndarray:
+        """The class ids (height, width) alone; of the image the size is read, as far as its header says it."""
+        image, mask = (self.dataset[index][column] for column in self.columns)
+        ids = decode_mask(mask, f"{index}")
+        self._check_size(index, image, size_of(image) or ids.shape, ids.shape)
+        return ids
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
+        image, mask = (self.dataset[index][column] for column in self.columns)
+        pixels, ids = decode(image, self.num_channels), decode_mask(mask, f"{index}")
+        self._check_size(index, image, pixels.shape[1:], ids.shape)
+        return pixels, ids
+
+    def _check_size(self, index: int, image, size: tuple[int, ...], mask_size: tuple[int, ...]) -> None:
+        if tuple(size) != tuple(mask_size):
+            path = image.get("path") if isinstance(image, dict) else None
+            name = Path(path).name if path else f"image {index}"
+            sizes = [f"{height}x{width}" for height, width in (mask_size, size)]
+            raise BadMask(f"the mask of {name} is {sizes[0]} pixels, the image {sizes[1]}")
+
+
+def open_pairs(data: DataArguments) -> dict[str, datasets.Dataset]:
+    """The splits of the user's data, with a column of images and one of masks; nothing is decoded.
+
+    Raises:
+        ValueError, OSError: it is missing, empty, or has no masks.
+    """
+    if data.streaming:
+        raise DataError("segmentation reads images and masks by their number: data.streaming must be false")
+    place = place_of(data.dataset) if data.dataset else None
+    files = list_files(place) if place else []
+    if place and files and not any(file.endswith(tuple(SHARDS)) for file in files):
+        return {name: _pair_split(pairs) for name, pairs in find_pairs(place, files).items()}
+    return open_dataset(data)
+
+
+def find_pairs(root: str, files: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """Files of images and masks by split: `images/` and `masks/` with files of the same stems, in the folder itself, in
+    `train/` and `test/` (or `val/`), or with these inside of both.
+
+    Args:
+        root: a folder or URL.
+        files: those below it.
+
+    Raises:
+        ValueError: there are no such folders or images, or an image has no mask.
+    """
+    names = [file[len(root) + 1 :].split("/") for file in files]
+    folders = {split_of(name[0]): f"{root}/{name[0]}" for name in sorted(names) if name[1:2] == ["images"]}
+    folders.pop(None, None)
+    splits: dict[str, list[tuple[str, str]]] = {}
+    for split, folder in (folders or {None: root}).items():
+        below = {name: [file for file in files if file.startswith(f"{folder}/{name}/")] for name in PAIR_FOLDERS}
+        masks = next((name for name in MASK_FOLDERS if below[name]), None)
+        if not below["images"] or masks is None:
+            raise DataError(
+                f"{folder} has no masks: it must hold images/ and masks/ with files of the same names", folder
+            )
+        for inner, pairs in match(f"{folder}/images", below["images"], f"{folder}/{masks}", below[masks]).items():
+            splits.setdefault(split or inner, []).extend(pairs)
+    return splits
+
+
+def match(images: str, files: list[str], masks: str, mask_files: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """The files below `images` with those of the same relative names, but for the ending, below `masks`."""
+    stems = {file[len(masks) + 1 :].rpartition(".")[0]: file for file in mask_files}
+    files = sorted(files, key=lambda file: file.split("/"))
+    keys = [file[len(images) + 1 :].rpartition(".")[0] for file in files]
+    missing = [Path(file).name for file, key in zip(files, keys) if key not in stems]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(files)} images have no mask in {masks}; the first: {missing[0]}")
+    splits = [split_of(key.partition("/")[0]) if "/" in key else None for key in keys]
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for split, file, key in zip(splits, files, keys, strict=True):
+        pairs.setdefault("train" if split is None or None in splits else split, []).append((file, stems[key]))
+    return pairs
+
+
+def _pair_split(pairs: list[tuple[str, str]]) -> datasets.Dataset:
+    columns = {"image": [image for image, _ in pairs], "mask": [mask for _, mask in pairs]}
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image(decode=False)))
+    return datasets.Dataset.from_dict(columns, features=features)
