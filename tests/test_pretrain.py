@@ -204,7 +204,7 @@ def test_unlabelled_images_are_not_evaluated(tmp_path):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     printed = run(tmp_path / "run", f"data.dataset={tmp_path / 'images'}")
-    assert "not evaluated: no labels" in printed
+    assert "Not evaluated: no labels" in printed
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "trained" not in metrics and metrics["num_train_images"] == 20
     assert (tmp_path / "run" / "reconstructions.png").is_file()

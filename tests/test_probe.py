@@ -373,7 +373,7 @@ def parquet(path, labels, **features):
         ([0.5 * i for i in range(30)], datasets.Value("float32"), [], "no column seems to hold any"),
         ([0.5 * i for i in range(30)], datasets.Value("float32"), ["data.label_column=label"], "'label' holds float32"),
         ([0] * 30, None, [], "all 27 training images are of one class, '0'"),
-        ([0, 1] * 15, datasets.ClassLabel(num_classes=99), [], "27 training images are fewer than the 99 classes"),
+        ([0, 1] * 15, datasets.ClassLabel(num_classes=99), [], "26 training images are fewer than the 99 classes"),
         ([0, 1, None] * 10, None, [], "not every image has a label"),
         ([0, 1] * 5, None, [], "too few images to hold any out"),
         ([0, 1] * 15, None, ["probe.poolers=[abmlip]"], "did you mean 'abmilp'"),

@@ -20,7 +20,7 @@ from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.training.checkpoint import load_encoder, load_model
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.data import urls
+from hf_mim.training.data import fetching, urls
 from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.trainer import remote
 from hf_mim.training.trainer.remote import MARKER, RemoteRun, fetch_files
@@ -39,7 +39,7 @@ def fresh(monkeypatch, tmp_path):
     """An empty file system, and an empty cache: another machine."""
     Flaky.reset()
     monkeypatch.setattr(urls, "PAUSES", (0, 0))
-    monkeypatch.setattr(remote.constants, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching.constants, "HF_HOME", str(tmp_path / "cache"))
     yield
     Flaky.reset()
 
@@ -93,7 +93,7 @@ def test_another_machine_goes_on_exactly(tmp_path, monkeypatch, whole):
     with pytest.raises(ZeroDivisionError):
         run()
     monkeypatch.undo()
-    monkeypatch.setattr(remote.constants, "HF_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(fetching.constants, "HF_HOME", str(tmp_path / "elsewhere"))
     out = io.StringIO()
     pretrain(URL, ["training.resume=true"], Console(file=out, width=250))
     assert f"resuming from {tmp_path / 'elsewhere'}" in out.getvalue() and "checkpoint-2" in out.getvalue()
@@ -212,7 +212,7 @@ def test_what_a_killed_process_left_is_no_checkpoint(tmp_path, monkeypatch):
     saves.save(2)
     Flaky().pipe({f"/bucket/run/checkpoint-{i}/model.safetensors": b"half" for i in (3, 4, 5)})
     Flaky().pipe({f"/bucket/run/checkpoint-{i}/{MARKER}": text for i, text in ((4, b'{"global_st'), (5, b"[1]"))})
-    monkeypatch.setattr(remote.constants, "HF_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(fetching.constants, "HF_HOME", str(tmp_path / "elsewhere"))
     other = Saves(limit=3)
     other.remote.fetch_last()
     assert last_checkpoint(local()).name == "checkpoint-2" and len(list(local().glob("checkpoint-*"))) == 1
@@ -227,7 +227,7 @@ def test_the_best_checkpoint_is_fetched_with_the_last(tmp_path, monkeypatch):
         first.save(step)
     checkpoint(3, best="/home/somebody/run/checkpoint-1")
     first.remote.finish()
-    monkeypatch.setattr(remote.constants, "HF_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(fetching.constants, "HF_HOME", str(tmp_path / "elsewhere"))
     RemoteRun(URL).fetch_last()
     assert {path.name for path in local().iterdir()} == {"checkpoint-1", "checkpoint-3"}
     state = TrainerState.load_from_json(str(local() / "checkpoint-3" / MARKER))
