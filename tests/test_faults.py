@@ -22,7 +22,7 @@ from test_streaming import consume, numbered, solid, take
 
 from hf_mim import cli
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.data import shards, streaming
+from hf_mim.training.data import bad_images, shards
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import TooManyBadImages
 from hf_mim.training.data.pretraining import load_splits
@@ -166,7 +166,7 @@ def test_bad_images_are_replaced_by_the_next_of_their_lane(tmp_path, monkeypatch
     again = opened(place, most=3)
     again.seek(first.position(16))
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], take(again, 3), strict=True))
-    monkeypatch.setattr(streaming, "SETTLED", 1)
+    monkeypatch.setattr(bad_images, "SETTLED", 1)
     with pytest.raises(TooManyBadImages, match="(03|04|11).png"):
         take(opened(place, most=0), 7)
     # Nothing but bad ones, and as many allowed as there are.
