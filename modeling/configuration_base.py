@@ -18,8 +18,8 @@ TRANSFORMERS_KEYS = {
 }
 
 # Of checkpoints. It is raised by a change that this file's older versions would load wrongly, and then `from_dict`
-# learns to read the version before; a new field with a default is no such change.
-FORMAT_VERSION = 1
+# (`format_versions.py`) learns to read the version before; a new field with a default is no such change.
+FORMAT_VERSION = 2
 
 
 def check_format(version) -> None:

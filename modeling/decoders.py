@@ -15,7 +15,7 @@ from transformers import initialization as init
 from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .decoder_spark import SparKDecoder
-from .encoder_base import Encoder, EncoderOutput, Grid, tokens_to_map
+from .encoder_base import Encoder, EncoderOutput, Grid, choose, tokens_to_map
 from .layers import CrossLayer, FixedTables, PixelShuffleLinear, ViTLayer, sincos_2d, take_tokens
 from .options import pair
 
@@ -133,7 +133,15 @@ class CrossAttentionDecoder(TransformerDecoder):
 class ConvDecoder(Decoder):
     """Grouped convolutions on the mask grid, then a linear layer (data2vec 2.0, 2212.07525, section 3.1).
 
-    Options: hidden_size, num_hidden_layers, kernel_size (odd), groups (must divide hidden_size).
+    Options:
+        hidden_size, num_hidden_layers, kernel_size (odd).
+        groups: of the convolutions; must divide the widths of encoder and decoder.
+        hidden: what stands in hidden places where the encoder drops them: noise, N(0, noise_std) in training and 0 in
+            evaluation, as released, or token, a learned one.
+        noise_std: see there.
+        embed: whether a linear layer comes first; the release has none. It is needed for a map coarser than the mask
+            grid.
+        layer_norm_eps: of the norms without parameters behind the convolutions.
     """
 
     def __init__(
@@ -146,17 +154,25 @@ class ConvDecoder(Decoder):
         num_hidden_layers: int = 6,
         kernel_size: int = 3,
         groups: int = 16,
+        hidden: str = "noise",
+        noise_std: float = 0.01,
+        embed: bool = False,
+        layer_norm_eps: float = 1e-5,
     ):
         super().__init__(config, encoder)
-        if hidden_size % groups or kernel_size % 2 == 0:
-            raise ValueError(f"groups {groups} must divide hidden_size {hidden_size}, kernel_size {kernel_size} be odd")
-        self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor)
-        self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if encoder.drops_tokens else None
+        has_token = choose("hidden of decoder 'conv'", hidden, ("noise", "token")) == "token" and encoder.drops_tokens
+        self.noise_std = noise_std
+        embed = embed or self.factor != (1, 1)
+        widths = [hidden_size if embed else encoder.hidden_size, *[hidden_size] * num_hidden_layers]
+        if any(width % groups for width in widths) or kernel_size % 2 == 0:
+            raise ValueError(f"groups {groups} must divide the widths {widths}, kernel_size {kernel_size} be odd")
+        self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor) if embed else None
+        self.mask_token = nn.Parameter(torch.zeros(widths[0])) if has_token else None
         self.layers = nn.ModuleList(
-            nn.Conv2d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=groups)
-            for _ in range(num_hidden_layers)
+            nn.Conv2d(*widths, kernel_size, padding=kernel_size // 2, groups=groups)
+            for widths in zip(widths, widths[1:])
         )
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, elementwise_affine=False)
         self.head = nn.Linear(hidden_size, out_dim)
 
     def init_parameters(self):
@@ -164,15 +180,22 @@ class ConvDecoder(Decoder):
             init.normal_(self.mask_token, std=self.std)
 
     def forward(self, encoded, bool_masked_pos, grid, scope):
-        tokens = self.embed(encoded.tokens[:, self.num_prefix_tokens :], grid)
+        tokens = encoded.tokens[:, self.num_prefix_tokens :]
+        tokens = tokens if self.embed is None else self.embed(tokens, grid)
         if encoded.visible_index is not None:
-            hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), encoded.hidden_index.shape[1], -1)
+            hidden = self._hidden_tokens(tokens.new_zeros(len(tokens), encoded.hidden_index.shape[1], tokens.shape[2]))
             order = torch.cat([encoded.visible_index, encoded.hidden_index], dim=1)
             tokens = take_tokens(torch.cat([tokens, hidden], dim=1), order.argsort(dim=1))
         for layer in self.layers:
-            branch = layer(tokens_to_map(tokens, grid)).flatten(2).transpose(1, 2)
-            tokens = tokens + F.gelu(self.norm(branch))
+            branch = F.gelu(self.norm(layer(tokens_to_map(tokens, grid)).flatten(2).transpose(1, 2)))
+            tokens = tokens + branch if branch.shape == tokens.shape else branch
         return self.head(tokens)
+
+    def _hidden_tokens(self, zeros: Tensor) -> Tensor:
+        """What stands in the hidden places, of the shape (batch, hidden, dim) of `zeros`."""
+        if self.mask_token is not None:
+            return zeros + self.mask_token.to(zeros.dtype)
+        return zeros.normal_(0, self.noise_std) if self.training else zeros
 
 
 class UNetDecoder(Decoder):

@@ -94,7 +94,9 @@ class ViTEncoder(Encoder):
         use_cls_token: whether there is a class token; it comes first.
         layer_scale_init_value, drop_path_rate, qk_norm, mlp (gelu, swiglu), layer_norm_eps: of the blocks. The drop
             rate grows linearly with depth.
-        final_norm: whether the tokens pass a last LayerNorm. SimMIM pretrains without.
+        block_norm: pre, or post: the norms stand behind each sum (data2vec 2.0).
+        embedding_norm: whether the tokens pass a LayerNorm before the first block (data2vec 2.0, CLIP).
+        final_norm: whether the tokens pass a last LayerNorm.
     """
 
     export_formats = ("transformers", "timm", "onnx")
@@ -121,6 +123,8 @@ class ViTEncoder(Encoder):
         qk_norm: bool = False,
         mlp: str = "gelu",
         layer_norm_eps: float = 1e-6,
+        block_norm: str = "pre",
+        embedding_norm: bool = False,
         final_norm: bool = True,
     ):
         super().__init__()
@@ -134,7 +138,9 @@ class ViTEncoder(Encoder):
         self._add_positions(position_embedding, dim, depth, heads)
         intermediate_size = intermediate_size or (-(-8 * dim // 24) * 8 if mlp == "swiglu" else 4 * dim)
         choose("mlp", mlp, ("gelu", "swiglu"))
-        block = partial(ViTLayer, config, dim, heads, intermediate_size, mlp, qk_norm)
+        post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
+        self.embedding_norm = nn.LayerNorm(dim, eps=layer_norm_eps) if embedding_norm else nn.Identity()
+        block = partial(ViTLayer, config, dim, heads, intermediate_size, mlp, qk_norm, post_norm=post_norm)
         rates = drop_path_rates(drop_path_rate, depth)
         self.layers = nn.ModuleList(block(layer_scale_init_value, rate, layer_norm_eps) for rate in rates)
         if final_norm:
@@ -201,6 +207,8 @@ class ViTEncoder(Encoder):
             "encoder without a class token": not self.has_cls_token,
             "normalised queries and keys (qk_norm)": layer.attention.q_norm is not None,
             "SwiGLU": layer.mlp.gated,
+            "norms behind the branches (block_norm post)": layer.post_norm,
+            "norm before the first block (embedding_norm)": not isinstance(self.embedding_norm, nn.Identity),
             "encoder without a last norm (final_norm false)": isinstance(self.final_norm, nn.Identity),
         }
         return [name for name, present in parts.items() if present]
@@ -260,7 +268,7 @@ class ViTEncoder(Encoder):
         if self.prefix_tokens is not None:
             prefix = self.prefix_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([prefix, tokens], dim=1)
-        return tokens, visible_index, hidden_index
+        return self.embedding_norm(tokens), visible_index, hidden_index
 
     def _hide(self, tokens: Tensor, mask: Tensor | None, prefix: int = 0) -> Tensor:
         if mask is None or self.drops_tokens:

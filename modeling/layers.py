@@ -304,7 +304,7 @@ class LayerScale(nn.Module):
 
 
 class ViTLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block."""
+    """A transformer block. Its norms stand before each branch, or with `post_norm` behind each sum."""
 
     def __init__(
         self,
@@ -317,8 +317,10 @@ class ViTLayer(GradientCheckpointingLayer):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        post_norm: bool = False,
     ):
         super().__init__()
+        self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attention = ViTAttention(config, dim, num_heads, qk_norm)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -331,10 +333,14 @@ class ViTLayer(GradientCheckpointingLayer):
         self, tokens: Tensor, position_bias=None, rotary=None, num_queries: int | None = None, output_attentions=False
     ) -> tuple[Tensor, Tensor | None]:
         """tokens (batch, length, dim) -> the same, or the last `num_queries` of them, and the attention weights."""
-        branch, weights = self.attention(self.norm1(tokens), position_bias, rotary, num_queries, output_attentions)
+        entering = tokens if self.post_norm else self.norm1(tokens)
+        branch, weights = self.attention(entering, position_bias, rotary, num_queries, output_attentions)
         if num_queries is not None:
             tokens = tokens[:, -num_queries:]
         tokens = tokens + self.drop_path(self.scale1(branch))
+        if self.post_norm:
+            tokens = self.norm1(tokens)
+            return self.norm2(tokens + self.drop_path(self.scale2(self.mlp(tokens)))), weights
         return tokens + self.drop_path(self.scale2(self.mlp(self.norm2(tokens)))), weights
 
 

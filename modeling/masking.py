@@ -109,15 +109,20 @@ def inverse_block_mask(
     ratio: float = 0.8,
     unit: int | tuple[int, int] = 1,
     block_size: int = 3,
+    adjust: float = 0.07,
 ) -> Tensor:
-    """Hides all but some square blocks of `block_size` units (data2vec 2.0, 2212.07525, section 3.2): blocks are
-    drawn, cut by the border, until enough is visible; what is too much is hidden at random."""
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    """Hides all but some square blocks of `block_size` units (data2vec 2.0, 2212.07525, section 3.2, as released).
+
+    As many blocks as fill the visible share plus `adjust`, rounded down, have their centres at random, with
+    repetition, and are cut by the border; what they show too much or too little is corrected at random.
+    """
+    if block_size < 1 or adjust < 0:
+        raise ValueError(f"block_size must be at least 1 and adjust at least 0, got {block_size} and {adjust}")
     hidden = count_hidden(grid, ratio, unit)
     units = _unit_grid(grid, unit)
-    count = -(-units[0] * units[1] * (grid[0] * grid[1] - hidden) // (grid[0] * grid[1]))
-    visible = np.stack([_draw_squares(units, count, rng, block_size) for rng in rngs])
+    # 1e-9: 1 - 0.8 is a little less than 0.2 in floating point.
+    blocks = max(1, int(units[0] * units[1] * (1 - ratio + adjust) / block_size**2 + 1e-9))
+    visible = np.stack([_draw_squares(units, blocks, rng, block_size) for rng in rngs])
     return _hide_first(_unit_order(grid, unit, rngs, first=~visible), hidden)
 
 
@@ -171,9 +176,9 @@ def _draw_blocks(grid: Grid, count: int, rng, min_block: int, min_aspect: float,
     return mask
 
 
-def _draw_squares(grid: Grid, count: int, rng, block_size: int) -> np.ndarray:
+def _draw_squares(grid: Grid, blocks: int, rng, block_size: int) -> np.ndarray:
     mask = np.zeros(grid, dtype=bool)
-    while mask.sum() < count:
-        top, left = (int(rng.integers(1 - block_size, length)) for length in grid)
+    for cell in rng.integers(grid[0] * grid[1], size=blocks):
+        top, left = cell // grid[1] - block_size // 2, cell % grid[1] - block_size // 2
         mask[max(top, 0) : top + block_size, max(left, 0) : left + block_size] = True
     return mask

@@ -217,7 +217,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
         self.target = make_target(config, self.mim.encoder)
         config.target_config = {**config.options("target"), **self.target.options_to_save()}
         self.decoder = make_decoder(config, self.mim.encoder, self.target.outputs["patches"])
-        self.global_head = make_global_head(self.mim.encoder.hidden_size, self.target.outputs)
+        self.global_head = make_global_head(self.mim.encoder.hidden_size, self.target)
         self.post_init()
 
     def mask_grid(self, height: int, width: int) -> Grid:

@@ -71,7 +71,7 @@ def match_tokens(
     Args:
         values: (batch, tokens, dim).
         schedule: how many groups disappear in each iteration; each at most half of those left, rounded down.
-        halves: random (paper), or alternating with the first token never proposing (released code).
+        halves: random (paper), or alternating, the first token staying alone (released code).
         means: size, every token of a group counts the same (released code), or iterated, the mean of the means that
             were merged (the paper's product of normalised matrices, as reported).
         matching: similar, or random partners and proposals, a control.
@@ -96,7 +96,8 @@ def match_tokens(
 
 
 def _one_iteration(gram: Tensor, merged: int, halves: str, matching: str, generator) -> tuple[Tensor, int]:
-    """-> (batch, groups), the new number of every group, and how many there are now. The second half comes first."""
+    """-> (batch, groups), the new number of every group, and how many there are now. As released, what is left of the
+    first half comes first, in its order, then the second half: that decides how the next iteration alternates."""
     batch, count = gram.shape[:2]
     order = torch.arange(count) if halves == "alternating" else torch.randperm(count, generator=generator)
     first, second = (order[::2], order[1::2]) if halves == "alternating" else (order[: count // 2], order[count // 2 :])
@@ -110,12 +111,11 @@ def _one_iteration(gram: Tensor, merged: int, halves: str, matching: str, genera
     if halves == "alternating":
         best[:, 0] = -torch.inf
     proposals = best.argsort(dim=1, descending=True, stable=True)
-    # Where the first half goes: merged ones to their partner, the others behind the second half.
-    rank = proposals.argsort(dim=1)
-    moved = torch.where(rank < merged, partner, len(second) + rank - merged)
+    stays = proposals.argsort(dim=1) >= merged
+    left = len(first) - merged
     moves = torch.empty(batch, count, dtype=torch.long, device=gram.device)
-    moves[:, second] = torch.arange(len(second), device=gram.device)
-    moves[:, first] = moved
+    moves[:, second] = left + torch.arange(len(second), device=gram.device)
+    moves[:, first] = torch.where(stays, stays.cumsum(dim=1) - 1, left + partner)
     return moves, count - merged
 
 

@@ -36,11 +36,13 @@ def make_decoder(config: MIMConfigBase, encoder: Encoder, out_dim: int) -> Decod
     return DECODERS[config.decoder](config, encoder, out_dim, **config.options("decoder"))
 
 
-def make_global_head(dim: int, outputs: dict[str, int]) -> nn.Sequential | None:
+def make_global_head(dim: int, target: Target) -> nn.Module | None:
     """The head of the target's output "global", where it has one: (batch, dim) -> (batch, outputs["global"])."""
-    if "global" not in outputs:
+    if "global" not in target.outputs:
         return None
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs["global"]))
+    if target.global_head == "none":
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, target.outputs["global"]))
 
 
 def check_encoder_and_pooler(config: MIMConfigBase) -> list[str]:

@@ -28,6 +28,7 @@ class Target(nn.Module):
     scope: "hidden" or "all", the tokens that the decoder is asked for.
     outputs: the dimension of each prediction: {"patches": dim}, and {"global": dim} where there is one.
     distance: an entry of `DISTANCES`, for the targets that keep the `loss` of this class.
+    global_head: mlp, or none: what makes the "global" prediction of the class token.
     token_features: whether the targets are features of tokens, which can be averaged.
     needs_image_only: whether the targets follow from the image alone, without a teacher, a codebook or the student.
     image_note: what a person who looks at `to_image` and `comparison` must know.
@@ -36,6 +37,7 @@ class Target(nn.Module):
     scope: str = "hidden"
     outputs: dict[str, int]
     distance: Distance
+    global_head: str = "mlp"
     token_features: bool = True
     needs_image_only: bool = False
     image_note: str = VISIBLE_NOTE

@@ -12,12 +12,18 @@ from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target
 
 
-def oriented_gradients(pixel_values: Tensor, cell: Grid, orientations: int = 9, window: bool = True) -> Tensor:
+ANGLES_FROM = ("vertical", "horizontal")
+
+
+def oriented_gradients(
+    pixel_values: Tensor, cell: Grid, orientations: int = 9, window: bool = False, angle_from: str = "vertical"
+) -> Tensor:
     """(batch, channels, height, width) -> (batch, channels, orientations, height / cell, width / cell), float32.
 
-    Sobel gradients with mirrored borders; unsigned directions in equal bins; magnitudes weighted, as the released code
-    does, by a Gaussian window of 2 x 2 cells tiled over the image; summed over cells; scaled to Euclidean norm 1 over
-    the orientations of a cell (a cell without gradient stays 0).
+    Sobel gradients with mirrored borders; unsigned directions in equal bins, their angles measured from the vertical
+    axis as in the released code or from the horizontal one; with `window`, magnitudes weighted by a Gaussian of 2 x 2
+    cells tiled over the image; summed over cells; scaled to Euclidean norm 1 over the orientations of a cell (a cell
+    without gradient stays 0).
     """
     pixels = pixel_values.float()
     padded = F.pad(pixels, (1, 1, 1, 1), mode="reflect")
@@ -26,7 +32,8 @@ def oriented_gradients(pixel_values: Tensor, cell: Grid, orientations: int = 9, 
     across = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
     down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
     magnitude = torch.hypot(across, down)
-    bins = torch.atan2(down, across).mul(orientations / math.pi).floor().long() % orientations
+    angle = torch.atan2(across, down) if angle_from == "vertical" else torch.atan2(down, across)
+    bins = angle.mul(orientations / math.pi).floor().long() % orientations
     if window:
         magnitude = magnitude * tiled_gaussian(cell, image_size(pixels), pixels.device)
     histogram = magnitude.new_zeros(*magnitude.shape[:2], orientations, *magnitude.shape[2:])
@@ -55,7 +62,8 @@ class HOGTarget(Target):
     Options:
         cell_size: pixels, an int or a pair; must divide the patch. None: 8 where that divides it, else half a patch.
         orientations: bins of unsigned direction.
-        window: whether magnitudes are weighted by the tiled Gaussian of the released code.
+        window: whether magnitudes are weighted by a tiled Gaussian. The released configurations for images have none.
+        angle_from: vertical, as released (the bins are those of the transposed image), or horizontal.
         loss: mse, l1 or smooth_l1 (beta 2).
     """
 
@@ -69,7 +77,8 @@ class HOGTarget(Target):
         *,
         cell_size: int | tuple[int, int] | None = None,
         orientations: int = 9,
-        window: bool = True,
+        window: bool = False,
+        angle_from: str = "vertical",
         loss: str = "mse",
     ):
         super().__init__()
@@ -80,13 +89,14 @@ class HOGTarget(Target):
         if any(length % step for length, step in zip(patch, self.cell)):
             raise ValueError(f"cell_size {self.cell[0]}x{self.cell[1]} does not divide the patch {patch[0]}x{patch[1]}")
         self.orientations, self.window = orientations, window
+        self.angle_from = choose("angle_from", angle_from, ANGLES_FROM)
         self.distance = DISTANCES[choose("loss of target 'hog'", loss, DISTANCES)]
         self.cells = divide(patch, self.cell)
         self.outputs = {"patches": config.num_channels * orientations * math.prod(self.cells)}
 
     @torch.no_grad()
     def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
-        histogram = oriented_gradients(pixel_values, self.cell, self.orientations, self.window)
+        histogram = oriented_gradients(pixel_values, self.cell, self.orientations, self.window, self.angle_from)
         batch, channels = histogram.shape[:2]
         patches = histogram.view(
             batch, channels, self.orientations, grid[0], self.cells[0], grid[1], self.cells[1]
@@ -102,15 +112,18 @@ class HOGTarget(Target):
         scale = max(1, -(-GLYPH // min(self.cell)))
         # Drawn twice as large and averaged back: smooth lines.
         fine = (2 * scale * self.cell[0], 2 * scale * self.cell[1])
-        glyphs = F.avg_pool2d(edge_glyphs(fine, self.orientations, values.device)[:, None], 2)[:, 0]
+        glyphs = F.avg_pool2d(edge_glyphs(fine, self.orientations, self.angle_from, values.device)[:, None], 2)[:, 0]
         height, width = (scale * length for length in pixel_values.shape[2:])
         return torch.einsum("bohw,oyx->bhywx", cells, glyphs).reshape(batch, 1, height, width).clamp(0, 1)
 
 
-def edge_glyphs(size: Grid, orientations: int, device=None) -> Tensor:
+def edge_glyphs(size: Grid, orientations: int, angle_from: str = "vertical", device=None) -> Tensor:
     """(orientations, height, width) in [0, 1]: a line through the centre across each bin's mean gradient direction."""
     y, x = (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2 for n in size)
     angles = (torch.arange(orientations, device=device) + 0.5) * math.pi / orientations
-    distance = (x[None, None] * angles.cos()[:, None, None] + y[None, :, None] * angles.sin()[:, None, None]).abs()
+    across, down = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    if angle_from == "vertical":
+        across, down = down, across
+    distance = (x[None, None] * across + y[None, :, None] * down).abs()
     inside = (x[None, None] ** 2 + y[None, :, None] ** 2) <= (min(size) / 2) ** 2
     return (1.25 - distance).clamp(0, 1) * inside

@@ -27,7 +27,8 @@ class TokenMorphingTarget(Target):
         num_merged, num_iterations: fix what is otherwise drawn (an ablation of the paper: worse than drawn).
         halves, means, matching: see `match_tokens`.
         group_weights: size, as above, or uniform: the plain mean over groups (unverified).
-        norm: none, or layer for a LayerNorm without parameters of the morphed targets.
+        norm: none, layer for a LayerNorm without parameters of the morphed targets, or unbiased, as layer but with the
+            unbiased variance (the released code's option).
     """
 
     scope = "all"
@@ -67,7 +68,7 @@ class TokenMorphingTarget(Target):
             "matching": choose("matching", matching, ("similar", "random")),
         }
         self.group_weights = choose("group_weights", group_weights, ("size", "uniform"))
-        self.norm = choose("norm", norm, ("none", "layer"))
+        self.norm = choose("norm", norm, ("none", "layer", "unbiased"))
         self.features = dict(features or {})
 
     def options_to_save(self) -> dict:

@@ -23,8 +23,12 @@ class MovingAverageTarget(FeatureTarget):
             `end_decay` over `decay_steps` steps. data2vec's 0.9998, 0.99999 and 100,000 are for long runs; short ones
             need less.
         loss: mse, l1, smooth_l1 (beta 2) or cosine.
-        global_weight: of the squared error between a prediction from the class token and the mean target (0.01 in
-            data2vec 2.0).
+        reduction: sum: the loss of a token, and of an image's class token, is the sum over channels divided by the
+            root of their number, as released (27.7 times the mean for 768); mean: the mean over channels. It matters
+            beside `max_grad_norm` only.
+        global_weight: of the squared error between a prediction from the class token and the mean target, averaged over
+            images. data2vec 2.0 sums over a GPU's 16 images with 16 masks each, with 0.01: here 2.56.
+        global_head: none: the class token itself is the prediction, as released; mlp: two layers make one of it.
     """
 
     def __init__(
@@ -37,7 +41,9 @@ class MovingAverageTarget(FeatureTarget):
         end_decay: float = 0.99999,
         decay_steps: int = 100_000,
         loss: str = "mse",
+        reduction: str = "sum",
         global_weight: float = 0.0,
+        global_head: str = "none",
     ):
         super().__init__()
         num_blocks = len(mlps_of(encoder))
@@ -49,7 +55,9 @@ class MovingAverageTarget(FeatureTarget):
         self.top_k_blocks = min(top_k_blocks, num_blocks)
         self.decay, self.end_decay, self.decay_steps = decay, end_decay, decay_steps
         self.distance = FEATURE_DISTANCES[choose("loss of target 'moving_average'", loss, FEATURE_DISTANCES)]
+        self.loss_scale = encoder.hidden_size**0.5 if choose("reduction", reduction, ("sum", "mean")) == "sum" else 1.0
         self.global_weight = global_weight
+        self.global_head = choose("global_head", global_head, ("none", "mlp"))
         self.block_dims = [encoder.hidden_size]
         self.outputs = {"patches": encoder.hidden_size} | ({"global": encoder.hidden_size} if global_weight else {})
         self.average = UnregisteredModules()
@@ -58,7 +66,10 @@ class MovingAverageTarget(FeatureTarget):
         if not self.global_weight:
             return 0.0
         error = predictions["global"].float() - targets["global"].float()
-        return self.global_weight * error.square().mean()
+        return self.global_weight * self.loss_scale * error.square().mean()
+
+    def token_losses(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return self.loss_scale * super().token_losses(predicted, target)
 
     def bind(self, encoder: Encoder) -> None:
         """Starts from the student's present weights, at the first call.

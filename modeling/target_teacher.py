@@ -11,14 +11,17 @@ from .target_base import DISTANCES, VISIBLE_NOTE, Distance, Target, feature_colo
 from .teachers import Teacher
 
 
-NORMS = ("layer", "instance", "none")
+NORMS = ("layer", "unbiased", "instance", "none")
 
 
 def normalise_features(features: Tensor, norm: str) -> Tensor:
-    """(batch, tokens, dim) -> mean 0 and variance 1 over the channels of each token (`layer`), over the tokens of each
-    channel (`instance`), or as they are (`none`)."""
+    """(batch, tokens, dim) -> mean 0 and variance 1 over the channels of each token (`layer`; `unbiased` is that with
+    the unbiased variance), over the tokens of each channel (`instance`), or as they are (`none`)."""
     if norm == "layer":
         return F.layer_norm(features, features.shape[-1:])
+    if norm == "unbiased":
+        mean, variance = features.mean(-1, keepdim=True), features.var(-1, keepdim=True)
+        return (features - mean) / (variance + 1e-6).sqrt()
     if norm == "instance":
         return F.instance_norm(features.transpose(1, 2)).transpose(1, 2)
     return features

@@ -23,19 +23,29 @@ ENCODINGS = {
     "add": {"image_size": 16, "encoder_config": {"mask_style": "add", "mask_stage": 1}},
     "resnet": {"image_size": [64, 96], "encoder": "convnet", "encoder_config": RESNET},
     "resnet_stage_1": {"image_size": 32, "encoder": "convnet", "encoder_config": {**RESNET, "mask_stage": 1}},
+    "resnet_sparse": {
+        "image_size": [64, 96],
+        "encoder": "convnet",
+        "encoder_config": {**RESNET, "mask_style": "sparse"},
+    },
     "native_vit": {"image_size": 16, "encoder": "native", "encoder_config": NATIVE_VIT},
     "native_swin": {"image_size": 16, "encoder": "native", "encoder_config": SWIN},
 }
 
 
-def build(decoder: str, encoding: str, out_dim: int = OUT_DIM, **options):
+def build(decoder: str, encoding: str, dim: int | None = None, **options):
     """-> config, encoder, decoder with noise on every parameter."""
     torch.manual_seed(0)
     choices = options_of(DECODERS[decoder])
     options = {**{name: value for name, value in DECODER_OPTIONS.items() if name in choices}, **options}
     config = tiny_config(**ENCODINGS[encoding], decoder=decoder, decoder_config=options)
     encoder = perturb(make_encoder(config, True), 0.05).eval()
-    return config, encoder, perturb(DECODERS[decoder](config, encoder, out_dim, **options)).eval()
+    return config, encoder, perturb(DECODERS[decoder](config, encoder, dim or out_dim(decoder), **options)).eval()
+
+
+def out_dim(decoder: str) -> int:
+    """What the target asks for: where the decoder makes pixels, those of a 32-pixel cell."""
+    return 32 * 32 * 3 if decoder == "spark" else OUT_DIM
 
 
 def fits(decoder: str, encoding: str) -> bool:
@@ -73,10 +83,10 @@ def test_shapes_and_scope(decoder, encoding):
         everything = module(encoded, mask, grid, "all")
         hidden = module(encoded, mask, grid, "hidden")
     tokens, count = grid[0] * grid[1], int(mask[0].sum())
-    assert everything.shape == (3, tokens, OUT_DIM)
-    assert hidden.shape in ((3, tokens, OUT_DIM), (3, count, OUT_DIM))
+    assert everything.shape == (3, tokens, out_dim(decoder))
+    assert hidden.shape in ((3, tokens, out_dim(decoder)), (3, count, out_dim(decoder)))
     if hidden.shape[1] == count:
-        assert torch.allclose(hidden, everything[mask].view(3, count, OUT_DIM), atol=1e-5)
+        assert torch.allclose(hidden, everything[mask].view(3, count, out_dim(decoder)), atol=1e-5)
     else:
         assert torch.equal(hidden, everything)
     assert everything.std(dim=1).min() > 1e-4  # tokens differ
@@ -279,7 +289,7 @@ def test_linear_is_one_matrix():
 
 @pytest.mark.parametrize("encoding", ["drop", "drop_without_prefix"])
 def test_conv_under_drop_puts_mask_tokens_in_their_places(encoding):
-    config, encoder, module = build("conv", encoding, kernel_size=5)
+    config, encoder, module = build("conv", encoding, kernel_size=5, hidden="token", embed=True, layer_norm_eps=1e-6)
     with torch.no_grad():
         encoded, mask, grid = encode(config, encoder)
         got = module(encoded, mask, grid, "all")
@@ -293,12 +303,24 @@ def test_conv_under_drop_puts_mask_tokens_in_their_places(encoding):
 
 
 def test_conv_without_layers_is_the_mask_token_where_it_was_hidden():
-    config, encoder, module = build("conv", "drop", num_hidden_layers=0)
+    config, encoder, module = build("conv", "drop", num_hidden_layers=0, hidden="token")
     with torch.no_grad():
         encoded, mask, grid = encode(config, encoder)
         constant = module.head(module.mask_token)
         same = (module(encoded, mask, grid, "all") - constant).abs().amax(-1) < 1e-6
     assert torch.equal(same, mask)
+
+
+def test_conv_puts_noise_into_hidden_places_in_training_only():
+    config, encoder, module = build("conv", "drop", num_hidden_layers=0, noise_std=0.5)
+    with torch.no_grad():
+        encoded, mask, grid = encode(config, encoder, batch=64)
+        still, moving = module(encoded, mask, grid, "all"), module.train()(encoded, mask, grid, "all")
+        assert torch.equal(still[mask], module.head.bias.expand_as(still[mask]))
+        assert torch.equal(still[~mask], moving[~mask])
+        noise = module.train()._hidden_tokens(torch.zeros(64, 20, 16))
+    assert not torch.equal(moving[mask], still[mask])
+    assert noise.std().item() == pytest.approx(0.5, rel=0.05) and abs(noise.mean().item()) < 0.02
 
 
 def test_a_hidden_token_predicts_its_own_place():
@@ -327,7 +349,7 @@ def test_linear_and_drop_do_not_go_together():
         ("transformer", {"hidden_size": 16, "num_attention_heads": 3}, "16 is not divisible by num_attention_heads 3"),
         ("cross_attention", {"hidden_size": 16, "num_attention_heads": 3}, "16 is not divisible by num_attention_"),
         ("transformer", {"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
-        ("conv", {"hidden_size": 16, "groups": 3}, "groups 3 must divide hidden_size 16"),
+        ("conv", {"hidden_size": 16, "groups": 3}, "groups 3 must divide the widths"),
         ("conv", {"hidden_size": 16, "groups": 4, "kernel_size": 4}, "kernel_size 4 be odd"),
         ("transformer", {"num_layers": 3}, "unknown option of decoder 'transformer' 'num_layers': did you mean"),
     ],

@@ -31,10 +31,11 @@ def dense_reference(values: np.ndarray, schedule: list[int], halves: str, means:
             best[0] = -np.inf
         proposals = np.argsort(-best, kind="stable")
         merge = np.zeros((len(second) + len(first) - merged, len(order)))
-        merge[np.arange(len(second)), second] = 1
-        for rank, proposal in enumerate(proposals):
-            row = similarity[proposal].argmax() if rank < merged else len(second) + rank - merged
-            merge[row, first[proposal]] = 1
+        left = len(first) - merged
+        merge[left + np.arange(len(second)), second] = 1
+        merge[np.arange(left), first[np.sort(proposals[merged:])]] = 1
+        for proposal in proposals[:merged]:
+            merge[left + similarity[proposal].argmax(), first[proposal]] = 1
         membership = merge @ membership
         mean_of_means = (merge / merge.sum(axis=1, keepdims=True)) @ weights
         weights = membership / membership.sum(axis=1, keepdims=True) if means == "size" else mean_of_means

@@ -18,7 +18,7 @@ def test_against_scikit_image():
     cells scaled to norm 1 do not see the factor."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(24, 1)).cumsum(0) + rng.normal(size=(1, 32)).cumsum(1)
-    ours = oriented_gradients(torch.from_numpy(image)[None, None], (8, 8), window=False)[0, 0]
+    ours = oriented_gradients(torch.from_numpy(image)[None, None], (8, 8), angle_from="horizontal")[0, 0]
     theirs = hog(
         image, 9, pixels_per_cell=(8, 8), cells_per_block=(1, 1), block_norm="L2", feature_vector=False
     )  # (3, 4, 1, 1, 9); its norm is bounded below by 1e-5 squared under the root
@@ -26,7 +26,8 @@ def test_against_scikit_image():
 
 
 @pytest.mark.parametrize("window", [True, False])
-def test_against_a_float64_loop(window):
+@pytest.mark.parametrize("angle_from", ["horizontal", "vertical"])
+def test_against_a_float64_loop(window, angle_from):
     torch.manual_seed(0)
     image = torch.randn(1, 2, 8, 12, dtype=torch.float64)
     cell = (4, 2)
@@ -39,10 +40,11 @@ def test_against_a_float64_loop(window):
                 across = (p[0, 0] + 2 * p[1, 0] + p[2, 0]) - (p[0, 2] + 2 * p[1, 2] + p[2, 2])
                 down = (p[0, 0] + 2 * p[0, 1] + p[0, 2]) - (p[2, 0] + 2 * p[2, 1] + p[2, 2])
                 weight = math.exp(-0.5 * ((y % 8 - 3.5) / 4) ** 2) * math.exp(-0.5 * ((x % 4 - 1.5) / 2) ** 2)
-                angle = math.floor(math.atan2(down, across) / math.pi * 9) % 9
+                sides = (down, across) if angle_from == "horizontal" else (across, down)
+                angle = math.floor(math.atan2(*sides) / math.pi * 9) % 9
                 wanted[c, angle, y // 4, x // 2] += math.hypot(across, down) * (weight if window else 1)
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    ours = oriented_gradients(image, cell, window=window)[0]
+    ours = oriented_gradients(image, cell, window=window, angle_from=angle_from)[0]
     np.testing.assert_allclose(ours.numpy(), wanted, rtol=0, atol=1e-5)
 
 
@@ -72,12 +74,14 @@ def test_dimension_and_order_of_a_patch(size, patch, channels, dim):
     assert torch.equal(values[1, -1], patch_cells.flatten())
 
 
-def test_glyphs_show_edges_in_their_direction():
-    """A gradient to the right (bin 0) is an upright edge."""
-    glyphs = edge_glyphs((15, 15), 9)
-    upright = glyphs[0]
+@pytest.mark.parametrize(("angle_from", "right"), [("horizontal", 0), ("vertical", 4)])
+def test_glyphs_show_edges_in_their_direction(angle_from, right):
+    """A gradient to the right is an upright edge."""
+    glyphs = edge_glyphs((15, 15), 9, angle_from)
+    upright = glyphs[right]
     assert upright[:, 7].mean() > upright[7].mean() and glyphs.min() == 0 and glyphs.max() == 1
     config = tiny_config(image_size=32, num_channels=1, encoder_config={"patch_size": 16}, target="hog")
+    config.target_config = {"angle_from": angle_from}
     target = MIMForPreTraining(config).target
     step = torch.zeros(1, 1, 32, 32)
     step[..., 4:] = 1

@@ -70,7 +70,8 @@ def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
     """-> an architecture's name, the arguments that make it this encoder, and the weights."""
     encoder = model.encoder
     has_cls = encoder.has_cls_token
-    extra = [name for name in encoder.extra_parts() if name in ("relative position bias", "rotary positions", "SwiGLU")]
+    impossible = ("relative", "rotary", "SwiGLU", "norms behind", "norm before")
+    extra = [name for name in encoder.extra_parts() if name.startswith(impossible)]
     refuse(extra, "timm's VisionTransformer")
     options = vit_arguments(model)
     state = {

@@ -10,15 +10,17 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 
+from . import data2vec
 from . import vit_family as vit
 from .convnets import FROM_OFFICIAL, NEW_POOLED_NORM, PARTS, convnext, mask_parts, resnet, timm_convnet
+from .data2vec import data2vec_decoder, is_data2vec
 from .pooling_heads import abmilp_classifier
 from .reading import Weights
 from .spark import spark_decoder
 
 
 KINDS = (
-    "MAE, SimMIM (ViT), BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM and SparK as their authors save them",
+    "MAE, SimMIM (ViT), BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM, SparK, data2vec 2.0 as their authors save them",
     "state dicts of timm's ViTs, ResNets and ConvNeXts (others with --timm-name)",
     "folders and Hub ids of vision models of transformers",
 )
@@ -77,7 +79,7 @@ def recognise(tensors: dict[str, Tensor], hints: Hints):
     inner = {name.removeprefix("encoder.") for name in names}
     if hints.timm_name:
         return read_convnet
-    if "layers.0.ln1.weight" in inner or "blocks.0.norm1.weight" in inner:
+    if is_data2vec(tensors) or "layers.0.ln1.weight" in inner or "blocks.0.norm1.weight" in inner:
         return read_vit
     if {"layer1.0.conv1.weight", "conv1.weight"} <= inner or "downsample_layers.0.0.weight" in inner:
         return read_convnet
@@ -97,6 +99,8 @@ def recognise(tensors: dict[str, Tensor], hints: Hints):
 
 def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     """MAE, SimMIM, BEiT, BEiT-v2, DTM, DINO, A2MIM, Beyond [cls] or timm."""
+    if is_data2vec(tensors):
+        return read_data2vec(tensors, hints)
     openmixup = any(name.endswith("layers.0.ln1.weight") for name in tensors)
     # Both have their encoder under a name of its own; what lies beside it must keep its name.
     table = vit.FROM_OPENMIXUP if openmixup else vit.PLAIN
@@ -125,6 +129,21 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         found.kind = "MAE, the encoder"
     else:
         found.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
+    return found
+
+
+def read_data2vec(tensors: dict[str, Tensor], hints: Hints) -> Converted:
+    weights = Weights(tensors, data2vec.renamer(tensors))
+    fields, state, notes = vit.vit_encoder(weights, hints.heads, hints.image_size, hints.eps)
+    fields["encoder_config"] |= {"block_norm": "post", "mask_style": "drop"}
+    state = {f"encoder.{name}": value for name, value in state.items()}
+    found = Converted("data2vec 2.0, the encoder", fields, state, weights, notes)
+    if "decoder.proj.weight" in weights:
+        decoder, values = data2vec_decoder(weights)
+        found.kind, found.pretraining = "data2vec 2.0", True
+        found.fields |= decoder
+        found.state |= values
+        notes.append("these are the student's weights; its teacher, a moving average, begins anew with them")
     return found
 
 

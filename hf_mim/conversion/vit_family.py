@@ -100,6 +100,9 @@ def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> 
     options["position_embedding"] = kinds[0] if len(kinds) == 1 else kinds
     for i in range(depth):
         state |= {f"layers.{i}.{name}": value for name, value in block(weights, f"blocks.{i}", options).items()}
+    if "norm_pre.weight" in weights:
+        options["embedding_norm"] = True
+        state |= linear(weights, "norm_pre", "embedding_norm")
     options["final_norm"] = "norm.weight" in weights
     if options["final_norm"]:
         state |= {"final_norm.weight": weights.take("norm.weight"), "final_norm.bias": weights.take("norm.bias")}
