@@ -125,6 +125,7 @@ TIMM_VITS = {
     "mean": {"global_pool": "avg", "fc_norm": True},
     "qk_norm": {"qk_norm": True},
     "no_bias": {"qkv_bias": False},
+    "pre_norm": {"pre_norm": True},
     "swiglu": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU},
 }
 
@@ -369,9 +370,9 @@ def test_no_checkpoint_at_all(tmp_path, capsys):
 
 
 def test_weights_of_an_unknown_variant_are_refused(tmp_path):
-    peer = timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0, pre_norm=True)
+    peer = timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0, scale_attn_norm=True)
     path = save(peer.state_dict(), tmp_path / "clip.pth")
-    with pytest.raises(ValueError, match="variant that is not known here: norm_pre"):
+    with pytest.raises(ValueError, match="variant that is not known here: blocks.0.attn.norm"):
         convert(str(path), tmp_path / "out", heads=4)
 
 
