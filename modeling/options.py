@@ -5,7 +5,7 @@ import difflib
 import inspect
 from collections.abc import Iterable
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 Size = int | list[int] | tuple[int, int]
@@ -47,17 +47,21 @@ def options_of(entry) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def is_of(value, annotation) -> bool:
-    """Whether a value is of an annotated type. A list passes for a tuple and the reverse, an int for a float;
-    annotations that are no types pass everything."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for kind in (get_origin(kind) or kind for kind in kinds):
-        if not isinstance(kind, type) or kind is inspect.Parameter.empty:
-            return True
-        accepted = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)
-        if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
-            return True
-    return False
+def is_of(value: object, annotation: Any) -> bool:
+    """Whether a value is of an annotated type, and the items of a list of theirs. A list passes for a tuple and the
+    reverse, an int for a float; annotations that are no types pass everything."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(is_of(value, kind) for kind in inner)
+    if origin is Literal:
+        return value in inner
+    kind = origin or annotation
+    if not isinstance(kind, type) or kind in (Any, inspect.Parameter.empty):
+        return True
+    accepted = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        return False
+    return not inner or not isinstance(value, list | tuple) or all(is_of(item, inner[0]) for item in value)
 
 
 def check_part(kind: str, entries: dict, name: str, options: dict) -> None:

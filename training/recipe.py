@@ -1,63 +1,33 @@
 """Recipes: one YAML file per method, plus `section.key=value` overrides, checked before anything runs."""
 
 import copy
-import dataclasses
-import enum
 import re
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hf_mim.modeling.options import unknown_choice
+from hf_mim.training.errors import RecipeError
+from hf_mim.training.recipe_keys import (
+    COMMAND_SECTIONS,
+    SECTIONS,
+    check_keys,
+    fields_of,
+    imported_keys_of,
+    is_text,
+    keys_of,
+)
 
 
 RECIPES = Path(__file__).parent / "recipes"
 PARTS = ("encoder", "masking", "decoder", "target", "pooler")
 # What a recipe's header may say, each as `# Key: text`, continued on indented lines.
 HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
-
-
-def _model_keys() -> dict:
-    from hf_mim.modeling.configuration_base import MIMConfigBase
-
-    own = {name: kind for name, kind in MIMConfigBase.__annotations__.items() if not name.startswith("_")}
-    # These follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
-    for name in ("stage_names", "format_version", "feature_pyramid"):
-        own.pop(name)
-    return {**own, "init_from": str | None}
-
-
-def keys_of(arguments: type) -> dict:
-    """{name: type} of the fields of a dataclass that can be set."""
-    return {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
-
-
-def _data_keys() -> dict:
-    from hf_mim.training.data.arguments import DataArguments
-
-    return keys_of(DataArguments)
-
-
-def _training_keys() -> dict:
-    from hf_mim.training.trainer.trainer import MIMTrainingArguments
-
-    return keys_of(MIMTrainingArguments)
-
-
-def _finetune_keys() -> dict:
-    from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
-
-    return keys_of(FinetuneArguments)
-
-
-# section -> a function that returns {key: type}; a function, because keys need torch and most of transformers, and a
-# mistyped recipe is to be found before that is imported
-SECTIONS = {"model": _model_keys, "data": _data_keys, "training": _training_keys, "finetune": _finetune_keys}
 # Sections that not every recipe has: the command of that name is what runs a recipe that has it.
 COMMANDS = ("finetune",)
+KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}  # of recipes, by the command that runs them
 
 
 # ---- YAML whose scalars mean what they look like -------------------------------------------------------------------
@@ -86,99 +56,26 @@ for _class in (Loader, Dumper):
 Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-def parse_yaml(text: str, where: str):
+def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: not YAML; the message names `where` and the line.
+        RecipeError: not YAML; the message names `source` and the line.
     """
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise RecipeError(f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
 
 
-# ---- types ---------------------------------------------------------------------------------------------------------
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "options"}
-
-
-def _describe(kind) -> str:
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        parts = [_describe(part) for part in typing.get_args(kind)]
-        return " or ".join(dict.fromkeys(part for part in parts if part))
-    if kind is types.NoneType:
-        return "null"
-    return NAMES.get(list if origin is tuple else origin or kind, "")
-
-
-def _fits(value, kind) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is typing.Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in inner)
-    if kind is types.NoneType:
-        return value is None
-    if origin is typing.Literal:
-        return value in inner
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (list, tuple):  # YAML has only lists
-        return isinstance(value, list) and (not inner or all(_fits(item, inner[0]) for item in value))
-    kind = origin or kind
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def check_value(key: str, value, kind) -> None:
-    """Checks one value against the type of its field.
-
-    Raises:
-        ValueError: the value is of another type, or not among the choices of an enumeration.
-    """
-    for part in typing.get_args(kind) or (kind,):
-        if isinstance(part, type) and issubclass(part, enum.Enum) and isinstance(value, str):
-            choices = [member.value for member in part]
-            if value not in choices:
-                raise unknown_choice(f"{key}", value, choices)
-            return
-    if not _fits(value, kind):
-        raise ValueError(f"{key} must be {_describe(kind)}, not {value!r}")
-
-
-def check_sections(recipe: dict, where: str, sections) -> None:
-    """Raises:
-    ValueError: an unknown section, or one that holds no keys.
-    """
-    for section, values in recipe.items():
-        if section not in sections:
-            raise unknown_choice(f"section in {where}", section, sections)
-        if not isinstance(values, dict):
-            raise ValueError(f"{where}: section {section!r} must hold keys and values, not {values!r}")
-
-
-def check(recipe: dict, where: str, sections: dict | None = None) -> None:
-    """Checks the names of sections and keys and the types of values. The options of the model's parts are checked by
-    `MIMConfig` and `MIMForPreTraining`, which know them.
-
-    Args:
-        sections: {section: a function that returns {key: type}}; None is those of a recipe.
-
-    Raises:
-        ValueError: the first thing wrong, with the nearest valid name.
-    """
-    sections = SECTIONS if sections is None else sections
-    check_sections(recipe, where, sections)
-    for section, values in recipe.items():
-        keys = sections[section]()
-        for key, value in values.items():
-            if key not in keys:
-                raise unknown_choice(f"key in section {section!r} of {where}", key, keys)
-            check_value(f"{section}.{key}", value, keys[key])
+def parse_text(text: str, kind: Any) -> str | None:
+    """The value of an override whose field is text: the text as it is, or what stands between quotes; `null` is null
+    where the field can be."""
+    if text[:1] in ("'", '"') and len(text) > 1 and text.endswith(text[0]):
+        return str(parse_yaml(text, text))
+    return None if kind is not str and text in ("", "null", "Null", "NULL") else text
 
 
 # ---- loading, overriding, saving -----------------------------------------------------------------------------------
@@ -192,12 +89,12 @@ def find(name: str) -> Path:
     """The file of a recipe: a name in `recipes/`, a YAML file, or the folder of a run; of a URL, a copy in the cache.
 
     Raises:
-        ValueError, OSError: there is no such recipe or file, or it cannot be read.
+        RecipeError, OSError: there is no such recipe or file, or it cannot be read.
     """
     if name in recipe_files():
         return recipe_files()[name]
     if "://" in name:
-        from hf_mim.training.data.fetching import fetch_recipe
+        from hf_mim.training.trainer.remote import fetch_recipe
 
         return fetch_recipe(name)
     path = Path(name).expanduser()
@@ -206,8 +103,8 @@ def find(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or path.is_dir():
-        raise ValueError(f"no recipe at {name}")
-    raise unknown_choice("recipe", name, recipe_files())
+        raise RecipeError(f"no recipe at {name}")
+    raise RecipeError(str(unknown_choice("recipe", name, recipe_files())))
 
 
 def read(name: str) -> dict:
@@ -215,29 +112,42 @@ def read(name: str) -> dict:
     path = find(name)
     recipe = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe must hold sections ({', '.join(SECTIONS)})")
+        raise RecipeError(f"{path}: a recipe must hold sections ({', '.join(SECTIONS)})")
     return {section: {} if values is None else values for section, values in recipe.items()}
 
 
-def parse_overrides(overrides: list[str]) -> dict:
-    """`["model.masking_config.ratio=0.6"]` as `{"model": {"masking_config": {"ratio": 0.6}}}`.
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is `section.key=value`, and not a path that happens to hold a `=`."""
+    return "=" in word and not Path(word).expanduser().exists()
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, dict]:
+    """`["model.masking_config.ratio=0.6"]` as `{"model": {"masking_config": {"ratio": 0.6}}}`. The value of a key that
+    holds text is taken as it is; others are YAML.
 
     Raises:
-        ValueError: an override without section, key or `=`, or two that contradict each other.
+        RecipeError: an override without section, key or `=`, or two that contradict each other.
     """
-    tree = {}
+    tree: dict[str, dict] = {}
     for override in overrides:
         path, equals, text = override.partition("=")
         names = path.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
-            raise ValueError(f"an override looks like section.key=value, not {override!r}")
-        inner = tree
+            raise RecipeError(f"an override looks like section.key=value, not {override!r}")
+        inner: dict = tree
         for name in names[:-1]:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{override!r}: {name} already has the value {inner!r}")
-        inner[names[-1]] = parse_yaml(text, override)
+                raise RecipeError(f"{override!r}: {name} already has the value {inner!r}", path.strip())
+        kind = type_of(names)
+        inner[names[-1]] = parse_text(text, kind) if is_text(kind) else parse_yaml(text, override)
     return tree
+
+
+def type_of(names: list[str]) -> Any:
+    """The type of a key, `["data", "dataset"]`; Any where it is unknown, or an option of a part."""
+    known = len(names) == 2 and names[0] in SECTIONS | COMMAND_SECTIONS
+    return keys_of(names[0]).get(names[1], Any) if known else Any
 
 
 def expand_task(overrides: Sequence[str], section: str) -> list[str]:
@@ -245,15 +155,24 @@ def expand_task(overrides: Sequence[str], section: str) -> list[str]:
     return [f"{section}.{word}" if word.startswith("task=") else word for word in overrides]
 
 
-def read_sections(overrides: list[str], **classes: type) -> tuple:
+def read_sections(overrides: Sequence[str], **classes: type) -> tuple:
     """The overrides of a command that has no recipe, as one dataclass for each section: `data=DataArguments`.
 
     Raises:
-        ValueError: an unknown section or key, or a value of another type or out of range.
+        RecipeError: an unknown section or key, or a value of another type or out of range.
     """
-    found = parse_overrides(overrides)
-    check(found, "the overrides", {name: lambda kind=kind: keys_of(kind) for name, kind in classes.items()})
-    return tuple(kind(**found.get(name, {})) for name, kind in classes.items())
+    tree = parse_overrides(overrides)
+    check_keys(tree, "", classes, lambda section: fields_of(classes[section]))
+    return tuple(kind(**tree.get(name, {})) for name, kind in classes.items())
+
+
+def check_names(overrides: Sequence[str], command: str, sections: Sequence[str]) -> None:
+    """Checks overrides of a command that has no recipe as far as that goes without torch.
+
+    Raises:
+        RecipeError: an unknown section or key, or a value of another type.
+    """
+    check_keys(parse_overrides(expand_task(overrides, command)), "", sections, keys_of)
 
 
 def merge(base: dict, changes: dict) -> dict:
@@ -272,35 +191,33 @@ def command_of(recipe: dict) -> str:
 
 def check_command(name: str, recipe: dict, command: str) -> None:
     """Raises:
-    ValueError: the recipe is one of another command.
+    RecipeError: the recipe is one of another command.
     """
-    own = command_of(recipe)
-    if own != command:
-        model = "" if own == "pretrain" else " MODEL"
+    runner = command_of(recipe)
+    if runner != command:
+        model = "" if runner == "pretrain" else " MODEL"
+        kind = f"{name} is a {KINDS[runner]} recipe: run hf-mim {runner}{model} {name}"
         others = [other for other in recipe_files() if command_of(read(other)) == command]
-        raise ValueError(
-            f"{name} is no recipe of {command}: hf-mim {own}{model} {name} runs it. Those of {command}: "
-            f"{', '.join(others)}"
-        )
+        raise RecipeError(f"{kind}. Recipes of {command}: {', '.join(others)}")
 
 
-def read_words(name: str, overrides: list[str], command: str | None = None) -> tuple[dict, dict]:
-    """A recipe and its overrides, both as {section: {key: value}}; without torch. `resolve` checks keys and values.
+def read_words(name: str, overrides: Sequence[str], command: str | None = None) -> tuple[dict, dict]:
+    """A recipe and its overrides, both as {section: {key: value}}, checked as far as that goes without torch.
 
     Raises:
-        ValueError: an unknown recipe or section, one of another command, or an override that is none.
+        RecipeError: an unknown recipe, section or key, a recipe of another command, or an override that is none.
     """
-    recipe, changes = read(name), parse_overrides(list(overrides))
+    recipe, changes = read(name), parse_overrides(overrides)
     if command is not None:
         check_command(name, recipe, command)
         for other in set(COMMANDS) & set(changes) - {command}:
-            raise ValueError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has")
-    check_sections(recipe, find(name).name, SECTIONS)
-    check_sections(changes, "the overrides", SECTIONS)
+            raise RecipeError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has", other)
+    for tree, file in ((recipe, find(name).name), (changes, "")):
+        check_keys(tree, file, SECTIONS, keys_of)
     return recipe, changes
 
 
-def resolve(name: str, overrides: list[str] = (), command: str | None = None) -> dict:
+def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None) -> dict:
     """A recipe with overrides applied, checked: {"model": {...}, "data": {...}, "training": {...}}, and the section of
     the command that runs it if that is not `pretrain`.
 
@@ -313,14 +230,14 @@ def resolve(name: str, overrides: list[str] = (), command: str | None = None) ->
         command: the one that is about to run it; None does not ask.
 
     Raises:
-        ValueError: an unknown recipe, section or key (the nearest valid one is named), a value of another type, or a
+        RecipeError: an unknown recipe, section or key (the nearest valid one is named), a value of another type, or a
             recipe or a section of another command.
     """
     from hf_mim.modeling.configuration_mim import MIMConfig
 
     recipe, changes = read_words(name, overrides, command)
-    check(recipe, find(name).name)
-    check(changes, "the overrides")
+    for tree, file in ((recipe, find(name).name), (changes, "")):
+        check_keys(tree, file, SECTIONS, imported_keys_of)
     model, new = recipe.setdefault("model", {}), changes.get("model", {})
     if new.get("init_from") and not model.get("init_from"):
         model.clear()

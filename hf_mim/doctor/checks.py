@@ -81,11 +81,7 @@ def table_of(checks: list[Check]) -> Table:
 
 def examine(source: str, overrides: list[str] = (), say=lambda words: None) -> list[Check]:
     """All checks, the quick ones first. Arguments and errors as of `doctor`; `say` is told what is going on."""
-    changes = recipes.parse_overrides(list(overrides))
-    recipes.check(changes, "the overrides")
-    if extra := changes.keys() - {"data"}:
-        raise ValueError(f"doctor takes data.key=value only, not {sorted(extra)[0]}")
-    data = DataArguments(**changes.get("data", {}))
+    (data,) = recipes.read_sections(overrides, data=DataArguments)
     if data.streaming:
         raise ValueError("doctor draws images at random, which data.streaming=true does not allow")
     source = resolve(source)

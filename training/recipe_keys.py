@@ -1,0 +1,161 @@
+"""The names and types of a recipe's keys, and whether a value fits. Needs no torch: they are read from the source of
+the classes, whose import takes seconds, so that a mistyped key is answered at once."""
+
+import ast
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from hf_mim.modeling.options import Size, is_of, unknown_choice
+from hf_mim.training.errors import RecipeError
+
+
+# section -> where the classes are whose fields are its keys: module and class, a later one over an earlier
+SECTIONS = {
+    "model": (("hf_mim.modeling.configuration_base", "MIMConfigBase"),),
+    "data": (("hf_mim.training.data.sources", "DataArguments"),),
+    "training": (
+        ("transformers.training_args", "TrainingArguments"),
+        ("hf_mim.training.trainer.trainer", "MIMTrainingArguments"),
+    ),
+    "finetune": (("hf_mim.training.trainer.finetune_arguments", "FinetuneArguments"),),
+}
+# Those of commands that have no recipe.
+COMMAND_SECTIONS = {
+    "probe": (
+        ("hf_mim.training.commands.probe_setup", "ProbeArguments"),
+        ("hf_mim.training.commands.dense", "DenseArguments"),
+    ),
+    "analyze": (("hf_mim.analysis.run", "AnalyzeArguments"),),
+}
+# They follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
+NOT_SET_BY_USERS = ("stage_names", "format_version", "feature_pyramid")
+# What annotations may name; a value of a type that is not here (an enumeration of transformers) is checked later.
+NAMES = {"Any": typing.Any, "Literal": typing.Literal, "Size": Size, "None": None}
+NAMES |= {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
+TITLES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "options"}
+
+
+# ---- names and types -----------------------------------------------------------------------------------------------
+@cache
+def keys_of(section: str) -> dict[str, typing.Any]:
+    """{key: type} of a section; Any stands for a type that is not known without importing something."""
+    keys: dict[str, typing.Any] = {}
+    for module, name in (SECTIONS | COMMAND_SECTIONS)[section]:
+        keys |= read_fields(source_of(module), name)
+    if section == "model":
+        keys = {key: kind for key, kind in keys.items() if key not in NOT_SET_BY_USERS} | {"init_from": str | None}
+    return keys
+
+
+def source_of(module: str) -> Path:
+    """The file of a module, which is not imported; the packages that it is in are, unless it is at the top of one."""
+    package, _, name = module.rpartition(".")
+    spec = find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"no package {package}")
+    return Path(spec.submodule_search_locations[0]) / f"{name}.py"
+
+
+def read_fields(path: Path, name: str) -> dict[str, typing.Any]:
+    """{field: type} of a dataclass, without those of its bases.
+
+    Raises:
+        LookupError: there is no such class in the file.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = [entry for entry in node.body if isinstance(entry, ast.AnnAssign) and is_public(entry.target)]
+            return {field.target.id: read_type(field.annotation) for field in fields}  # type: ignore[union-attr]
+    raise LookupError(f"no class {name} in {path}")
+
+
+def is_public(target: ast.expr) -> bool:
+    return isinstance(target, ast.Name) and not target.id.startswith("_")
+
+
+def read_type(annotation: ast.expr) -> typing.Any:
+    try:
+        return eval(ast.unparse(annotation), {"__builtins__": {}}, NAMES)  # annotations of this code, nobody's input
+    except (NameError, TypeError):
+        return typing.Any
+
+
+def imported_keys_of(section: str) -> dict[str, typing.Any]:
+    """As of `keys_of`, with every type as it is: takes seconds."""
+    types_of: dict[str, typing.Any] = {}
+    for module, name in SECTIONS[section]:
+        types_of |= fields_of(getattr(import_module(module), name))
+    return {key: types_of[key] if kind is typing.Any else kind for key, kind in keys_of(section).items()}
+
+
+def fields_of(arguments: type) -> dict[str, typing.Any]:
+    """{name: type} of the fields of a dataclass that can be set."""
+    return {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
+
+
+def is_text(kind: typing.Any) -> bool:
+    """Whether nothing but text, or null, is of this type."""
+    return kind is str or set(typing.get_args(kind)) == {str, types.NoneType}
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+def describe_type(kind: typing.Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        parts = [describe_type(part) for part in typing.get_args(kind)]
+        return " or ".join(dict.fromkeys(part for part in parts if part))
+    if kind is types.NoneType:
+        return "null"
+    return TITLES.get(list if origin is tuple else origin or kind, "")
+
+
+def check_value(key: str, value: object, kind: typing.Any) -> None:
+    """Checks one value against the type of its field.
+
+    Raises:
+        RecipeError: the value is of another type, or not among the choices of an enumeration.
+    """
+    for part in typing.get_args(kind) or (kind,):
+        if isinstance(part, type) and issubclass(part, enum.Enum) and isinstance(value, str):
+            choices = [member.value for member in part]
+            if value not in choices:
+                raise RecipeError(str(unknown_choice(key, value, choices)), key)
+            return
+    if not is_of(value, kind):
+        raise RecipeError(f"{key} must be {describe_type(kind)}, not {value!r}", key)
+
+
+def check_keys(
+    recipe: Mapping[str, dict], file: str, sections: Collection[str], lookup: Callable[[str], dict[str, typing.Any]]
+) -> None:
+    """Checks the names of sections and keys and the types of values. The options of the model's parts are checked by
+    `MIMConfig` and `MIMForPreTraining`, which know them.
+
+    Args:
+        file: that the recipe is read from, for the message; "" for overrides.
+        sections: their names.
+        lookup: gives {key: type} of a section.
+
+    Raises:
+        RecipeError: the first thing wrong, with the nearest valid name.
+    """
+    place = f" in {file}" if file else ""
+    for section, values in recipe.items():
+        if section not in sections:
+            raise RecipeError(str(unknown_choice(f"section{place}", section, sections)), section)
+        if not isinstance(values, dict):
+            raise RecipeError(f"section {section!r}{place} must hold keys and values, not {values!r}", section)
+        keys = lookup(section)
+        for key, value in values.items():
+            if key not in keys:
+                hint = str(unknown_choice("key", key, keys)).partition(repr(key))[2]
+                raise RecipeError(f"Unknown key {section}.{key}{place}{hint}", f"{section}.{key}")
+            check_value(f"{section}.{key}", value, keys[key])
