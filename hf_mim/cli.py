@@ -1,7 +1,9 @@
-"""The `hf-mim` command: a thin table of subcommands."""
+"""The `hf-mim` command: a thin table of subcommands. Each row names the arguments of one, with their help, and the
+function that runs it, whose module is imported when it is called."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,74 +17,87 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE SECTION.KEY=VALUE",
-        help="A recipe's name (see `hf-mim recipes`) or a file, `quick` by default, and what to change in it.",
-        show_default=False,
-    ),
-]
-FinetuneWords = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE SECTION.KEY=VALUE",
-        help="A recipe's name (see `hf-mim recipes`) or a file, `finetune_small` by default, and what to change in it.",
-        show_default=False,
-    ),
-]
+# {command: the sections of its overrides}, which are checked before anything heavy is imported
+SECTIONS: dict[str, tuple[str, ...]] = {}
+TUNED: set[str] = set()  # commands that compute for long; see `tune_for_processor`
+
+
+def command(*sections: str, tuned: bool = False) -> Callable[[Callable], Callable]:
+    """Adds a function to the table."""
+
+    def add(function: Callable) -> Callable:
+        SECTIONS[function.__name__] = sections
+        if tuned:
+            TUNED.add(function.__name__)
+        return app.command()(function)
+
+    return add
+
+
+def recipe_words(default: str) -> object:
+    help = f"A recipe's name (see `hf-mim recipes`) or a file, `{default}` by default, and what to change in it."
+    return typer.Argument(metavar="RECIPE SECTION.KEY=VALUE", help=help, show_default=False)
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+License = Annotated[str | None, typer.Option(help="Licence id for the card, such as mit.")]
 
 
 def split(words: list[str] | None) -> tuple[str | None, list[str]]:
     """`[RECIPE] SECTION.KEY=VALUE ...` -> the recipe, or None, and the overrides."""
+    from hf_mim.training.recipe import is_override
+
     words = list(words or [])
-    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+    return (words[0], words[1:]) if words and not is_override(words[0]) else (None, words)
 
 
-@app.command()
-def pretrain(words: Words = None):
-    """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
+def push_if_asked(folder: Path) -> None:
+    """Publishes a run whose recipe says `training.push_to_hub`, and prints where."""
     from hf_mim.hub.push import push_run
+
+    if (published := push_run(folder)) is not None:
+        typer.echo(published.url)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+@command("model", "data", "training", tuned=True)
+def pretrain(words: Annotated[list[str] | None, recipe_words("quick")] = None):
+    """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
     from hf_mim.training.commands.pretrain import pretrain as run
 
     name, overrides = split(words)
-    done = push_run(run(name or "quick", overrides))
-    if done is not None:
-        typer.echo(done.url)
+    push_if_asked(run(name or "quick", overrides))
 
 
-@app.command()
+@command("model", "data", "training", "finetune", tuned=True)
 def finetune(
     model: Annotated[str, typer.Argument(help="A checkpoint or a vision model of transformers; a folder or a Hub id.")],
-    words: FinetuneWords = None,
+    words: Annotated[list[str] | None, recipe_words("finetune_small")] = None,
 ):
     """Fine-tune on labelled images: `hf-mim finetune MODEL data.dataset=me/photos finetune.lora=true`."""
-    from hf_mim.hub.push import push_run
     from hf_mim.training.commands.finetune import finetune as run
 
-    done = push_run(run(model, *split(words)))
-    if done is not None:
-        typer.echo(done.url)
+    push_if_asked(run(model, *split(words)))
 
 
-@app.command()
+@command()
 def recipes():
     """List the recipes that `pretrain` and `finetune` know."""
-    from rich.console import Console
     from rich.table import Table
 
+    from hf_mim.training.console import RunConsole
     from hf_mim.training.recipe import list_recipes
 
     table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=..., or: hf-mim finetune MODEL RECIPE ...")
     for title in ("recipe", "command", "paper"):
         table.add_column(title, no_wrap=True)
-    table.add_column("what")
+    table.add_column("description")
     for entry in list_recipes():
         table.add_row(entry["name"], entry["runs"], entry.get("paper", "").partition(" ")[0], entry["title"])
-    Console().print(table, highlight=False)
+    RunConsole().show(table)
 
 
-@app.command()
+@command()
 def reconstruct(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
@@ -95,7 +110,7 @@ def reconstruct(
     typer.echo(out)
 
 
-@app.command()
+@command("analyze", "data", tuned=True)
 def analyze(
     words: Annotated[
         list[str],
@@ -107,26 +122,24 @@ def analyze(
 ):
     """Measure what encoders learned, beside the same encoders untrained: `hf-mim analyze FOLDER data.dataset=...`."""
     from hf_mim.analysis.run import analyze as run
+    from hf_mim.training.recipe import is_override
 
-    run([word for word in words if "=" not in word], [word for word in words if "=" in word])
-
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+    run([word for word in words if not is_override(word)], [word for word in words if is_override(word)])
 
 
-@app.command()
+@command("probe", "data", tuned=True)
 def probe(
     model: Annotated[str, typer.Argument(help="A checkpoint of this project or a vision model of transformers.")],
     overrides: Overrides = None,
     uncached: Annotated[bool, typer.Option("--uncached", help="Run the encoder again in every epoch: slow.")] = False,
 ):
-    """What a frozen encoder is worth, and behind which pooler: `hf-mim probe FOLDER data.dataset=me/photos`."""
+    """Evaluate a frozen encoder behind several poolers: `hf-mim probe FOLDER data.dataset=me/photos`."""
     from hf_mim.training.commands.probe import probe as run
 
     run(model, [*(overrides or []), *(["probe.uncached=true"] if uncached else [])])
 
 
-@app.command()
+@command("model", "data", "training")
 def teacher(
     model: Annotated[str, typer.Argument(help="A vision model on the Hub, or a local folder.")],
     overrides: Overrides = None,
@@ -137,7 +150,7 @@ def teacher(
     describe_teacher(model, list(overrides or []))
 
 
-@app.command()
+@command("model", "data", "training")
 def codebook(
     model: Annotated[str, typer.Argument(help="The teacher: a vision model on the Hub, or a local folder.")],
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
@@ -151,10 +164,7 @@ def codebook(
     fit_codebook(model, out, list(overrides or []), codes, images)
 
 
-License = Annotated[str | None, typer.Option(help="For the card, as the Hub names licences; absent otherwise.")]
-
-
-@app.command()
+@command()
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="The output folder of a run.")],
     repo: Annotated[str, typer.Argument(help="Where to: me/my-model.")],
@@ -167,11 +177,11 @@ def push(
     """Publish a checkpoint on the Hub, with card, results and pictures. The token: `hf auth login` or HF_TOKEN."""
     from hf_mim.hub.push import push as run
 
-    done = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license)
-    typer.echo(done.url if done.uploaded else f"nothing to send, it is all there already: {done.url}")
+    published = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license)
+    typer.echo(published.url if published.uploaded else f"nothing to send, all of it is there already: {published.url}")
 
 
-@app.command()
+@command()
 def card(
     checkpoint: Annotated[Path, typer.Argument(help="The output folder of a run.")],
     repo: Annotated[str, typer.Argument(help="What it is to be called: me/my-model.")],
@@ -184,13 +194,15 @@ def card(
     typer.echo(write_card(checkpoint, repo, out, license))
 
 
-@app.command()
+@command()
 def convert(
     source: Annotated[str, typer.Argument(help="A file of weights, or a folder or Hub id of transformers or timm.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     heads: Annotated[int | None, typer.Option(help="Attention heads, where they are not 64 channels wide.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels, 224 or 192x320, where weights do not say.")] = None,
-    timm_name: Annotated[str | None, typer.Option(help="Of timm's ConvNets other than ResNet and ConvNeXt.")] = None,
+    timm_name: Annotated[
+        str | None, typer.Option(help="timm model name, for ConvNets other than ResNet and ConvNeXt.")
+    ] = None,
 ):
     """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
     from hf_mim.conversion import convert as run
@@ -200,20 +212,20 @@ def convert(
         typer.echo(line)
 
 
-@app.command()
+@command("data")
 def doctor(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint or a vision model of transformers, folder or Hub id.")
     ],
     overrides: Overrides = None,
 ):
-    """Look for known faults in a checkpoint, and say what to do. Exit code 1 where one is found."""
+    """Look for known faults in a checkpoint and name the remedy. Exit code 1 if one is found."""
     from hf_mim.doctor.checks import doctor as run
 
     raise typer.Exit(run(checkpoint, list(overrides or [])))
 
 
-@app.command()
+@command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -226,6 +238,7 @@ def export(
         typer.echo(line)
 
 
+# ---- running it ----------------------------------------------------------------------------------------------------
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
 
@@ -234,24 +247,22 @@ def main(arguments: list[str] | None = None) -> int:
     restart = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
-    command = typer.main.get_command(app)
     try:
-        check_command(arguments, command.commands)
+        check_command(arguments)
         if arguments and "--help" not in arguments and arguments != ["recipes"]:  # those need nothing heavy
-            check_words(arguments)
-            if restart and arguments[0] in ("pretrain", "finetune", "probe", "analyze"):
+            check_words(*arguments)
+            if restart and arguments[0] in TUNED:
                 tune_for_processor()
-            quieten()
-        return command.main(args=arguments, prog_name="hf-mim", standalone_mode=False) or 0
+            silence_libraries()
+        group = typer.main.get_command(app)
+        return group.main(args=arguments, prog_name="hf-mim", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
     except typer.Exit as error:
         return error.exit_code
     except Exception as error:
-        if debug:
-            raise
         message = describe(error)
-        if message is None:
+        if debug or message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
@@ -279,34 +290,39 @@ def tune_for_processor() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
 
 
-def check_command(arguments: list[str], commands: dict) -> None:
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+def check_command(arguments: list[str]) -> None:
+    """Raises:
+    OptionError: there is no such command.
+    """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in SECTIONS:
         from hf_mim.modeling.options import unknown_choice
 
-        raise unknown_choice("command", arguments[0], commands)
+        raise unknown_choice("command", arguments[0], SECTIONS)
 
 
-def check_words(arguments: list[str]) -> None:
-    """Finds what is wrong with the recipe and the form of overrides before torch is imported, which takes seconds.
+def check_words(name: str, *words: str) -> None:
+    """Finds what is wrong with recipe and overrides before torch is imported, which takes seconds.
 
     Raises:
-        ValueError: see `read_words`.
+        RecipeError: an unknown recipe, section or key, or a value of another type.
     """
+    if not SECTIONS.get(name) or any(word.startswith("-") for word in words):
+        return
     from hf_mim.training import recipe as recipes
 
-    command, *words = arguments
-    if any(word.startswith("-") for word in words) or command not in ("pretrain", "finetune"):
-        return
-    name, overrides = split(words if command == "pretrain" else words[1:])
-    if name is not None or command == "pretrain":
-        recipes.read_words(name or "quick", overrides, command)
+    if name in ("pretrain", "finetune"):
+        recipe, overrides = split(list(words[name == "finetune" :]))
+        if recipe is not None or name == "pretrain":
+            recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
+            return
     else:
-        recipes.check_sections(recipes.parse_overrides(overrides), "the overrides", recipes.SECTIONS)
+        overrides = [word for word in words if recipes.is_override(word)]
+    recipes.check_names(overrides, name, SECTIONS[name])
 
 
 def describe(error: Exception) -> str | None:
     """One line for what the user can do something about; None for a mistake of ours, which keeps its traceback."""
-    # What the command line itself got wrong: too few arguments, an option that does not exist.
+    # What the command line itself got wrong, such as an unknown option: the class of these errors moved within typer.
     usage = getattr(error, "format_message", None)
     if usage is not None:
         return f"{usage()} See hf-mim --help"
@@ -315,13 +331,13 @@ def describe(error: Exception) -> str | None:
 
         if (message := explain(error)) is not None:
             return message
-    if not isinstance(error, ValueError | OSError):
+    if not isinstance(error, ValueError | OSError):  # UserError and OptionError are ValueErrors
         return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Keeps the libraries' own bars and advice out of what a command prints; errors still come through."""
     from transformers.utils import logging
 

@@ -226,7 +226,7 @@ def test_every_tensor_of_a_checkpoint_in_several_files_is_read(tmp_path):
     ("arguments", "words"),
     [
         (["./nowhere"], "no checkpoint at ./nowhere"),
-        (["QUICK", "training.seed=1"], "doctor takes data.key=value only, not training"),
+        (["QUICK", "training.seed=1"], "unknown section 'training'. Choices: data"),
         (["QUICK", "data.streaming=true"], "data.streaming=true does not allow"),
         (["QUICK", "data.dataste=x"], "did you mean 'dataset'"),
     ],

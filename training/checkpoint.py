@@ -1,9 +1,10 @@
-"""Loading what was trained before, with errors that say what was found instead."""
+"""Loading checkpoints, with errors that say what is there instead."""
 
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -52,17 +53,18 @@ def misfit(source: str, reason: str) -> CheckpointError:
 
 def check_source(source: str) -> None:
     """Raises:
-    ValueError: it is written as a path, and there is nothing there: the Hub would only say that it is no name. Or its
-        weights are in shards, whose table of contents is a pickle: only the user may say that it is to be trusted.
+    CheckpointError: it is written as a path, and there is nothing there: the Hub would only say that it is no name. Or
+        its weights are in shards, whose table of contents is a pickle: only the user may say that it is to be trusted.
     """
-    written_as_path = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    written_as_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if written_as_path and not Path(source).exists():
-        raise ValueError(f"no checkpoint at {source}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {source}: there is no such folder", source)
     shards = Path(source) / SHARDS
     if shards.is_dir() and not any(Path(source).glob("model*.safetensors")):
-        raise ValueError(
+        raise CheckpointError(
             f"the weights in {source} are sharded over several processes; if you trust these files (they hold a "
-            f"pickle), merge them by: accelerate merge-weights {shlex.quote(str(shards))} {shlex.quote(str(source))}"
+            f"pickle), merge them by: accelerate merge-weights {shlex.quote(str(shards))} {shlex.quote(source)}",
+            source,
         )
 
 
@@ -70,17 +72,36 @@ def resolve(source: str | Path) -> str:
     """What transformers can load: a local folder or an id on the Hub; of a URL, the model in the cache.
 
     Raises:
-        ValueError: as of `check_source`, or there is no model at the URL.
+        CheckpointError: as of `check_source`, or there is no model at the URL.
         Unreachable: the URL cannot be read.
     """
-    if is_url(source):
-        protocol, _, path = source.partition("://")
-        source = path if protocol in LOCAL else fetch_model(source)
-    check_source(source)
-    return str(source)
+    location = str(source)
+    if is_url(location):
+        protocol, _, path = location.partition("://")
+        location = path if protocol in LOCAL else str(fetch_model(location))
+    check_source(location)
+    return location
 
 
-def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
+def read_config(source: str) -> dict[str, Any]:
+    """The fields of a model's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    location = resolve(source)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(location)
+    except (OSError, ValueError) as error:
+        # With its cause: the command explains what the Hub said from there.
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no checkpoint at {source}: {reason}", source) from error
+    if not fields:
+        raise CheckpointError(f"no checkpoint at {source}: there is no config.json", source)
+    return fields
+
+
+def load_config(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMConfig:
     """The config of a MIM checkpoint, with changes.
 
     Args:
@@ -88,21 +109,15 @@ def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
         changes: fields of `MIMConfig`; a part's options are merged, unless the part itself changes.
 
     Raises:
-        ValueError: there is no checkpoint, or it is of another model type.
+        CheckpointError: there is no checkpoint, or it is of another model type.
+        ValueError: the changes do not fit it.
     """
-    place = resolve(checkpoint)
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(place)
-        reason, cause = "there is no config.json", None
-    except (OSError, ValueError) as error:
-        fields, reason, cause = {}, str(error).strip().splitlines()[0], error
-    if not fields:
-        # With its cause: the command explains what the Hub said from there.
-        raise ValueError(f"no checkpoint at {checkpoint}: {reason}") from cause
+    fields, changes = read_config(checkpoint), changes or {}
     if fields.get("model_type") != MIMConfig.model_type:
-        found = fields.get("model_type", "no model that transformers knows")
-        raise ValueError(f"{checkpoint} holds {found!r}, and only a checkpoint of model type 'mim' can be used here")
-    for key, value in (changes or {}).items():
+        kind = fields.get("model_type", "no model that transformers knows")
+        message = f"{checkpoint} holds {kind!r}, and only a checkpoint of model type 'mim' can be used here"
+        raise CheckpointError(message, checkpoint)
+    for key, value in changes.items():
         part = key.removesuffix("_config")
         keeps = isinstance(value, dict) and changes.get(part, fields.get(part)) == fields.get(part)
         fields[key] = {**fields[key], **value} if keeps and fields.get(key) else value
@@ -113,11 +128,11 @@ def load_config(checkpoint: str, changes: dict | None = None) -> MIMConfig:
     return MIMConfig.from_dict(fields)
 
 
-def load_model(checkpoint: str, changes: dict | None = None) -> MIMForPreTraining:
+def load_model(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMForPreTraining:
     """A pretraining model with the weights of a checkpoint; parts that it lacks are initialised and reported.
 
     Raises:
-        ValueError: as of `load_config`, or the weights do not fit the changed config.
+        CheckpointError: as of `load_config`, or the weights do not fit the changed config.
     """
     config = load_config(checkpoint, changes)
     with weight_errors(checkpoint):
@@ -128,20 +143,29 @@ def model_type_of(source: str) -> str:
     """`mim`, or the model type of a model of transformers.
 
     Raises:
-        ValueError: there is no model, or it is one of timm.
+        CheckpointError: there is no model, or it is one of timm.
     """
-    place = resolve(source)
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(place)
-    except (OSError, ValueError) as error:
-        # With its cause: the command explains what the Hub said from there.
-        raise ValueError(f"no checkpoint at {source}: {str(error).strip().splitlines()[0]}") from error
-    kind = fields.get("model_type")
+    kind = read_config(source).get("model_type")
     if kind is None:
-        raise ValueError(f"no checkpoint at {source}: there is no config.json that names a model type")
+        raise CheckpointError(f"no checkpoint at {source}: there is no config.json that names a model type", source)
     if kind == "timm_wrapper":
-        raise ValueError(f"{source} is a model of timm; bring it here first: hf-mim convert {source} FOLDER")
+        message = f"{source} is a timm model: convert it first with hf-mim convert {source} FOLDER"
+        raise CheckpointError(message, source)
     return kind
+
+
+@contextmanager
+def encoder_errors(source: str, kind: str) -> Iterator[None]:
+    """Around what makes an image encoder of a model of transformers.
+
+    Raises:
+        CheckpointError: in place of what goes wrong inside with a model that is none.
+    """
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError) as error:
+        message = f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}"
+        raise CheckpointError(message, source) from error
 
 
 def load_encoder(source: str) -> MIMModel:
@@ -152,16 +176,14 @@ def load_encoder(source: str) -> MIMModel:
         source: a folder, a URL, or an id on the Hub.
 
     Raises:
-        ValueError: there is no model, or it is no image encoder.
+        CheckpointError: there is no model, or it is no image encoder.
     """
-    kind, place = model_type_of(source), resolve(source)
+    kind, location = model_type_of(source), resolve(source)
     if kind == MIMConfig.model_type:
-        model = MIMModel.from_pretrained(place, add_pooling_layer=False, use_safetensors=True)
+        model = MIMModel.from_pretrained(location, add_pooling_layer=False, use_safetensors=True)
     else:
-        try:
-            model = MIMModel.from_encoder(place, add_pooling_layer=False)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}") from error
+        with encoder_errors(source, kind):
+            model = MIMModel.from_encoder(location, add_pooling_layer=False)
     return model.eval().requires_grad_(False)
 
 

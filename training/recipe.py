@@ -94,7 +94,7 @@ def find(name: str) -> Path:
     if name in recipe_files():
         return recipe_files()[name]
     if "://" in name:
-        from hf_mim.training.trainer.remote import fetch_recipe
+        from hf_mim.training.data.fetching import fetch_recipe
 
         return fetch_recipe(name)
     path = Path(name).expanduser()

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from hf_mim.modeling.options import Size, is_of, unknown_choice
@@ -18,8 +18,8 @@ from hf_mim.training.errors import RecipeError
 
 # section -> where the classes are whose fields are its keys: module and class, a later one over an earlier
 SECTIONS = {
-    "model": (("hf_mim.modeling.configuration_base", "MIMConfigBase"),),
-    "data": (("hf_mim.training.data.sources", "DataArguments"),),
+    "model": (("hf_mim.modeling.configuration_mim", "MIMConfig"),),
+    "data": (("hf_mim.training.data.arguments", "DataArguments"),),
     "training": (
         ("transformers.training_args", "TrainingArguments"),
         ("hf_mim.training.trainer.trainer", "MIMTrainingArguments"),
@@ -48,7 +48,7 @@ def keys_of(section: str) -> dict[str, typing.Any]:
     """{key: type} of a section; Any stands for a type that is not known without importing something."""
     keys: dict[str, typing.Any] = {}
     for module, name in (SECTIONS | COMMAND_SECTIONS)[section]:
-        keys |= read_fields(source_of(module), name)
+        keys |= read_fields(module, name)
     if section == "model":
         keys = {key: kind for key, kind in keys.items() if key not in NOT_SET_BY_USERS} | {"init_from": str | None}
     return keys
@@ -63,18 +63,28 @@ def source_of(module: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / f"{name}.py"
 
 
-def read_fields(path: Path, name: str) -> dict[str, typing.Any]:
-    """{field: type} of a dataclass, without those of its bases.
+def read_fields(module: str, name: str) -> dict[str, typing.Any]:
+    """{field: type} of a dataclass of this project and its bases in it, or of one of transformers.
 
     Raises:
-        LookupError: there is no such class in the file.
+        LookupError: there is no such class in the module.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
+    places = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            places |= {alias.name: origin for alias in node.names if origin.startswith("hf_mim.")}
+    if places.get(name, module) != module:
+        return read_fields(places[name], name)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in places]
+            inherited = [read_fields(places[base], base) for base in reversed(bases)]
             fields = [entry for entry in node.body if isinstance(entry, ast.AnnAssign) and is_public(entry.target)]
-            return {field.target.id: read_type(field.annotation) for field in fields}  # type: ignore[union-attr]
-    raise LookupError(f"no class {name} in {path}")
+            own = {ast.unparse(field.target): read_type(field.annotation) for field in fields}
+            return {key: kind for part in (*inherited, own) for key, kind in part.items()}
+    raise LookupError(f"no class {name} in {module}")
 
 
 def is_public(target: ast.expr) -> bool:

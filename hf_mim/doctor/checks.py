@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,13 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.splits import draw_subset
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import metrics
 from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
 
@@ -46,7 +49,7 @@ FEWEST, MOST = 160, 1800  # images of k-NN, a third of them to test on
 SEED_SPREAD = 2.0  # percent: the standard deviation of untrained k-NN over seeds, of the recipe quick
 
 
-def doctor(source: str, overrides: list[str] = (), console: Console | None = None) -> int:
+def doctor(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> int:
     """Prints what is wrong with a checkpoint.
 
     Args:
@@ -59,15 +62,15 @@ def doctor(source: str, overrides: list[str] = (), console: Console | None = Non
     Raises:
         ValueError, OSError: the checkpoint or the data cannot be read.
     """
-    console = console or Console()
+    console = RunConsole(console)
     with console.status("looking at the weights") as status:
-        checks = examine(source, list(overrides), status.update)
-    console.print(table_of(checks))
+        checks = examine(source, overrides, status.update)
+    console.show(table_of(checks))
     faults = [check for check in checks if check.state == "fault"]
     for check in faults:
-        console.print(Text.assemble((f"{check.name}: ", "bold"), check.remedy))
+        console.show(Text.assemble((f"{check.name}: ", "bold"), check.remedy))
     found = f"{len(faults)} fault{'s' * (len(faults) > 1)} found" if faults else "no known fault found"
-    console.print(f"{source}: {found}", highlight=False, markup=False, soft_wrap=True)
+    console.log(f"{source}: {found}")
     return int(bool(faults))
 
 
@@ -79,11 +82,12 @@ def table_of(checks: list[Check]) -> Table:
     return table
 
 
-def examine(source: str, overrides: list[str] = (), say=lambda words: None) -> list[Check]:
+def examine(source: str, overrides: Sequence[str] = (), say=lambda words: None) -> list[Check]:
     """All checks, the quick ones first. Arguments and errors as of `doctor`; `say` is told what is going on."""
     (data,) = recipes.read_sections(overrides, data=DataArguments)
     if data.streaming:
-        raise ValueError("doctor draws images at random, which data.streaming=true does not allow")
+        message = "doctor draws images at random, which data.streaming=true does not allow"
+        raise RecipeError(message, "data.streaming")
     source = resolve(source)
     encoder = load_encoder(source)
     looked = look_at_weights(read_weights(source))

@@ -16,14 +16,22 @@ from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
-from hf_mim.training.checkpoint import config_errors, load_config, misfit, model_type_of, resolve, weight_errors
+from hf_mim.training.checkpoint import (
+    config_errors,
+    encoder_errors,
+    load_config,
+    misfit,
+    model_type_of,
+    resolve,
+    weight_errors,
+)
 from hf_mim.training.commands.finetune import FinetuneRun
 from hf_mim.training.console import make_table
 from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.processors import processor_for
-from hf_mim.training.errors import CheckpointError, RecipeError
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import classification as evaluation
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
@@ -101,22 +109,16 @@ def classifier_config(run: FinetuneRun) -> tuple[MIMConfig, dict | None]:
 def config_builder(source: str) -> tuple[Callable[[dict], MIMConfig], dict | None]:
     """-> a function from changes to a `MIMConfig`, and the weights of a model of transformers or None."""
     kind = model_type_of(source)
-    native, state = ({}, None) if kind == MIMConfig.model_type else read_native(source, kind)
+    native, state = {}, None
+    if kind != MIMConfig.model_type:
+        with encoder_errors(source, kind):
+            native, state = load_native(resolve(source))
 
     def build(changes: dict) -> MIMConfig:
         with config_errors():
             return MIMConfig(**recipes.merge(native, changes)) if native else load_config(source, changes)
 
     return build, state
-
-
-def read_native(source: str, kind: str) -> tuple[dict, dict]:
-    """Fields of a `MIMConfig` for a model of transformers of type `kind`, and its weights."""
-    try:
-        return load_native(resolve(source))
-    except (KeyError, AttributeError, TypeError) as error:
-        message = f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}"
-        raise CheckpointError(message, source) from error
 
 
 def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, classes: list[str]):

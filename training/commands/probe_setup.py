@@ -59,7 +59,7 @@ class ProbeArguments:
         output_dir: None is `outputs/probe-<model>-<date>`.
 
     Raises:
-        ValueError: a value is out of range.
+        RecipeError: a value is out of range.
     """
 
     poolers: list[str] | None = None
@@ -83,22 +83,27 @@ class ProbeArguments:
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"probe.optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+            raise out_of_range("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
         if self.learning_rates is None:
             self.learning_rates = list(LEARNING_RATES[self.optimizer])
         for name, least in (("views", 1), ("epochs", 1), ("patience", 1), ("batch_size", 2), ("workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"probe.{name} must be at least {least}, not {getattr(self, name)}")
+                raise out_of_range(name, f"at least {least}", getattr(self, name))
         for name in ("layers", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"probe.{name} must hold one value or more, each once, not {values}")
+                raise RecipeError(f"probe.{name} must hold one value or more, each once, not {values}", f"probe.{name}")
         if self.poolers is not None and (not self.poolers or len(set(self.poolers)) < len(self.poolers)):
-            raise ValueError(f"probe.poolers must name one pooler or more, each once, not {self.poolers}")
+            message = f"probe.poolers must name one pooler or more, each once, not {self.poolers}"
+            raise RecipeError(message, "probe.poolers")
         if not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError(f"probe.learning_rates must be above 0, not {self.learning_rates}")
+            raise out_of_range("learning_rates", "above 0", self.learning_rates)
         if not 0 < self.validation < 1:
-            raise ValueError(f"probe.validation must be a share between 0 and 1, not {self.validation}")
+            raise out_of_range("validation", "a share between 0 and 1", self.validation)
+
+
+def out_of_range(name: str, requirement: str, value: object) -> RecipeError:
+    return RecipeError(f"probe.{name} must be {requirement}, not {value!r}", f"probe.{name}")
 
 
 @dataclass(kw_only=True)
