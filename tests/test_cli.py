@@ -76,9 +76,27 @@ def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
     monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
-    for words in ([], ["mae"], ["data.b=1", "model.d=2"], ["mae", "data.b=1"]):
+    for words in ([], ["mae"], ["data.split=1", "model.decoder=2"], ["mae", "data.split=1"]):
         assert cli.main(["pretrain", *words]) == 0
-    assert seen == [("quick", []), ("mae", []), ("quick", ["data.b=1", "model.d=2"]), ("mae", ["data.b=1"])]
+    assert seen == [
+        ("quick", []),
+        ("mae", []),
+        ("quick", ["data.split=1", "model.decoder=2"]),
+        ("mae", ["data.split=1"]),
+    ]
+
+
+def test_a_path_with_an_equals_sign_is_a_path_where_it_exists(monkeypatch, tmp_path):
+    from hf_mim.hub import push as hub
+    from hf_mim.training.commands import pretrain
+
+    seen = []
+    monkeypatch.setattr(hub, "push_run", lambda folder: None)
+    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
+    file = tmp_path / "lr=3.yaml"
+    file.write_text("model: {}\n")
+    assert cli.main(["pretrain", str(file), "data.split=1"]) == 0 and seen == [(str(file), ["data.split=1"])]
+    assert cli.main(["pretrain", str(tmp_path / "lr=4.yaml")]) == 2
 
 
 def test_an_interrupt_has_its_own_code_and_a_mistake_of_ours_its_traceback(monkeypatch):
@@ -133,18 +151,29 @@ def test_pretraining_starts_again_tuned_for_the_processor(monkeypatch):
 
 
 WITHOUT_TORCH = """
+import io
 import sys
 from hf_mim import cli
 for words, message in {
     ("pretrain", "maee"): "did you mean 'mae'",
     ("pretrain", "mae", "model.masking_config.ratio"): "looks like section.key=value",
     ("pretrain", "modell.target=hog"): "did you mean 'model'",
-    ("pretrain", "finetune_mae"): "no recipe of pretrain",
-    ("finetune", "somewhere", "mae"): "no recipe of finetune",
+    ("pretrain", "data.dataste=x"): "Unknown key data.dataste: did you mean 'dataset'",
+    ("pretrain", "training.num_train_epoch=1"): "did you mean 'num_train_epochs'",
+    ("pretrain", "training.base_learning_rate=abc"): "training.base_learning_rate must be a number, not 'abc'",
+    ("pretrain", "finetune_mae"): "finetune_mae is a fine-tuning recipe: run hf-mim finetune MODEL finetune_mae",
+    ("finetune", "somewhere", "mae"): "mae is a pretraining recipe: run hf-mim pretrain mae",
     ("finetune", "somewhere", "finetun.lora=true"): "did you mean 'finetune'",
+    ("finetune", "somewhere", "task=segmentation", "finetune.head_sise=8"): "did you mean 'head_size'",
+    ("probe", "somewhere", "probe.layrs=1"): "did you mean 'layers'",
+    ("probe", "somewhere", "task=dense", "probe.layr=1"): "did you mean 'layer'",
+    ("analyze", "somewhere", "analyze.image=1"): "did you mean 'images'",
+    ("doctor", "somewhere", "model.encoder=vit"): "unknown section 'model'",
+    ("teacher", "somewhere", "data.dataste=x"): "Unknown key data.dataste",
 }.items():
-    sys.argv = ["hf-mim", *words]
-    assert cli.main() == 2, words
+    sys.argv, sys.stderr = ["hf-mim", *words], io.StringIO()
+    code, printed, sys.stderr = cli.main(), sys.stderr.getvalue(), sys.__stderr__
+    assert code == 2 and message in printed, (words, printed)
 for words in ([], ["--help"], ["pretrain", "--help"], ["recipes"]):
     assert cli.main(words) == (2 if not words else 0), words
 assert not {"torch", "numpy"} & sys.modules.keys()

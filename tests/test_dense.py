@@ -193,7 +193,7 @@ def test_an_encoder_that_sees_the_classes_reads_them(tmp_path):
     "words, message",
     [
         (["task=dens"], "unknown probe.task 'dens': did you mean 'dense'?"),
-        (["task=dense", "probe.poolers=[mean]"], "unknown key in section 'probe' of the overrides 'poolers'"),
+        (["task=dense", "probe.poolers=[mean]"], "Unknown key probe.poolers"),
         (["task=dense", "probe.layer=5"], "there is no layer 5"),
         (["task=dense", "probe.image_size=30"], "30x30 is not divisible by the patch 4x4"),
         (["task=dense", "probe.patches=1"], "probe.patches must be at least 10"),

@@ -101,11 +101,11 @@ def test_the_wrong_kind_of_encoder_is_refused(tmp_path):
 
 
 def test_recipes_of_other_commands_are_refused(source):
-    with pytest.raises(ValueError, match="mae is no recipe of finetune: hf-mim pretrain mae runs it.*finetune_small"):
+    with pytest.raises(ValueError, match="mae is a pretraining recipe: run hf-mim pretrain mae\\..*finetune_small"):
         run(source, None, name="mae", base=[])
     with pytest.raises(ValueError, match="unknown recipe 'finetune_mea'"):
         run(source, None, name="finetune_mea", base=[])
-    with pytest.raises(ValueError, match="no recipe of pretrain: hf-mim finetune MODEL finetune_small runs it"):
+    with pytest.raises(ValueError, match="finetune_small is a fine-tuning recipe: run hf-mim finetune MODEL finetune_small"):
         pretrain("finetune_small")
     with pytest.raises(ValueError, match="hf-mim pretrain has no section 'finetune'"):
         pretrain("quick", ["finetune.lora=true"])

@@ -1,16 +1,24 @@
 """Recipes: what they say, what overrides do to them, and how they fail."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from hf_mim.analysis.run import AnalyzeArguments
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import check_part, pair
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
+from hf_mim.training import recipe_keys
+from hf_mim.training.commands.dense import DenseArguments
 from hf_mim.training.commands.finetune import training_arguments
+from hf_mim.training.commands.probe_setup import ProbeArguments
+from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
@@ -103,6 +111,60 @@ def test_swin_predicts_through_its_coarse_last_stage():
 def test_scalars_mean_what_they_look_like(text, value):
     parsed = recipes.parse_overrides([f"model.x={text}"])["model"]["x"]
     assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.dataset=photos #2", "photos #2"),
+        ("data.dataset=2026", "2026"),
+        ("data.dataset=1e-4", "1e-4"),
+        ("data.dataset=~", "~"),
+        ("data.dataset=a: b", "a: b"),
+        ("data.dataset=[x", "[x"),
+        ("data.dataset=it's", "it's"),
+        ("data.dataset=a=b", "a=b"),
+        ("data.dataset='null'", "null"),
+        ('data.dataset="null"', "null"),
+        ("data.dataset=null", None),
+        ("data.dataset=", None),
+        ("data.dataset=été\n2", "été\n2"),
+        ("model.encoder=null", "null"),
+        ("training.run_name=007", "007"),
+        ("training.max_steps=007", 7),
+        ("data.crop_scale=[0.2, 1]", [0.2, 1]),
+    ],
+)
+def test_the_value_of_a_key_that_holds_text_is_text(override, value):
+    section, _, key = override.partition("=")[0].partition(".")
+    parsed = recipes.parse_overrides([override])[section][key]
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("section", list(recipe_keys.SECTIONS))
+def test_the_source_names_the_keys_that_the_classes_have(section):
+    read, imported = recipe_keys.keys_of(section), recipe_keys.imported_keys_of(section)
+    assert read.keys() == imported.keys()
+    assert all(kind is Any or kind == imported[key] for key, kind in read.items())
+    classes = {"data": DataArguments, "training": MIMTrainingArguments, "finetune": FinetuneArguments}
+    if section in classes:
+        assert imported == recipe_keys.fields_of(classes[section])
+    else:
+        fields = {key for key in MIMConfig.__dataclass_fields__ if not key.startswith("_")}
+        assert imported.keys() <= fields | {"init_from"} and imported["target"] is str
+
+
+def test_the_source_names_the_keys_of_commands_without_a_recipe():
+    for section, classes in {"probe": (ProbeArguments, DenseArguments), "analyze": (AnalyzeArguments,)}.items():
+        names = {name for kind in classes for name in recipe_keys.fields_of(kind)}
+        assert recipe_keys.keys_of(section).keys() == names
+
+
+def test_an_error_names_its_key():
+    for override, key in (("data.dataste=x", "data.dataste"), ("training.max_steps=x", "training.max_steps")):
+        with pytest.raises(RecipeError) as caught:
+            recipes.resolve("quick", [override])
+        assert caught.value.key == key
 
 
 def test_overrides_reach_nested_keys_and_nothing_else():
