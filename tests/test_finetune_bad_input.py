@@ -105,7 +105,9 @@ def test_recipes_of_other_commands_are_refused(source):
         run(source, None, name="mae", base=[])
     with pytest.raises(ValueError, match="unknown recipe 'finetune_mea'"):
         run(source, None, name="finetune_mea", base=[])
-    with pytest.raises(ValueError, match="finetune_small is a fine-tuning recipe: run hf-mim finetune MODEL finetune_small"):
+    with pytest.raises(
+        ValueError, match="finetune_small is a fine-tuning recipe: run hf-mim finetune MODEL finetune_small"
+    ):
         pretrain("finetune_small")
     with pytest.raises(ValueError, match="hf-mim pretrain has no section 'finetune'"):
         pretrain("quick", ["finetune.lora=true"])

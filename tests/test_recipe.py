@@ -17,7 +17,7 @@ from hf_mim.training import recipe_keys
 from hf_mim.training.commands.dense import DenseArguments
 from hf_mim.training.commands.finetune import training_arguments
 from hf_mim.training.commands.probe_setup import ProbeArguments
-from hf_mim.training.data.sources import DataArguments
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.trainer import MIMTrainingArguments
