@@ -12,7 +12,6 @@ import torch
 import torchvision.io
 
 from hf_mim.training.data import urls
-from hf_mim.training.data.values import channels_last, to_channels, to_uint8
 from hf_mim.training.errors import DataError
 
 
@@ -75,11 +74,11 @@ def read_file(place: str | Path) -> bytes:
 def _from_file(file: bytes, num_channels: int) -> np.ndarray:
     if file[:6] == b"\x93NUMPY":
         try:
-            return channels_last(np.load(io.BytesIO(file), allow_pickle=False), num_channels)
+            return _channels_last(np.load(io.BytesIO(file), allow_pickle=False), num_channels)
         except ValueError as error:  # cut short, or pickled objects
             raise OSError(error) from None
     if file[:4] in TIFF and num_channels not in (1, 3, 4):
-        return channels_last(_read_tiff(file), num_channels)
+        return _channels_last(_read_tiff(file), num_channels)
     if HAS_JPEG and num_channels == 3 and is_plain_jpeg(file):
         return _decode_jpeg(file)
     try:
@@ -87,7 +86,7 @@ def _from_file(file: bytes, num_channels: int) -> np.ndarray:
     except PIL.UnidentifiedImageError:
         if file[:4] not in TIFF:
             raise
-        return channels_last(_read_tiff(file), num_channels)  # 16-bit colours, for one
+        return _channels_last(_read_tiff(file), num_channels)  # 16-bit colours, for one
     if image.format == "TIFF" and image.mode in GREY and getattr(image, "n_frames", 1) == num_channels > 1:
         return np.stack([np.array(page) for page in PIL.ImageSequence.Iterator(image)], axis=-1)
     if image.format not in ("PNG", "BMP", "PPM"):  # those carry no orientation, or not in a way that counts
@@ -141,3 +140,49 @@ def _read_tiff(file: bytes) -> np.ndarray:
         return tifffile.imread(io.BytesIO(file))
     except (ValueError, KeyError, IndexError) as error:  # TiffFileError is a ValueError
         raise OSError(error) from None
+
+
+# ---- values and channels --------------------------------------------------------------------------------------------
+def to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
+    """8 bits per channel: 16 bits are divided by 257 and rounded, floats in [0, 1] multiplied by 255.
+
+    Raises:
+        DataError: values of another type, or floats beyond that range.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind == "f" and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:
+        return np.rint(pixels * 255).astype(np.uint8)
+    low, high = (pixels.min(), pixels.max()) if pixels.size else ("nothing", "nothing")
+    raise DataError(f"{name} holds {pixels.dtype} from {low} to {high}; use uint8, uint16 or floats in [0, 1]", name)
+
+
+def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
+    """(channels, height, width), if the first axis can be that and the last cannot, -> (height, width, channels)."""
+    possible = (1, num_channels)
+    first = array.ndim == 3 and array.shape[2] not in possible and array.shape[0] in possible
+    return array.transpose(1, 2, 0) if first else array
+
+
+def to_channels(pixels: np.ndarray, num_channels: int, name: str) -> np.ndarray:
+    """(height, width) or (height, width, channels) -> (num_channels, height, width).
+
+    Raises:
+        DataError: there are other channels, and more than one.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3:
+        raise DataError(f"{name} is not an image: an array of shape {pixels.shape}", name)
+    pixels = pixels.transpose(2, 0, 1)
+    if len(pixels) == num_channels:
+        return pixels
+    if len(pixels) == 1:
+        return np.repeat(pixels, num_channels, axis=0)
+    raise DataError(
+        f"{name} has {len(pixels)} channels, but the model is configured for num_channels={num_channels}", name
+    )
