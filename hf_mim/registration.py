@@ -1,6 +1,6 @@
-"""Registers the config, the models and the image processor with the Auto classes without importing them. Every class of
-transformers, a config too, loads torch, which takes seconds; so they are registered at the moment at which transformers
-loads the table that they belong into, and nobody can ask that table before."""
+"""Registers the config, the models and the image processor with the Auto classes without importing them, since every
+class of transformers, a config too, loads torch, which takes seconds. The config is registered at the moment at which
+transformers loads its table of configs, which nobody can ask before; the rest with the first config that is made."""
 
 import importlib.util
 import sys
@@ -20,21 +20,21 @@ def register_models() -> None:
     import hf_mim.modeling.modeling_mim  # noqa: F401 (its last lines register)
 
 
-TABLES: dict[str, Callable[[], None]] = {
+# What registers when a module is loaded. The first config loads the parts, to check its own.
+TRIGGERS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
-    "transformers.models.auto.modeling_auto": register_models,
-    "transformers.models.auto.image_processing_auto": register_models,
+    "hf_mim.modeling.parts": register_models,
 }
 
 
-class TableFinder(MetaPathFinder):
-    """Finds nothing itself: calls `register` as soon as the module `table` is loaded, by whoever loads it."""
+class TriggerFinder(MetaPathFinder):
+    """Finds nothing itself: calls `register` as soon as the module `trigger` is loaded, by whoever loads it."""
 
-    def __init__(self, table: str, register: Callable[[], None]):
-        self.table, self.register = table, register
+    def __init__(self, trigger: str, register: Callable[[], None]):
+        self.trigger, self.register = trigger, register
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.table:
+        if name != self.trigger:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -49,9 +49,9 @@ class TableFinder(MetaPathFinder):
 
 
 def register_once_loaded() -> None:
-    """At once for the tables that are loaded already."""
-    for table, register in TABLES.items():
-        if table in sys.modules:
+    """At once for what is loaded already."""
+    for trigger, register in TRIGGERS.items():
+        if trigger in sys.modules:
             register()
         else:
-            sys.meta_path.insert(0, TableFinder(table, register))
+            sys.meta_path.insert(0, TriggerFinder(trigger, register))

@@ -193,14 +193,16 @@ class TimmStages(nn.Module):
             if name in ends:
                 self.parts.append(part)
                 part = nn.Sequential()
+        self.lacks_weights = any(parameter.is_meta for parameter in self.parameters())
         for module in self.parts.modules():
-            module.keeps_own_init = True  # type: ignore[assignment]
-        self.built_without_memory = any(parameter.is_meta for parameter in self.parameters())
+            module.init_parameters = self.init_parameters  # type: ignore[assignment]
 
     def init_parameters(self):
-        """Fills what a checkpoint lacks from a new network: `from_pretrained` builds this one without memory."""
-        own = dict(self.named_parameters()) | dict(self.named_buffers())
-        if self.built_without_memory and not all(getattr(value, "_is_hf_initialized", False) for value in own.values()):
+        """Keeps timm's own initial values. Where `from_pretrained` has built the network without memory, fills what the
+        checkpoint lacks from a new network, all at once. (Each module asks: those without weights are never called.)"""
+        if self.lacks_weights:
+            self.lacks_weights = False
+            own = dict(self.named_parameters()) | dict(self.named_buffers())
             fresh = TimmStages(*self.arguments)
             for name, value in (*fresh.named_parameters(), *fresh.named_buffers()):
                 init.copy_(own[name], value)

@@ -61,8 +61,6 @@ class MIMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if getattr(module, "keeps_own_init", False):
-            return
         if hasattr(module, "init_parameters"):
             module.init_parameters()
         elif isinstance(module, nn.Linear):

@@ -11,8 +11,8 @@ from hf_mim import MIMForPreTraining
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoder_base import EncoderOutput
 from hf_mim.modeling.layers import PixelShuffleLinear
-from hf_mim.modeling.modeling_mim import make_encoder
 from hf_mim.modeling.options import options_of
+from hf_mim.modeling.parts import make_encoder
 
 
 OUT_DIM = 5

@@ -6,8 +6,8 @@ import torch
 from helpers import random_masks, target_options, tiny_config
 
 from hf_mim import MIMForPreTraining
-from hf_mim.modeling.modeling_mim import make_encoder
 from hf_mim.modeling.morphing import draw_schedule, even_schedule, match_tokens
+from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_morphing import TokenMorphingTarget
 
 

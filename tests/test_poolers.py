@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
-from hf_mim.modeling.modeling_mim import make_encoder, make_pooler
+from hf_mim.modeling.parts import make_encoder, make_pooler
 from hf_mim.modeling.poolers import POOLERS
 
 

@@ -9,7 +9,7 @@ from test_poolers import GRID, pooler_of
 from torch import Tensor, nn
 
 from hf_mim import MIMModel
-from hf_mim.modeling.modeling_mim import make_encoder, make_pooler
+from hf_mim.modeling.parts import make_encoder, make_pooler
 
 
 def layer_norm(vector: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -1,6 +1,7 @@
 """A checkpoint loads where hf_mim cannot be imported, through the code that travels with it."""
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -117,6 +118,15 @@ def test_the_saved_code_is_the_whole_of_modeling(tmp_path):
     assert saved == {path.name for path in FILES} - {"modeling_upernet.py"}  # travels with a segmenter only
     for module_class in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
         assert f"{module_class.split('.')[0]}.py" in saved
+
+
+def test_no_circle_of_files():
+    """Imports inside functions and for type checkers count too."""
+    imports = {}
+    for path in FILES:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        imports[path.stem] = {node.module for node in nodes if node.level}
+    list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

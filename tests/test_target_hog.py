@@ -9,7 +9,7 @@ from helpers import tiny_config
 from skimage.feature import hog
 
 from hf_mim import MIMForPreTraining
-from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_hog import HOGTarget, edge_glyphs, oriented_gradients, tiled_gaussian
 
 

@@ -1,6 +1,7 @@
 """Targets that come from another model: teachers, the moving average, codes."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers import RESNET, VIT, perturb, random_masks, tiny_config
 from safetensors.torch import save_file
 from sklearn.decomposition import PCA
-from transformers import AutoModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.modeling import teachers
@@ -83,6 +84,40 @@ def test_ways_to_match_the_grid(resnet_folder, options, size):
     maps = teacher.encoder(pixels).feature_maps[options.get("layers", [-1])[0]]
     wanted = torch.nn.functional.interpolate(maps, size=(8, 8), mode="bilinear", antialias=True)
     torch.testing.assert_close(tokens_to_map(values, (8, 8)), wanted, rtol=1e-3, atol=1e-3)
+
+
+def save_timm(folder, **model_args):
+    pretrained_cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = TimmWrapperConfig(architecture="resnet10t", pretrained_cfg=pretrained_cfg, num_labels=2)
+    TimmWrapperModel(config).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "model_args": model_args}))
+
+
+def test_a_timm_teacher(tmp_path):
+    save_timm(tmp_path)
+    model = student(teacher=str(tmp_path), norm="none", match="interpolate", input_size=64)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    values = model.target.targets(pixel_values, (8, 8))["patches"]
+    pixels = torch.nn.functional.interpolate(pixel_values, size=(64, 64), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in model.config.statistics())
+    network = TimmWrapperModel.from_pretrained(tmp_path).timm_model.eval()
+    with torch.no_grad():
+        features = network.forward_features(((pixels * std + mean) - 0.5) / 0.5)
+    wanted = torch.nn.functional.interpolate(features, size=(8, 8), mode="bilinear", antialias=True)
+    torch.testing.assert_close(tokens_to_map(values, (8, 8)), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_opens_no_file_that_its_config_names_and_runs_no_code(tmp_path):
+    save_timm(tmp_path / "timm", checkpoint_path=str(tmp_path / "weights.pth"))
+    (tmp_path / "code").mkdir()
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config", "AutoModel": "strange.Model"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code" / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, message in (("timm", "options of timm that load files are refused.*checkpoint_path"), ("code", "code")):
+        with pytest.raises(ValueError, match=f"cannot use '{tmp_path / name}' as a teacher: .*{message}"):
+            student(teacher=str(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_dilation_keeps_the_grid_fine(tmp_path):

@@ -7,7 +7,7 @@ from helpers import RESNET, random_masks, target_options, tiny_config
 
 from hf_mim import MIMForPreTraining
 from hf_mim.modeling.encoder_base import patchify, unpatchify
-from hf_mim.modeling.modeling_mim import make_encoder
+from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_base import DISTANCES, displayable
 from hf_mim.modeling.target_pixel import interpolate_visible
 from hf_mim.modeling.targets import TARGETS

@@ -164,7 +164,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
 def prefix_tokens(config: MIMConfig) -> int:
     import torch
 
-    from hf_mim.modeling.modeling_mim import make_encoder
+    from hf_mim.modeling.parts import make_encoder
 
     with torch.device("meta"):
         return make_encoder(config).num_prefix_tokens

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.modeling_mim import make_encoder
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import load_teacher
