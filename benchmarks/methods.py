@@ -33,7 +33,9 @@ from hf_mim.training.commands.pretrain import set_up, train, write_results
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.feature_statistics import token_diversity
+from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
 from hf_mim.training.trainer.trainer import has_bf16
 
 
@@ -168,7 +170,7 @@ def train_teacher(name: str, args) -> None:
 def accuracy(model, dataset) -> float:
     """Of a classifier, percent."""
     model.eval()
-    pixels = metrics.pixel_loader(dataset, model.config)
+    pixels = frozen.pixel_loader(dataset, model.config)
     found = torch.cat([model(batch.to(model.device)).logits.argmax(1).cpu() for batch in pixels])
     return 100 * (found == dataset.labels).float().mean().item()
 
@@ -225,7 +227,7 @@ def refresh_statistics(model) -> None:
         norm.momentum = None  # the plain mean over batches
     model.train()
     data = load_splits(DataArguments(max_train_images=1280), model.config).train.without_augmentation()
-    for pixel_values in metrics.pixel_loader(data, model.config):
+    for pixel_values in frozen.pixel_loader(data, model.config):
         model(pixel_values)
     model.eval()
 
@@ -249,40 +251,42 @@ def look(model, images: int | None) -> dict:
         high = torch.maximum(rows[:, None], cols[None]) >= HIGH
         return {"hidden_l1": float(error.abs().mean() / hidden), "high_error": float(power[..., high].mean())}
     values = model.target.targets(pixels[:256], grid)["patches"].float()
-    return {"target_std": float(values.flatten(0, 1).std(0).mean()), "target": metrics.token_diversity(values)}
+    return {"target_std": float(values.flatten(0, 1).std(0).mean()), "target": token_diversity(values)}
 
 
 def score(model, seed: int, images: int | None) -> dict:
     """k-NN and linear probes of the mean patch token, percent; the token diversity of 256 test images."""
     config = model.config
     train, test = sides_of(config, images)
-    loaders = (metrics.pixel_loader(dataset, config) for dataset, _ in (train, test))
-    features = (metrics.extract_features(model, loader, has_bf16())["mean"] for loader in loaders)
+    loaders = (frozen.pixel_loader(dataset, config) for dataset, _ in (train, test))
+    features = (frozen.extract_features(model, loader, has_bf16())["mean"] for loader in loaders)
     scores = accuracies(*features, train[1], test[1], seed)
-    batch = next(metrics.pixel_loader(test[0], config, 256))
+    batch = next(frozen.pixel_loader(test[0], config, 256))
     with torch.inference_mode():
         tokens = model(batch.to(model.device)).last_hidden_state[:, model.encoder.num_prefix_tokens :]
-    return {**scores, "diversity": metrics.token_diversity(tokens.float())}
+    return {**scores, "diversity": token_diversity(tokens.float())}
 
 
 def score_pixels(config, seed: int, images: int | None) -> dict:
     """The accuracies of `score` for normalised pixels as features."""
     train, test = sides_of(config, images)
-    features = (metrics.raw_pixels(metrics.pixel_loader(dataset, config)) for dataset, _ in (train, test))
+    features = (frozen.raw_pixels(frozen.pixel_loader(dataset, config)) for dataset, _ in (train, test))
     return accuracies(*features, train[1], test[1], seed)
 
 
 def sides_of(config, images: int | None) -> list[tuple]:
     """What probes are fitted on and what they are tested on, each as images and labels."""
     splits = load_splits(DataArguments(), config)
-    return [metrics.subset(side, images or len(side)) for side in (splits.train_eval, splits.test)]
+    return [frozen.subset(side, images or len(side)) for side in (splits.train_eval, splits.test)]
 
 
 def accuracies(train, test, labels, truth, seed: int) -> dict[str, float]:
-    scores = {"knn": metrics.knn_accuracy(train, labels, test, truth)}
+    scores = {"knn": frozen.readout_accuracy(NearestNeighbours, train, labels, test, truth)}
     for share in SHARES:
         chosen = draw(labels, share, seed)
-        scores[f"linear_{share:.0%}"[:-1]] = metrics.linear_accuracy(train[chosen], labels[chosen], test, truth)
+        scores[f"linear_{share:.0%}"[:-1]] = frozen.readout_accuracy(
+            LinearProbe, train[chosen], labels[chosen], test, truth
+        )
     return scores
 
 

@@ -14,23 +14,21 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
-from hf_mim.training.commands.dense import (
-    NEITHER,
-    DenseProbeData,
-    LinearReader,
-    NeighbourReader,
-    asks_for_dense,
-    collect,
-    constant,
-    patch_labels,
-    probe_dense,
-    read_tokens,
-)
+from hf_mim.training.commands.dense import asks_for_dense, constant, probe_dense
 from hf_mim.training.data.masked import MaskedSplits
 from hf_mim.training.data.masks import IGNORE
+from hf_mim.training.evaluation.dense import (
+    NEITHER,
+    DenseProbeData,
+    collect,
+    fit_readouts,
+    patch_labels,
+    read_tokens,
+)
 from hf_mim.training.evaluation.features import Features
-from hf_mim.training.evaluation.iou import pixel_counts, scores
-from hf_mim.training.evaluation.metrics import TEMPERATURE
+from hf_mim.training.evaluation.iou import pixel_counts
+from hf_mim.training.evaluation.metrics import score_masks
+from hf_mim.training.evaluation.readouts import TEMPERATURE
 
 
 QUIET = Console(quiet=True)
@@ -99,40 +97,35 @@ def made_patches(count=600, seed=0):
     return torch.from_numpy(tokens).float(), torch.from_numpy(labels), torch.arange(count) // 10
 
 
-def test_linear_reader_is_the_logistic_regression_of_sklearn():
+def test_the_readouts_of_patches_are_those_of_sklearn():
     tokens, labels, images = made_patches()
     test, _, _ = made_patches(seed=1)
-    reader = LinearReader(tokens, labels, images, 3)
-    scaled = (tokens - tokens.mean(0)) / tokens.std(0)
-    wanted = LogisticRegression(C=reader.penalty, max_iter=2000, tol=1e-8).fit(scaled, labels)
-    expected = wanted.decision_function((test - tokens.mean(0)) / tokens.std(0))
-    found = reader(test)
-    found = (found - found.mean(1, keepdim=True)).numpy()
-    assert np.abs(found - expected + expected.mean(1, keepdims=True)).max() < 0.05
-    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.99
+    readouts = fit_readouts(tokens, labels, images, 3)
+    mean, std = tokens.mean(0), tokens.std(0, correction=0)
+    fit = LogisticRegression(C=readouts["linear"].penalty, max_iter=2000, tol=1e-8)
+    expected = fit.fit((tokens - mean) / std, labels).decision_function((test - mean) / std)
+    logits = readouts["linear"](test)
+    logits = (logits - logits.mean(1, keepdim=True)).numpy()
+    assert np.abs(logits - expected + expected.mean(1, keepdims=True)).max() < 0.05
+    assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.99
+    vote = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE))
+    assert np.abs(readouts["knn"](test).numpy() - vote.fit(tokens, labels).predict_proba(test)).max() < 1e-4
 
 
 def test_the_penalty_is_chosen_on_other_images():
     tokens, labels, images = made_patches(200)
     noise = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
-    reader = LinearReader(torch.cat([tokens, noise], 1), labels, images, 3)
-    assert reader.penalty < 1  # with more noise than patches the strong ones are better
-    assert LinearReader(tokens, labels, torch.zeros(200), 3).penalty == 1.0  # one image: none can be held out
-
-
-def test_neighbour_reader_is_the_weighted_vote_of_sklearn():
-    tokens, labels, images = made_patches()
-    test, _, _ = made_patches(seed=1)
-    found = NeighbourReader(tokens, labels, images, 3)(test)
-    vote = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE))
-    assert np.abs(found.numpy() - vote.fit(tokens, labels).predict_proba(test)).max() < 1e-4
+    wide = fit_readouts(torch.cat([tokens, noise], 1), labels, images, 3)["linear"]
+    assert wide.penalty < 1  # with more noise than patches the strong ones are better
+    whole = fit_readouts(tokens, labels, torch.zeros(200), 3)["linear"]
+    assert whole.penalty == 1.0  # one image: none can be held out
 
 
 def test_scores_of_a_constant():
     rng = np.random.default_rng(0)
     masks = rng.choice(3, p=[0.2, 0.7, 0.1], size=(4, 9, 9))
     counts = np.stack([pixel_counts(rng.integers(3, size=m.shape), m, 3) for m in masks])
-    wanted = scores(np.stack([pixel_counts(np.ones_like(m), m, 3) for m in masks]))
+    wanted = score_masks(np.stack([pixel_counts(np.ones_like(m), m, 3) for m in masks]))
     assert constant(counts, np.array([0.2, 0.7, 0.1])) == wanted
 
 

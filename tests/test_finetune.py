@@ -21,9 +21,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from hf_mim import MIMForImageClassification, MIMForPreTraining
 from hf_mim.hub.push import write_card
+from hf_mim.training.commands import classification
 from hf_mim.training.commands import finetune as commands
 from hf_mim.training.commands.finetune import finetune
-from hf_mim.training.evaluation import classification as evaluation
+from hf_mim.training.evaluation.metrics import score_classes
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 from hf_mim.training.trainer.saving import last_checkpoint
 
@@ -63,8 +64,8 @@ def run(source, folder, *overrides, name=None, base=TINY) -> str:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without pictures, which the fixture `finished` and its tests have, a run takes half the time."""
-    monkeypatch.setattr(commands.pictures, "draw_loss", lambda *_: None)
-    monkeypatch.setattr(evaluation, "draw_confusion", lambda *_: None)
+    monkeypatch.setattr(commands.charts, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(classification, "draw_confusion", lambda *_: None)
 
 
 def images(folder: Path, classes: dict[str, int], base: dict | None = None) -> Path:
@@ -149,7 +150,7 @@ def test_the_metrics_are_those_of_the_saved_model(finished):
     batch = trainer.data_collator(test.__getitems__(list(range(len(test)))))
     with torch.no_grad():
         logits = model(batch["pixel_values"]).logits.numpy()
-    found = evaluation.score(logits, batch["labels"].numpy())
+    found = score_classes(logits, batch["labels"].numpy())
     metrics = json.loads((folder / "metrics.json").read_text())["validation"]
     assert {name: metrics[name] for name in found} == pytest.approx(found, abs=1e-3)
 
@@ -175,7 +176,7 @@ def test_the_best_checkpoint_is_kept(source, tmp_path, monkeypatch):
             states.append({name: value.clone() for name, value in self.model.state_dict().items()})
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(classification, "score_classes", score)
     monkeypatch.setattr(FinetuneTrainer, "evaluate", spy)
     for options in ([], ["finetune.ema=0.5"]):
         states.clear()

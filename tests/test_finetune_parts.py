@@ -20,6 +20,7 @@ from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation import classification as evaluation
+from hf_mim.training.evaluation.metrics import score_classes
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 from hf_mim.training.trainer.layer_decay import layer_of_parameters
@@ -363,7 +364,7 @@ def test_metrics_are_those_of_scikit_learn(classes):
         expected["top5_accuracy"] = 100 * top
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
     expected["loss"] = sklearn.metrics.log_loss(labels, shares, labels=range(classes))
-    assert evaluation.score(logits, labels) == pytest.approx(expected, abs=1e-6)
+    assert score_classes(logits, labels) == pytest.approx(expected, abs=1e-6)
     matrix = evaluation.confusion_matrix(logits, labels)
     np.testing.assert_array_equal(matrix, sklearn.metrics.confusion_matrix(labels, predictions, labels=range(classes)))
 

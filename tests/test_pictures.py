@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_config
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.plots import pictures
+from hf_mim.training.plots import charts, grid, pictures
 
 
 def reconstruction(size=(16, 16), channels=1, count=5):
@@ -20,9 +20,9 @@ def reconstruction(size=(16, 16), channels=1, count=5):
 def test_tiles_are_large_enough_to_look_at_and_small_ones_unblurred(size, channels):
     images = torch.rand(2, channels, *size)
     tile = pictures.to_tiles(images)[0]
-    assert min(tile.size) >= 112 and max(tile.size) <= max(pictures.MOST, 8 * pictures.SIDE)
+    assert min(tile.size) >= 112 and max(tile.size) <= max(grid.MOST, 8 * grid.SIDE)
     assert abs(tile.size[0] / tile.size[1] - size[1] / size[0]) < 0.02
-    if max(size) <= pictures.MOST:
+    if max(size) <= grid.MOST:
         factor = tile.size[1] // size[0]
         small = np.asarray(tile)[::factor, ::factor]
         expected = (images[0].permute(1, 2, 0).numpy() * 255).round()
@@ -63,7 +63,7 @@ def test_captions_and_note_are_drawn():
     noted = pictures.draw_reconstructions(shown)
     assert noted.size[0] == plain.size[0] and noted.size[1] > plain.size[1]
     assert np.asarray(noted)[plain.size[1] :].min() < 100  # ink below
-    assert np.asarray(plain)[: pictures.FONT].min() < 100  # and above
+    assert np.asarray(plain)[: grid.FONT].min() < 100  # and above
 
 
 def test_examples_take_the_classes_in_turn():
@@ -86,12 +86,12 @@ def test_the_running_mean_is_symmetric(window):
     for i in range(23):
         reach = min(window // 2, i, 22 - i)
         expected.append(values[i - reach : i + reach + 1].mean())
-    np.testing.assert_allclose(pictures.running_mean(values, window), expected)
+    np.testing.assert_allclose(charts.running_mean(values, window), expected)
 
 
 def test_the_loss_curve_is_drawn(tmp_path):
     history = [{"step": 10 * i, "loss": 1 / (i + 1), "learning_rate": 1e-3} for i in range(30)] + [{"train_loss": 1}]
-    pictures.draw_loss(history, tmp_path / "loss.png")
+    charts.draw_loss(history, tmp_path / "loss.png")
     with PIL.Image.open(tmp_path / "loss.png") as image:
         colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert image.size[0] > 600
@@ -99,5 +99,5 @@ def test_the_loss_curve_is_drawn(tmp_path):
 
 
 def test_the_loss_curve_survives_a_run_of_one_entry(tmp_path):
-    pictures.draw_loss([{"step": 1, "loss": 0.0}], tmp_path / "loss.png")
+    charts.draw_loss([{"step": 1, "loss": 0.0}], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000

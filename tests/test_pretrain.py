@@ -106,7 +106,7 @@ def test_untrained_means_the_weights_that_training_started_from(tmp_path, monkey
         states.append({name: value.clone() for name, value in given.model.mim.state_dict().items()})
         return started(given)
 
-    monkeypatch.setattr(commands.metrics, "evaluate_encoder", spy)
+    monkeypatch.setattr(commands.frozen, "evaluate_encoder", spy)
     monkeypatch.setattr(commands, "train", train)
     run(tmp_path / "run")
     initial, trained, untrained = states

@@ -18,7 +18,8 @@ from hf_mim.training.commands.probe import choose_settings, probe
 from hf_mim.training.commands.probe_setup import ProbeArguments, choose_poolers
 from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation import heads as heads_module
-from hf_mim.training.evaluation import metrics, probe_scores
+from hf_mim.training.evaluation import probe_scores, readouts
+from hf_mim.training.evaluation.bootstrap import accuracy_interval
 from hf_mim.training.evaluation.features import PoolerChoice
 from hf_mim.training.evaluation.heads import Group, Schedule, learning_rate_factor, make_optimizer, train_heads
 
@@ -190,13 +191,13 @@ def test_settings_are_chosen_by_the_first_seed_and_repeated_by_the_others():
 def test_intervals_are_those_of_a_binomial_and_grow_with_the_spread_of_seeds():
     rng = np.random.default_rng(0)
     right = torch.from_numpy(rng.random(2000) < 0.8)
-    found = probe_scores.bootstrap(right)
+    found = accuracy_interval(right)
     half = 196 * math.sqrt(0.8 * 0.2 / 2000)
     assert found["accuracy"] == pytest.approx(100 * right.double().mean().item())
     assert found["high"] - found["accuracy"] == pytest.approx(half, rel=0.1)
     assert found["accuracy"] - found["low"] == pytest.approx(half, rel=0.1)
     seeds = torch.from_numpy(rng.random((3, 2000)) < np.array([[0.7], [0.8], [0.9]]))
-    wide = probe_scores.bootstrap(seeds)
+    wide = accuracy_interval(seeds)
     assert wide["high"] - wide["low"] > 3 * 2 * half / 2
 
 
@@ -237,7 +238,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def quick_scores(monkeypatch):
     """Fewer fits of the linear probe, which test_metrics.py tests."""
-    monkeypatch.setattr(metrics, "PENALTIES", (0.1, 10.0))
+    monkeypatch.setattr(readouts, "PENALTIES", (0.1, 10.0))
     monkeypatch.setattr(probe_scores, "SHOTS", (1, 5))
 
 

@@ -20,14 +20,14 @@ from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
 from hf_mim.training.commands.finetune import finetune, read_recipe
-from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter, predict
+from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.masks import IGNORE, BadMask
 from hf_mim.training.data.pairs import Pairs
 from hf_mim.training.data.scenes import Scenes
-from hf_mim.training.evaluation.iou import MeanIoU
-from hf_mim.training.plots.masks import draw_masks
+from hf_mim.training.evaluation.iou import MeanIoU, predict_mask
+from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 
 
@@ -78,7 +78,7 @@ def test_one_step_of_non_square_grey_images_in_a_batch_of_one(name, bf16):
 
 def test_predictions_are_upsampled_before_the_best_is_chosen():
     scores_of = torch.randn(3, 4, 5).double()
-    found = predict(scores_of, (8, 10))
+    found = predict_mask(scores_of, (8, 10))
     for row in range(8):
         for col in range(10):
             y, x = ((row + 0.5) / 2 - 0.5), ((col + 0.5) / 2 - 0.5)

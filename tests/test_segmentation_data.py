@@ -18,7 +18,8 @@ from hf_mim.training.data.masks import IGNORE, BadMask, decode_mask
 from hf_mim.training.data.pairs import find_pairs
 from hf_mim.training.data.scenes import Scenes
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator, crop_pair
-from hf_mim.training.evaluation.iou import MeanIoU, intervals, pixel_counts, scores
+from hf_mim.training.evaluation.iou import MeanIoU, pixel_counts
+from hf_mim.training.evaluation.metrics import mask_intervals, score_masks
 
 
 QUIET = Console(quiet=True)
@@ -182,7 +183,7 @@ def test_mean_iou_is_that_of_the_confusion_matrix_and_of_sklearn():
     assert np.isclose(found["mean_iou"], 100 * jaccard_score(true, predicted, average="macro"))
     assert np.isclose(found["pixel_accuracy"], 100 * (true == predicted).mean())
     counts = np.stack([pixel_counts(p, m, 6) for p, m in zip(maps, masks)])
-    assert scores(counts) == {key: found[key] for key in ("mean_iou", "pixel_accuracy")}
+    assert score_masks(counts) == {key: found[key] for key in ("mean_iou", "pixel_accuracy")}
 
 
 def test_bootstrap_intervals_over_images():
@@ -190,7 +191,7 @@ def test_bootstrap_intervals_over_images():
     right = rng.integers(30, 60, size=400)  # of 100 pixels of one class; the rest is taken for another one
     counts = np.zeros((400, 3, 2), dtype=np.int64)
     counts[:, 0, 0], counts[:, 1, 0], counts[:, 2, 0], counts[:, 1, 1] = right, right, 100, 100 - right
-    low, high = intervals(counts)["pixel_accuracy"]
+    low, high = mask_intervals(counts)["pixel_accuracy"]
     half = 1.96 * right.std() / 20
     assert abs(low - (right.mean() - half)) < 0.15 and abs(high - (right.mean() + half)) < 0.15
-    assert intervals(counts, counts)["mean_iou"] == [0.0, 0.0]
+    assert mask_intervals(counts, counts)["mean_iou"] == [0.0, 0.0]

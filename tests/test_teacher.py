@@ -17,8 +17,8 @@ from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.commands.teacher import report_usage
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.evaluation import metrics
-from hf_mim.training.evaluation.metrics import token_diversity
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.feature_statistics import token_diversity
 
 
 def test_token_diversity_against_a_loop():
@@ -106,7 +106,7 @@ def test_a_run_says_how_diverse_its_teacher_is(tmp_path):
     said, written, log = small_run(tmp_path / "run", "teacher_feature", options)
     model = MIMForPreTraining.from_pretrained(tmp_path / "run")
     splits = load_splits(DataArguments(max_train_images=64, max_eval_images=0), model.config)
-    (images,) = metrics.pixel_loader(splits.train.without_augmentation(), model.config, 64)
+    (images,) = frozen.pixel_loader(splits.train.without_augmentation(), model.config, 64)
     teacher = MIMModel.from_pretrained(tmp_path / "vit")
     stages = teacher.encoder(images, output_hidden_states=True).hidden_states[-2:]
     for row, tokens in zip(written["teacher"], stages, strict=True):

@@ -16,6 +16,7 @@ from hf_mim.cli import main
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.data.pretraining import Splits
+from hf_mim.training.evaluation.feature_statistics import effective_rank, loss_of_the_mean
 from hf_mim.training.trainer import monitor as watch
 from hf_mim.training.trainer import saving
 
@@ -70,9 +71,9 @@ def test_the_effective_rank_is_the_number_of_equal_directions():
     axes = axes - axes.mean(0)
     for count in (1, 3, 8):
         features = torch.linalg.qr(axes[:, :count])[0] @ torch.eye(8, dtype=torch.float64)[:count] + 5
-        rank, spread = watch.effective_rank(features)
+        rank, spread = effective_rank(features)
         assert rank == pytest.approx(count, rel=1e-6)
-    rank, spread = watch.effective_rank(torch.ones(10, 4))
+    rank, spread = effective_rank(torch.ones(10, 4))
     assert (rank, spread) == (1.0, 0.0)
 
 
@@ -82,7 +83,7 @@ def test_the_loss_of_the_mean_is_the_variance_of_the_targets():
     masks[:, :5] = True
     values = network.target.targets(pixels, (4, 4))["patches"][masks]
     expected = values.var(dim=0, unbiased=False).mean().item()
-    assert watch.loss_of_the_mean(network, pixels, masks) == pytest.approx(expected, rel=1e-5)
+    assert loss_of_the_mean(network, pixels, masks) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
@@ -91,7 +92,7 @@ def test_every_target_has_a_loss_of_the_mean(name, tmp_path):
                                             target_config=target_options(name, tmp_path)))  # fmt: skip
     masks = torch.zeros(4, 16, dtype=torch.bool)
     masks[:, 3:9] = True
-    loss = watch.loss_of_the_mean(network, torch.randn(4, 3, 32, 32), masks)
+    loss = loss_of_the_mean(network, torch.randn(4, 3, 32, 32), masks)
     assert loss is not None and 0 < loss < float("inf")
 
 

@@ -15,7 +15,7 @@ from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits
 from hf_mim.training.errors import DataError, RecipeError
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation import frozen
 
 
 @dataclass
@@ -127,7 +127,7 @@ class EncoderImages:
 
     def _batches(self, dataset: MIMDataset, batch_size: int):
         start = 0
-        for pixel_values in metrics.pixel_loader(dataset, self.config, batch_size):
+        for pixel_values in frozen.pixel_loader(dataset, self.config, batch_size):
             indices = list(range(start, start + len(pixel_values)))
             labels = dataset.true_labels(indices) if self.others is not None else None
             yield pixel_values, labels

@@ -21,7 +21,8 @@ from hf_mim.modeling.options import is_of, unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
 from hf_mim.training.console import RunConsole
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation.frozen import extract_features, pixel_loader
+from hf_mim.training.evaluation.readouts import LinearProbe
 
 
 TITLE = "Interaction strength"
@@ -231,18 +232,14 @@ def own_classifier(source: str, classes: int) -> MIMForImageClassification | Non
 
 
 def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, int]:
-    """Logistic regression on the mean patch tokens of the labelled images set aside, its penalty chosen among
-    `metrics.PENALTIES`. -> weight (classes, dim) and bias (classes,) on plain features, and how many images."""
-    features = metrics.extract_features(model, metrics.pixel_loader(images.labelled, images.config))["mean"]
-    assert features is not None  # every encoder has patch tokens
-    labels, classes = images.labelled.true_labels(list(range(len(images.labelled)))), len(images.classes)
-    mean, std = features.mean(0), features.std(0)
-    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-    standard = (features - mean) * scale
-    penalty, start = metrics.choose_penalty(standard, labels, classes)
-    weight, bias = metrics.fit_logistic(standard, labels, classes, penalty, start)
-    weight = weight * scale
-    return weight, bias - weight @ mean, len(features)
+    """The linear probe of the mean patch tokens of the labelled images set aside. -> weight (classes, dim) and bias
+    (classes,) on plain features, and how many images."""
+    features = extract_features(model, pixel_loader(images.others, images.config))["mean"]
+    labels, classes = images.others.true_labels(list(range(len(images.others)))), len(images.classes)
+    probe = LinearProbe(features, labels, classes)
+    weight = torch.zeros(classes, features.shape[1])
+    weight[:, probe.varies] = probe.weight.T
+    return weight, probe.bias - weight @ probe.mean, len(features)
 
 
 @torch.inference_mode()

@@ -1,12 +1,12 @@
 """How different the tokens of one image are from each other, block by block (Img2Vec, 2304.12535, whose formula is not
-known here: see `token_diversity` in training/evaluation/metrics.py)."""
+known here: see `token_diversity` in training/evaluation/feature_statistics.py)."""
 
 import torch
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting
 from hf_mim.analysis.numbers import SHARE, percent
 from hf_mim.modeling.encoder_base import Grid
-from hf_mim.training.evaluation.metrics import diversity_of
+from hf_mim.training.evaluation.feature_statistics import diversity_of
 
 
 CURVES = {

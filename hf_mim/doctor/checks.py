@@ -35,8 +35,10 @@ from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.evaluation import metrics
-from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.feature_statistics import effective_rank
+from hf_mim.training.evaluation.readouts import NearestNeighbours
+from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD
 
 
 IMAGES = 64  # that the predictions and the target are computed of
@@ -229,7 +231,7 @@ def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[C
     labelled = splits.test is not None
     datasets = [splits.train_eval, splits.test] if labelled else [whole(splits.train)]
     shares = (2 * count // 3, count // 3)
-    subsets = [metrics.subset(dataset, share) for dataset, share in zip(datasets, shares)] if labelled else []
+    subsets = [frozen.subset(dataset, share) for dataset, share in zip(datasets, shares)] if labelled else []
     images = [subset[0] for subset in subsets] or [
         torch.utils.data.Subset(datasets[0], draw_subset(len(datasets[0]), count // 3).tolist())
     ]
@@ -243,7 +245,7 @@ def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[C
     if not labelled:
         return [*checks, Check("better than untrained", "skipped", f"k-NN needs labels: {splits.note}")]
     twin = [features_of(untrained_twin(encoder), dataset) for dataset in images]
-    labels = [metrics.labels_of(subset) for subset in subsets]
+    labels = [frozen.labels_of(subset) for subset in subsets]
     return [*checks, compare_with_twin(*(knn_of(found, labels) for found in (features, twin)), len(images[1]))]
 
 
@@ -253,8 +255,7 @@ def images_for(encoder: MIMModel) -> int:
 
 
 def features_of(encoder: MIMModel, dataset) -> dict[str, Tensor]:
-    found = metrics.extract_features(encoder, metrics.pixel_loader(dataset, encoder.config))
-    return {name: value for name, value in found.items() if value is not None}
+    return frozen.extract_features(encoder, frozen.pixel_loader(dataset, encoder.config))
 
 
 def check_collapse(features: dict[str, Tensor]) -> Check:
@@ -270,7 +271,8 @@ def check_collapse(features: dict[str, Tensor]) -> Check:
 def knn_of(features: list[dict[str, Tensor]], labels: list[Tensor]) -> float:
     """Percent, with the pooling that does best."""
     train, test = features
-    return max(metrics.knn_accuracy(train[name], labels[0], test[name], labels[1]) for name in train)
+    sides = ((train[name], labels[0], test[name], labels[1]) for name in train)
+    return max(frozen.readout_accuracy(NearestNeighbours, *side) for side in sides)
 
 
 def compare_with_twin(trained: float, untrained: float, images: int) -> Check:

@@ -4,23 +4,11 @@ import math
 
 from huggingface_hub import EvalResult
 
+from hf_mim.training.evaluation.metrics import CLASSIFICATION, READOUTS, SEGMENTATION, frozen_scores
 
-SCORES = {
-    "knn_mean": ("k-NN, mean of the patches", "knn"),
-    "linear_mean": ("linear probe, mean of the patches", "linear"),
-    "knn_cls": ("k-NN, class token", None),
-    "linear_cls": ("linear probe, class token", None),
-}
+
 EVALUATED = {"train_images": "images to learn from", "test_images": "to test on"}
-# What fine-tuning measures on the test images, in percent: how the Hub calls it, and how people do.
-FINETUNED = {
-    "accuracy": ("accuracy", "accuracy"),
-    "top5_accuracy": ("accuracy", "top-5 accuracy"),
-    "f1_macro": ("f1", "macro F1"),
-    "mean_iou": ("mean_iou", "mean IoU"),
-    "pixel_accuracy": ("accuracy", "pixel accuracy"),
-}
-POOLINGS = {"mean": "mean of the patches", "cls": "class token"}
+FINETUNED = CLASSIFICATION | SEGMENTATION  # what fine-tuning measures on the test images
 
 
 def clean(value) -> str:
@@ -52,12 +40,13 @@ def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
     trained = section(metrics, "trained")
     frozen, segments = "Image classification, {}, encoder frozen", metrics.get("task") == "segmentation"
     found = [
-        (frozen.format(title), "accuracy", f"accuracy in percent, {title}", trained[key])
-        for key, (title, _) in SCORES.items()
-        if is_number(trained.get(key))
+        (frozen.format(row.title), "accuracy", f"accuracy in percent, {row.title}", trained[row.key])
+        for row in frozen_scores()
+        if is_number(trained.get(row.key))
     ]
     task = "Image segmentation" if segments else "Image classification"
-    found += [(task, *FINETUNED[kind], value) for kind, value in finetuned(metrics).items()]
+    scores = {FINETUNED[name]: value for name, value in finetuned(metrics).items()}
+    found += [(task, metric.hub_type, metric.title, value) for metric, value in scores.items()]
     return [
         EvalResult(
             task_type="image-segmentation" if segments else "image-classification",
@@ -77,11 +66,11 @@ def result_rows(metrics: dict) -> list[dict]:
     """Of the frozen encoder, beside the untrained one and the raw pixels."""
     columns = [section(metrics, name) for name in ("trained", "untrained", "raw_pixels")]
     rows = []
-    for key, (title, raw) in SCORES.items():
-        cells = [columns[0].get(key), columns[1].get(key), columns[2].get(raw)]
+    for row in frozen_scores():
+        cells = [columns[0].get(row.key), columns[1].get(row.key), columns[2].get(row.raw_key)]
         if is_number(cells[0]):
             texts = [f"{cell:.1f}" if is_number(cell) else "" for cell in cells]
-            rows.append({"name": title, **dict(zip(("trained", "untrained", "raw"), texts))})
+            rows.append({"name": row.title, **dict(zip(("trained", "untrained", "raw"), texts))})
     return rows
 
 
@@ -97,7 +86,7 @@ def finetuned_rows(metrics: dict) -> list[tuple[str, str]]:
     for kind, value in finetuned(metrics).items():
         ends = section(metrics, "intervals").get(kind)
         known = isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
-        rows.append((FINETUNED[kind][1], f"{value:.1f}" + (f" ({ends[0]:.1f}-{ends[1]:.1f})" if known else "")))
+        rows.append((FINETUNED[kind].title, f"{value:.1f}" + (f" ({ends[0]:.1f}-{ends[1]:.1f})" if known else "")))
     return rows
 
 
@@ -127,18 +116,16 @@ def probe_rows(probe: dict) -> list[dict]:
             beside = with_interval(section(untrained, "poolers").get(name))
             row = {"trained": with_interval(entry), "untrained": beside, "setting": ", ".join(said)}
             rows.append({"name": f"trained classifier behind `{clean(name)}`", **row})
-    for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
-        for pooling, words in POOLINGS.items():
-            cells = [with_interval(section(found, kind).get(pooling)) for found in (probe, untrained)]
-            if cells[0]:
-                row = {"trained": cells[0], "untrained": cells[1], "setting": ""}
-                rows.append({"name": f"{title}, {words}", **row})
+    for score in frozen_scores():
+        cells = [with_interval(section(found, score.readout).get(score.pooling)) for found in (probe, untrained)]
+        if cells[0]:
+            rows.append({"name": score.title, "trained": cells[0], "untrained": cells[1], "setting": ""})
     return rows
 
 
 def probe_protocol(probe: dict) -> list[str]:
     """What the rows mean, as far as they are there."""
-    shown = {"poolers", "interval", *(kind for kind in ("knn", "linear") if section(probe, kind))}
+    shown = {"poolers", "interval", *(name for name in READOUTS if section(probe, name))}
     return [clean(line) for name, line in section(probe, "protocol").items() if name in shown]
 
 

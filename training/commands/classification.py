@@ -32,7 +32,9 @@ from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.processors import processor_for
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.evaluation import classification as evaluation
+from hf_mim.training.evaluation.classification import confusion_matrix
+from hf_mim.training.evaluation.metrics import CLASSIFICATION, score_classes
+from hf_mim.training.plots.charts import draw_confusion
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -71,7 +73,7 @@ def make_trainer(
         data_collator=ClassificationCollator(config, run.options, len(splits.classes)),
         processing_class=processor_for(config),
         compute_loss_func=ClassificationLoss(weights, run.options.label_smoothing),
-        compute_metrics=lambda output: evaluation.score(output.predictions, output.label_ids),
+        compute_metrics=lambda output: score_classes(output.predictions, output.label_ids),
         options=run.options,
         encoder=encoder,
         console=run.console.rich,
@@ -252,14 +254,14 @@ def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, s
         if dataset is None:
             continue
         output = trainer.predict(dataset)
-        scores = evaluation.score(output.predictions, output.label_ids)
+        scores = score_classes(output.predictions, output.label_ids)
         rounded = {key: round(value, 5) for key, value in scores.items()}
         results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}
-        last, matrix = name, evaluation.confusion_matrix(output.predictions, output.label_ids)
+        last, matrix = name, confusion_matrix(output.predictions, output.label_ids)
     if not trainer.is_world_process_zero():
         return
     results[last]["confusion"] = matrix.tolist()
-    evaluation.draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
+    draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
     best = trainer.state.best_global_step if run.arguments.load_best_model_at_end else None
     run.write_metrics(trainer, seconds, results | {"best_step": best, "chosen_by": f"validation {METRIC}"})
     run.console.show(results_table(results))
@@ -272,13 +274,12 @@ def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, s
 
 
 def results_table(results: dict) -> Table:
-    titles = {"accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "f1_macro": "F1, mean over the classes"}
     splits = [name for name in ("validation", "test") if name in results]
     return make_table(
         ("", *(f"{name}, {results[name]['images']:,} images" for name in splits)),
         [
-            (title, *(f"{results[name][key]:.1f}" for name in splits))
-            for key, title in titles.items()
+            (metric.title, *(f"{results[name][key]:.1f}" for name in splits))
+            for key, metric in CLASSIFICATION.items()
             if key in results["validation"]
         ],
         title="the fine-tuned model, percent",

@@ -13,7 +13,7 @@ from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.plots import pictures
+from hf_mim.training.plots import charts
 from hf_mim.training.run import TrainingRun, which_run
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -43,7 +43,7 @@ class FinetuneRun(TrainingRun):
         def save_all() -> None:
             save()
             if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-                pictures.draw_loss(trainer.state.log_history, self.folder / "loss.png")
+                charts.draw_loss(trainer.state.log_history, self.folder / "loss.png")
 
         super().train(trainer, save_all)
 

@@ -17,7 +17,6 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import config_errors, load_model
-from hf_mim.training.commands.teacher import teacher_of
 from hf_mim.training.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.base import ImageDataset
@@ -27,8 +26,11 @@ from hf_mim.training.data.processors import processor_for
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.feature_statistics import teacher_of
+from hf_mim.training.evaluation.metrics import frozen_scores
 from hf_mim.training.plots import pictures
+from hf_mim.training.plots.charts import draw_loss
 from hf_mim.training.run import TrainingRun, dataset_title, size_title, which_run
 from hf_mim.training.trainer.monitor import TeacherWatch, Watch
 from hf_mim.training.trainer.profiling import ProfileCallback
@@ -173,7 +175,7 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
         run.model = load_model(str(run.folder)).to(run.arguments.device)
         run.model.target.load_moving_state(moving)
     if any("loss" in entry for entry in trainer.state.log_history):
-        pictures.draw_loss(trainer.state.log_history, run.folder / "loss.png")
+        draw_loss(trainer.state.log_history, run.folder / "loss.png")
     if isinstance(run.splits.train, Sized):
         reconstruct_examples(run).save(run.folder / "reconstructions.png")
 
@@ -237,25 +239,25 @@ def bad_images(splits: Splits) -> dict:
 
 
 def evaluate(run: PretrainRun) -> dict:
-    """k-NN and linear-probe accuracy of the frozen encoder, of the same encoder untrained, and of raw pixels."""
-    started, limit = time.perf_counter(), run.data.max_eval_images or metrics.TRAIN_IMAGES
-    train = metrics.subset(run.splits.train_eval, min(limit, metrics.TRAIN_IMAGES))
-    test = metrics.subset(run.splits.test, min(limit, metrics.TEST_IMAGES))
+    """The accuracies of the frozen encoder, of the same encoder untrained, and of raw pixels."""
+    started, limit = time.perf_counter(), run.data.max_eval_images or frozen.TRAIN_IMAGES
+    train = frozen.subset(run.splits.train_eval, min(limit, frozen.TRAIN_IMAGES))
+    test = frozen.subset(run.splits.test, min(limit, frozen.TEST_IMAGES))
     set_seed(run.arguments.seed)
     untrained = MIMForPreTraining(run.config).mim.to(run.model.device)
     with run.console.progress(IMAGES_DONE) as bar:
         task = bar.add_task("evaluating", total=3 * (len(train[1]) + len(test[1])))
         loader = {"workers": run.arguments.dataloader_num_workers, "advance": partial(bar.advance, task)}
         results = {
-            "trained": metrics.evaluate_encoder(run.model.mim, train, test, run.arguments.bf16, **loader),
-            "untrained": metrics.evaluate_encoder(untrained, train, test, run.arguments.bf16, **loader),
-            "raw_pixels": metrics.evaluate_raw_pixels(run.config, train, test, **loader),
+            "trained": frozen.evaluate_encoder(run.model.mim, train, test, run.arguments.bf16, **loader),
+            "untrained": frozen.evaluate_encoder(untrained, train, test, run.arguments.bf16, **loader),
+            "raw_pixels": frozen.evaluate_raw_pixels(run.config, train, test, **loader),
         }
     results["evaluation"] = {
         "train_images": len(train[1]),
         "test_images": len(test[1]),
         "test": run.splits.note,
-        "protocol": metrics.PROTOCOL,
+        "protocol": frozen.frozen_protocol(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     return results
@@ -263,13 +265,11 @@ def evaluate(run: PretrainRun) -> dict:
 
 def results_table(results: dict) -> Table:
     sizes, rows = results["evaluation"], []
-    for pooling, pooling_title in {"mean": "mean of the patches", "cls": "class token"}.items():
-        for name, title in {"knn": "k-NN", "linear": "linear probe"}.items():
-            key = f"{name}_{pooling}"
-            if key in results["trained"]:
-                cells = [f"{results[column][key]:.1f}" for column in ("trained", "untrained")]
-                raw = f"{results['raw_pixels'][name]:.1f}" if pooling == "mean" else ""
-                rows.append((f"{title}, {pooling_title}", *cells, raw))
+    for row in frozen_scores():
+        if row.key in results["trained"]:
+            values = [results["trained"][row.key], results["untrained"][row.key]]
+            raw = f"{results['raw_pixels'][row.raw_key]:.1f}" if row.raw_key else ""
+            rows.append((row.title, *(f"{value:.1f}" for value in values), raw))
     return make_table(
         ("", "trained", "untrained", "raw pixels"),
         rows,

@@ -26,6 +26,7 @@ from hf_mim.training.evaluation.features import (
     plan,
 )
 from hf_mim.training.evaluation.heads import Group, Trained, test_heads, train_heads
+from hf_mim.training.evaluation.metrics import POOLINGS
 from hf_mim.training.trainer.trainer import has_bf16
 
 
@@ -64,7 +65,7 @@ def probe(source: str, overrides: Sequence[str] = (), console: Console | RunCons
 def make_features(run: Probe, model) -> Features:
     poolers = None
     if run.vectors_only:
-        scored = [PoolerChoice(name, name, {}) for name in probe_scores.POOLINGS]
+        scored = [PoolerChoice(name, name, {}) for name in POOLINGS]
         scored = [choice for choice in scored if choice.name != "cls" or model.encoder.has_cls_token]
         poolers = list({choice.name: choice for choice in [*scored, *run.choices]}.values())
     attention = any(choice.make(model).needs_attentions for choice in run.choices)

@@ -1,9 +1,5 @@
 """The results of a probing: the table, probe.json and the pictures."""
 
-import textwrap
-from pathlib import Path
-
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -11,24 +7,21 @@ from torch import Tensor
 import hf_mim
 from hf_mim.training.commands.probe_setup import Probe
 from hf_mim.training.console import make_table
+from hf_mim.training.evaluation.bootstrap import accuracy_interval
 from hf_mim.training.evaluation.heads import Trained
-from hf_mim.training.evaluation.probe_scores import POOLINGS, PROTOCOL, SHARES, SHOTS, bootstrap, weights_over_images
-from hf_mim.training.plots import pictures
+from hf_mim.training.evaluation.metrics import frozen_scores
+from hf_mim.training.evaluation.probe_scores import SHARES, SHOTS, probe_protocol, weights_over_images
+from hf_mim.training.plots.charts import draw_accuracies
+from hf_mim.training.plots.pictures import draw_attention
+from hf_mim.training.plots.pictures import examples as examples_of
 from hf_mim.training.run import dataset_title, versions
 
 
-POOLING_TITLES = {"mean": "mean of the patches", "cls": "class token"}
-COLUMNS = {"trained": "tab:blue", "untrained": "tab:gray", "raw_pixels": "tab:olive"}
 RECORDED = (  # of `ProbeArguments`, in probe.json
     *("views", "epochs", "patience", "batch_size", "optimizer"),
     *("weight_decay", "validation", "apply_final_norm", "uncached"),
 )
-COLUMN_TITLES = {"trained": "trained encoder", "untrained": "the same untrained", "raw_pixels": "raw pixels"}
 EXAMPLES = 8  # images in attention.png
-ATTENTION_NOTE = (
-    "Bright: patches that count most for the pooler's vector (its weights, the mean over heads or queries), from zero "
-    "to the picture's largest; the number is that largest weight as a multiple of an even share."
-)
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -64,7 +57,7 @@ def entry(members: list[Trained], right: dict[int, Tensor]) -> dict:
     """The results of a pooler's best setting; `members` are its heads, one for each seed."""
     first = members[0]
     return {
-        **bootstrap(torch.stack([right[id(member)] for member in members])),
+        **accuracy_interval(torch.stack([right[id(member)] for member in members])),
         "seeds": [100 * right[id(member)].double().mean().item() for member in members],
         "layer": first.layer,
         "learning_rate": first.learning_rate,
@@ -98,7 +91,7 @@ def to_json(results: dict, run: Probe) -> dict:
     poolers = {choice.name: {"pooler": choice.kind, **choice.options} for choice in run.choices}
     return {
         "model": run.source,
-        "protocol": PROTOCOL,
+        "protocol": probe_protocol(),
         "data": {
             "dataset": run.data.dataset,
             "train_images": len(run.images["train"]),
@@ -133,13 +126,12 @@ def pooler_rows(results: dict) -> list[tuple[str, dict]]:
 def other_rows(results: dict) -> list[tuple[str, dict]]:
     """As of `pooler_rows`: k-NN, linear probe and few labels."""
     columns, rows = results["columns"], []
-    for kind, title in (("linear", "linear probe"), ("knn", "k-NN")):
-        for pooling in POOLINGS:
-            entries = {c: column[kind].get(pooling) for c, column in columns.items()}
-            if pooling == "mean":
-                entries["raw_pixels"] = results["raw_pixels"][kind]
-            if entries["trained"]:
-                rows.append((f"{title}, {POOLING_TITLES[pooling]}", entries))
+    for score in frozen_scores():
+        entries = {c: column[score.readout].get(score.pooling) for c, column in columns.items()}
+        if score.raw_key:
+            entries["raw_pixels"] = results["raw_pixels"][score.raw_key]
+        if entries["trained"]:
+            rows.append((score.title, entries))
     for shots in (*(str(count) for count in SHOTS), *(f"{share:.0%}" for share in SHARES)):
         entries = {c: column["low_shot"]["mean"].get(shots) for c, column in columns.items()}
         if entries["trained"]:
@@ -183,40 +175,10 @@ def setting(best: dict) -> tuple[str, str, str]:
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
-def draw(results: dict, run: Probe, path: Path) -> None:
-    """probe.png: every row of the table as points with their intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows, learned = pooler_rows(results) + other_rows(results), len(poolers_of(results))
-    figure = Figure(figsize=(8.5, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    present = [column for column in COLUMNS if any(entries.get(column) for _, entries in rows)]
-    for place, column in enumerate(present):
-        points = [(i, entries[column]) for i, (_, entries) in enumerate(rows) if entries.get(column)]
-        height = np.array([i for i, _ in points]) + 0.22 * (place - (len(present) - 1) / 2)
-        accuracy, low, high = (np.array([point[key] for _, point in points]) for key in ("accuracy", "low", "high"))
-        ends = np.stack([accuracy - low, high - accuracy]).clip(0)
-        color, label = COLUMNS[column], COLUMN_TITLES[column]
-        axes.errorbar(accuracy, height, xerr=ends, fmt="o", ms=5, capsize=3, color=color, label=label)
-    axes.axhline(learned - 0.5, color="lightgray", linewidth=0.8)
-    axes.set(
-        yticks=range(len(rows)),
-        yticklabels=[f"{title} (pooler)" if i < learned else title for i, (title, _) in enumerate(rows)],
-        ylim=(len(rows) - 0.5, -0.5),
-        xlabel="accuracy on the test images, percent, with 95 percent intervals",
-        title=f"{run.title}, encoder frozen",
-    )
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(present), frameon=False)
-    figure.savefig(path)
-
-
 def examples(run: Probe, source, heads: list[Trained], groups: dict) -> dict:
     """{"images": (count, 1 or 3, height, width) in [0, 1], "weights": {pooler: (count, rows, cols)}} of test images."""
     images = run.images["test"]
-    chosen = pictures.examples(images, EXAMPLES)
+    chosen = examples_of(images, EXAMPLES)
     weights = weights_over_images(source, torch.tensor(chosen), groups, heads)
     config = run.model.config
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
@@ -226,44 +188,17 @@ def examples(run: Probe, source, heads: list[Trained], groups: dict) -> dict:
     return {"images": shown, "weights": {name: weight.unflatten(1, grid) for name, weight in weights.items()}}
 
 
-def draw_attention(examples: dict, results: dict, path: Path) -> None:
-    """attention.png: a column for every image, the image on top, below it the weights of each pooler over it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    images, weights = examples["images"].clamp(0, 1).permute(0, 2, 3, 1).numpy(), examples["weights"]
-    height, width = images.shape[1:3]
-    rows, columns, side = 1 + len(weights), len(images), 1.4
-    size = (max(4.0, side * columns * width / height + 0.9), (side + 0.15) * rows + 0.7)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    titles = ["image", *(f"{name}\n{poolers_of(results)[name]['accuracy']:.1f} %" for name in weights)]
-    for ax, title in zip(axes[:, 0], titles, strict=True):
-        ax.set_ylabel(title, fontsize=9)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for column, image in enumerate(images):
-        grey, whole = image.mean(axis=2), {"extent": (0, width, height, 0)}
-        axes[0, column].imshow(image if image.shape[2] == 3 else grey, cmap="gray", vmin=0, vmax=1, **whole)
-        for ax, maps in zip(axes[1:, column], weights.values(), strict=True):
-            heat = maps[column].numpy()
-            ax.imshow(grey, cmap="gray", vmin=0, vmax=1, **whole)
-            ax.imshow(heat, cmap="magma", vmin=0, vmax=heat.max(), alpha=0.65, **whole)
-            ax.set_title(f"x {heat.max() * heat.size:.1f}", fontsize=7, pad=2)
-    figure.supxlabel(textwrap.fill(ATTENTION_NOTE, int(size[0] * 16)), fontsize=7)
-    figure.savefig(path)
-
-
 # ---- the folder ----------------------------------------------------------------------------------------------------
 def write(results: dict, run: Probe) -> None:
     """Writes probe.json and the pictures, and prints the table."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    draw(results, run, run.folder / "probe.png")
+    rows, poolers = pooler_rows(results), poolers_of(results)
+    draw_accuracies(rows + other_rows(results), f"{run.title}, encoder frozen", len(rows), run.folder / "probe.png")
     made = ["probe.png"]
-    if results["examples"].get("weights"):
-        draw_attention(results["examples"], results, run.folder / "attention.png")
+    if weights := results["examples"].get("weights"):
+        titles = {name: f"{name} {poolers[name]['accuracy']:.1f} %" for name in weights}
+        picture = draw_attention(results["examples"]["images"], {titles[name]: weights[name] for name in weights})
+        picture.save(run.folder / "attention.png")
         made.append("attention.png")
     run.write_json("probe.json", to_json(results, run))
     for table in tables_of(results, run):

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import SegformerImageProcessor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
@@ -26,8 +24,9 @@ from hf_mim.training.data.processors import BICUBIC
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
 from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.evaluation.iou import intervals, ious, pixel_counts, scores
-from hf_mim.training.plots.masks import draw_masks
+from hf_mim.training.evaluation.iou import ious, pixel_counts, predict_mask
+from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
+from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -217,15 +216,10 @@ class SegmentationTrainer(FinetuneTrainer):
             logits = model(inputs["pixel_values"]).logits
         counts = []
         for class_scores, labels, size in zip(logits, inputs["labels"], inputs["sizes"].tolist()):
-            predicted, mask = predict(class_scores, size).cpu(), labels[: size[0], : size[1]].cpu()
+            predicted, mask = predict_mask(class_scores, size).cpu(), labels[: size[0], : size[1]].cpu()
             counts.append(pixel_counts(predicted.numpy(), mask.numpy(), logits.shape[1]))
         counts = torch.from_numpy(np.stack(counts)).to(logits.device)
         return None, counts, torch.zeros(len(counts), device=logits.device)
-
-
-def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class scores (classes, rows, cols) -> the best class of every pixel (height, width), scores upsampled first."""
-    return F.interpolate(scores[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(0)
 
 
 def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]):
@@ -240,7 +234,7 @@ def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size
         train_dataset=MaskedDataset(splits.train, config, size, True, arguments.seed, flip),
         eval_dataset=MaskedDataset(splits.validation, config, size, False),
         data_collator=SegmentationCollator(config),
-        compute_metrics=lambda output: scores(output.predictions),
+        compute_metrics=lambda output: score_masks(output.predictions),
         processing_class=segmentation_processor(config, size),
         console=run.console.rich,
     )
@@ -267,8 +261,8 @@ def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationT
     if not trainer.is_world_process_zero():
         return
     results = {
-        **scores(counts),
-        "intervals": intervals(counts),
+        **score_masks(counts),
+        "intervals": mask_intervals(counts),
         "iou": dict(zip(splits.classes, [None if np.isnan(v) else 100 * v for v in ious(counts.sum(axis=0))])),
         "best_validation_mean_iou": best,
         "pretrained": not run.options.from_scratch,
@@ -289,16 +283,16 @@ def draw_examples(model: MIMUperNet, dataset: MaskedDataset, classes: list[str])
     collate, predictions = SegmentationCollator(dataset.config), []
     for index, (_, mask) in enumerate(originals):
         logits = model(collate([dataset[index]])["pixel_values"].to(model.device)).logits
-        predictions.append(predict(logits[0], mask.shape).cpu().numpy())
+        predictions.append(predict_mask(logits[0], mask.shape).cpu().numpy())
     images, masks = map(list, zip(*originals, strict=True))
     return draw_masks(images, masks, {"predicted": predictions}, classes)
 
 
 def results_table(results: dict) -> Table:
     rows = []
-    for key, title in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
+    for key, metric in SEGMENTATION.items():
         low, high = results["intervals"][key]
-        rows.append((title, f"{results[key]:.1f}", f"{low:.1f} to {high:.1f}"))
+        rows.append((metric.title, f"{results[key]:.1f}", f"{low:.1f} to {high:.1f}"))
     for name, value in results["iou"].items():
         rows.append((f"IoU, {name}", "-" if value is None else f"{value:.1f}", ""))
     return make_table(

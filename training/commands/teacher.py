@@ -24,14 +24,14 @@ from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.errors import RecipeError
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
+from hf_mim.training.evaluation.frozen import pixel_loader
 from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import Lookout
 
 
 IMAGES = 256  # on which a teacher is described
 BATCH = 32
-DEAD_SHARE = 0.1  # of the codes may never be used before there is a warning
 PATCHLESS = {"size": "tiny", "num_hidden_layers": 1, "patch_size": 1}  # an encoder that takes any image size
 
 
@@ -39,7 +39,7 @@ def images_of(recipe: dict, config, count: int) -> list[Tensor]:
     """Batches of the first `count` training images, whole: `pixel_values` (batch, channels, height, width)."""
     data = DataArguments(**{**recipe["data"], "max_train_images": count})
     dataset = load_splits(data, config).train.without_augmentation()
-    return list(metrics.pixel_loader(dataset, config, BATCH))
+    return list(pixel_loader(dataset, config, BATCH))
 
 
 def describe_teacher(
@@ -75,37 +75,10 @@ def describe_teacher(
     rows = []
     for (name, stages), dim in zip(maps.items(), model.encoder.num_features):
         tokens = torch.cat(stages).flatten(2).transpose(1, 2)
-        rows.append({"layer": name, "dim": dim, "grid": tuple(stages[0].shape[2:]), **metrics.token_diversity(tokens)})
+        rows.append({"layer": name, "dim": dim, "grid": tuple(stages[0].shape[2:]), **token_diversity(tokens)})
     count = sum(map(len, batches))
     console.show(teacher_table(source, rows, config, count / seconds, count))
     return rows
-
-
-@torch.no_grad()
-def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
-    """Token diversity of the features that a `MIMForPreTraining` has for targets, before they are normalised.
-
-    Args:
-        pixel_values: (batch, channels, height, width), as the student sees them.
-
-    Returns:
-        per layer: teacher, layer (its name), grid (the student's), and `metrics.token_diversity`; [] without a teacher.
-    """
-    teacher = teacher_of(model.target)
-    if teacher is None:
-        return []
-    grid = model.mask_grid(*pixel_values.shape[2:])
-    tokens = [stage.flatten(2).transpose(1, 2) for stage in teacher.maps(pixel_values, grid)]
-    rows = zip(teacher.layer_names(), tokens)
-    return [
-        {"teacher": teacher.source, "layer": name, "grid": list(grid), **metrics.token_diversity(layer)}
-        for name, layer in rows
-    ]
-
-
-def teacher_of(target):
-    """The `Teacher` of a target, or of the one that it wraps; None without one."""
-    return getattr(getattr(target, "wrapped", target), "teacher", None)
 
 
 def teacher_table(source: str, rows: list[dict], config: MIMConfig, speed: float, count: int) -> Table:

@@ -5,65 +5,48 @@ import torch
 from torch import Tensor
 
 from hf_mim.training.data.splits import draw_subset
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation.bootstrap import LEVEL, ROUNDS, accuracy_interval
 from hf_mim.training.evaluation.features import ImageViews, pool
+from hf_mim.training.evaluation.frozen import TEST_IMAGES, TRAIN_IMAGES, frozen_protocol, raw_pixels
+from hf_mim.training.evaluation.metrics import POOLINGS, READOUTS
+from hf_mim.training.evaluation.readouts import LinearProbe
 
 
-ROUNDS = 1000  # of the bootstrap
 SHOTS = (1, 5, 10)  # labelled images of every class
 SHARES = (0.01, 0.1)  # of the labelled images
-POOLINGS = ("mean", "cls")  # that k-NN, linear probe and few labels see
-# What the figures mean, in the words of probe.json and the model card.
-PROTOCOL = {
-    "poolers": "Each pooler is trained on frozen features, followed by a batch norm without parameters and a linear "
-    "classifier; layer, learning rate and epoch are chosen on images held out of the training images, the first two "
-    "with the first seed.",
-    **{name: metrics.PROTOCOL[name] for name in ("knn", "linear", "raw_pixels")},
-    "low_shot": "Few labels: the linear probe on so many images of every class, or on a share of each, drawn anew "
-    "with every seed.",
-    "interval": f"Intervals: 95 percent, by {ROUNDS:,} bootstrap rounds over the test images and, where there are "
-    "several, the seeds.",
-}
 
 
-def bootstrap(right: Tensor, rounds: int = ROUNDS, seed: int = 0) -> dict[str, float]:
-    """Mean accuracy and its 95 percent interval.
-
-    Args:
-        right: bool (seeds, images) or (images,): whether each was classified right. Both are drawn anew, with
-            replacement, in every round.
-
-    Returns:
-        "accuracy", "low", "high", percent.
-    """
-    right = np.atleast_2d(right.numpy()).astype(np.float64)
-    seeds, images = right.shape
-    rng, found = np.random.default_rng(seed), np.empty(rounds)
-    for i in range(rounds):
-        drawn = np.bincount(rng.integers(images, size=images), minlength=images)
-        found[i] = (right @ drawn)[rng.integers(seeds, size=seeds)].mean() / images
-    low, high = np.percentile(100 * found, [2.5, 97.5])
-    return {"accuracy": 100 * float(right.mean()), "low": float(low), "high": float(high)}
+def probe_protocol() -> dict[str, str]:
+    """What the figures mean, in the words of probe.json and the model card."""
+    return {
+        "poolers": "Each pooler is trained on frozen features, followed by a batch norm without parameters and a "
+        "linear classifier; layer, learning rate and epoch are chosen on images held out of the training images, the "
+        "first two with the first seed.",
+        **frozen_protocol(),
+        "low_shot": "Few labels: the linear probe on so many images of every class, or on a share of each, drawn anew "
+        "with every seed.",
+        "interval": f"Intervals: {LEVEL:.0%}, by {ROUNDS:,} bootstrap rounds over the test images and, where there "
+        "are several, the seeds.",
+    }
 
 
 def pooled_vectors(source, images: ImageViews, layer: int, model, most: int) -> tuple[dict[str, Tensor], Tensor]:
     """Mean of the patches and class token of at most so many images, always the same.
 
     Returns:
-        {"mean", "cls"}: (images, dim), without "cls" where there is no class token; and their positions (images,).
+        {"mean", "cls"}: (images, dim), without "cls" where there is no class token; and their labels (images,).
     """
-    positions = torch.from_numpy(draw_subset(len(images), most))
-    encoder, found = model.encoder, {}
+    positions, encoder = torch.from_numpy(draw_subset(len(images), most)), model.encoder
+    vectors: dict[str, list[Tensor]] = {name: [] for name in POOLINGS if name != "cls" or encoder.has_cls_token}
     for chosen in positions.split(256):
         features = source.fetch(0, chosen)
-        for name in POOLINGS if encoder.has_cls_token else POOLINGS[:1]:
-            if f"{name}/{layer}" in features:
-                vectors = features[f"{name}/{layer}"]
-            else:
+        for name, parts in vectors.items():
+            pooled = features.get(f"{name}/{layer}")
+            if pooled is None:
                 tokens = features[f"tokens/{layer}"]
-                vectors = tokens[:, 0] if name == "cls" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
-            found.setdefault(name, []).append(vectors.cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}, positions
+                pooled = tokens[:, 0] if name == "cls" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
+            parts.append(pooled.cpu())
+    return {name: torch.cat(parts) for name, parts in vectors.items()}, images.labels[positions]
 
 
 def draw(labels: Tensor, shots: float, seed: int) -> Tensor | None:
@@ -71,37 +54,41 @@ def draw(labels: Tensor, shots: float, seed: int) -> Tensor | None:
     few, or no image is left out."""
     rng, chosen = np.random.default_rng(seed), []
     for label in labels.unique().tolist():
-        found = rng.permutation(np.flatnonzero(labels.numpy() == label))
-        count = shots if shots >= 1 else round(shots * len(found))
-        if not 1 <= count <= len(found):
+        members = rng.permutation(np.flatnonzero(labels.numpy() == label))
+        count = int(shots) if shots >= 1 else round(shots * len(members))
+        if not 1 <= count <= len(members):
             return None
-        chosen.append(found[:count])
-    chosen = np.concatenate(chosen)
-    return torch.from_numpy(chosen) if len(chosen) < len(labels) else None
+        chosen.append(members[:count])
+    positions = np.concatenate(chosen)
+    return torch.from_numpy(positions) if len(positions) < len(labels) else None
 
 
-def score_vectors(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, seeds: list[int]) -> dict:
-    """{"knn", "linear": entry, "low_shot": {"1", "5", "10", "1%", "10%": entry}}, entries as of `bootstrap`; without
-    the few labels that the data do not allow.
+def score_readouts(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, dict]:
+    """{"knn", "linear": entry}, as of `accuracy_interval`.
 
     Args:
         train, test: features (images, dim).
         train_labels, test_labels: class numbers (images,).
-        seeds: of the images with few labels.
     """
-    arguments = (train, train_labels, test)
-    found = {
-        "knn": bootstrap(metrics.knn_predict(*arguments) == test_labels),
-        "linear": bootstrap(metrics.linear_predict(*arguments) == test_labels),
-        "low_shot": {},
+    return {
+        name: accuracy_interval(metric.compute(train, train_labels)(test).argmax(1) == test_labels)
+        for name, metric in READOUTS.items()
     }
+
+
+def score_few_labels(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, seeds: list[int]) -> dict:
+    """{"1", "5", "10", "1%", "10%": entry}, as of `accuracy_interval`; without those that the data do not allow.
+
+    Args: as of `score_readouts`. seeds: of the images that are drawn.
+    """
+    entries = {}
     for shots in (*SHOTS, *SHARES):
-        drawn = [draw(train_labels, shots, seed) for seed in seeds]
-        if all(chosen is not None for chosen in drawn):
-            predicted = [metrics.linear_predict(train[chosen], train_labels[chosen], test) for chosen in drawn]
+        subsets = [chosen for seed in seeds if (chosen := draw(train_labels, shots, seed)) is not None]
+        if len(subsets) == len(seeds):
+            predicted = [LinearProbe(train[chosen], train_labels[chosen])(test).argmax(1) for chosen in subsets]
             name = str(shots) if shots >= 1 else f"{shots:.0%}"
-            found["low_shot"][name] = bootstrap(torch.stack(predicted) == test_labels)
-    return found
+            entries[name] = accuracy_interval(torch.stack(predicted) == test_labels)
+    return entries
 
 
 def score_features(sources: dict, images: dict[str, ImageViews], layer: int, model, seeds: list[int]) -> dict:
@@ -110,32 +97,24 @@ def score_features(sources: dict, images: dict[str, ImageViews], layer: int, mod
     Args:
         sources, images: "train" and "test".
     """
-    found = {"knn": {}, "linear": {}, "low_shot": {}}
-    sides = []
-    for split, most in (("train", metrics.TRAIN_IMAGES), ("test", metrics.TEST_IMAGES)):
-        vectors, positions = pooled_vectors(sources[split], images[split], layer, model, most)
-        sides.append((vectors, images[split].labels[positions]))
-    (train, train_labels), (test, test_labels) = sides
+    train, train_labels = pooled_vectors(sources["train"], images["train"], layer, model, TRAIN_IMAGES)
+    test, test_labels = pooled_vectors(sources["test"], images["test"], layer, model, TEST_IMAGES)
+    scores: dict[str, dict] = {name: {} for name in (*READOUTS, "low_shot")}
     for pooling in train:
-        scores = score_vectors(train[pooling], train_labels, test[pooling], test_labels, seeds)
-        for kind, entry in scores.items():
-            found[kind][pooling] = entry
-    return found
+        sides = (train[pooling], train_labels, test[pooling], test_labels)
+        for name, entry in {**score_readouts(*sides), "low_shot": score_few_labels(*sides, seeds)}.items():
+            scores[name][pooling] = entry
+    return scores
 
 
 def score_raw_pixels(images: dict[str, ImageViews]) -> dict:
     """k-NN and linear probe of the normalised pixels themselves: {"knn": entry, "linear": entry}."""
     sides = []
-    for split, most in (("train", metrics.TRAIN_IMAGES), ("test", metrics.TEST_IMAGES)):
+    for split, most in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
         positions = torch.from_numpy(draw_subset(len(images[split]), most))
-        pixels = metrics.raw_pixels(images[split].fetch(0, chosen) for chosen in positions.split(256))
+        pixels = raw_pixels(images[split].fetch(0, chosen) for chosen in positions.split(256))
         sides += [pixels, images[split].labels[positions]]
-    train, train_labels, test, test_labels = sides
-    arguments = (train, train_labels, test)
-    return {
-        "knn": bootstrap(metrics.knn_predict(*arguments) == test_labels),
-        "linear": bootstrap(metrics.linear_predict(*arguments) == test_labels),
-    }
+    return score_readouts(*sides)
 
 
 def weights_over_images(source, positions: Tensor, groups, heads: list) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
-"""What training looked like: a grid of reconstructions, and the curve of the loss."""
+"""Images, and what a model makes of them: reconstructions, masks, and where poolers look."""
 
-import textwrap
-from pathlib import Path
+import colorsys
 
 import numpy as np
 import PIL.Image
@@ -9,6 +8,9 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from torch import Tensor
+
+from hf_mim.training.data.masks import IGNORE
+from hf_mim.training.plots.grid import FONT, draw_grid, to_tile
 
 
 COLUMNS = {
@@ -18,9 +20,12 @@ COLUMNS = {
     "combined": "prediction with the visible patches",
 }
 EXAMPLES = 10
-SIDE = 128  # least height and width of a tile in the grid, pixels; smaller images are enlarged by a whole factor
-MOST = 256  # larger ones are shrunk to this
-GAP, FONT = 6, 14
+OPACITY = 0.6  # of what is laid over an image
+NAMED = 24  # classes that the legend has room for
+ATTENTION_NOTE = (
+    "Bright: patches that count most for the pooler's vector (its weights, the mean over heads or queries), from zero "
+    "to the picture's largest; the number is that largest weight as a multiple of an even share."
+)
 
 
 def examples(dataset, count: int = EXAMPLES) -> list[int]:
@@ -37,93 +42,92 @@ def examples(dataset, count: int = EXAMPLES) -> list[int]:
     return np.lexsort((labels, rank))[:count].tolist()
 
 
+def to_pixels(images: Tensor) -> list[np.ndarray]:
+    """(batch, 1 or 3, height, width) in [0, 1] -> (height, width, 3), uint8, each."""
+    levels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+
+
 def to_tiles(images: Tensor) -> list[PIL.Image.Image]:
-    """(batch, 1 or 3, height, width) in [0, 1] -> pictures with sides of at least `SIDE`, and not far above `MOST`."""
-    height, width = images.shape[-2:]
-    factor = -(-SIDE // min(height, width))
-    tiles = []
-    for image in (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy():
-        tile = PIL.Image.fromarray(image.transpose(1, 2, 0).repeat(4 - len(image), 2)[..., :3])
-        if factor > 1:
-            tile = tile.resize((width * factor, height * factor), PIL.Image.Resampling.NEAREST)
-        elif max(height, width) > MOST:
-            tile.thumbnail((MOST, MOST), PIL.Image.Resampling.LANCZOS)
-        tiles.append(tile)
-    return tiles
+    """(batch, 1 or 3, height, width) in [0, 1]"""
+    return [to_tile(pixels) for pixels in to_pixels(images)]
 
 
-def _wrap(text: str, font, width: float) -> str:
-    letters = max(4, int(width / (font.getlength("abcdefghij klmnopqrst") / 21)))
-    return textwrap.fill(text, letters)
-
-
+# ---- reconstructions -----------------------------------------------------------------------------------------------
 def draw_reconstructions(reconstruction, blocks: int = 2) -> PIL.Image.Image:
-    """The grid: one row per image, `COLUMNS` side by side with the extra pictures in their middle, in `blocks` blocks
-    next to each other.
+    """`COLUMNS` side by side, with the extra pictures in their middle.
 
     Args:
         reconstruction: of `MIMForPreTraining.reconstruct`.
     """
-    extra, names = reconstruction.extra or {}, list(COLUMNS)
-    shown = [(COLUMNS[name], reconstruction[name]) for name in names[:2]] + list(extra.items())
-    shown += [(COLUMNS[name], reconstruction[name]) for name in names[2:]]
-    tiles = [to_tiles(images) for _, images in shown]
-    count, (width, height) = len(tiles[0]), tiles[0][0].size
-    blocks = min(blocks, count)
-    rows, font = -(-count // blocks), PIL.ImageFont.load_default(FONT)
-    block_width = len(tiles) * (width + GAP) + 3 * GAP
-    captions = [_wrap(caption, font, width) for caption, _ in shown]
-    top = (FONT + 5) * max(caption.count("\n") + 1 for caption in captions) + 2 * GAP
-    total = blocks * block_width - GAP
-    note = _wrap(reconstruction.note or "", font, total - 6 * GAP)
-    bottom = top + rows * (height + GAP)
-    below = (FONT + 5) * (note.count("\n") + 1) + GAP
-    canvas = PIL.Image.new("RGB", (total, bottom + below + GAP), "white")
-    draw = PIL.ImageDraw.Draw(canvas)
-    for block in range(blocks):
-        for column, caption in enumerate(captions):
-            x = block * block_width + 2 * GAP + column * (width + GAP)
-            anchor = (x + width / 2, top - GAP)
-            draw.multiline_text(anchor, caption, "black", font, anchor="md", align="center")
-            for row, tile in enumerate(tiles[column][block * rows : (block + 1) * rows]):
-                canvas.paste(tile, (x, top + row * (height + GAP)))
-    draw.multiline_text((2 * GAP, bottom + GAP), note, "black", font)
-    return canvas
+    columns = {COLUMNS[name]: reconstruction[name] for name in ("original", "masked")}
+    columns |= reconstruction.extra or {}
+    columns |= {COLUMNS[name]: reconstruction[name] for name in ("prediction", "combined")}
+    tiles = {caption: to_tiles(images) for caption, images in columns.items()}
+    return draw_grid(tiles, blocks, note=reconstruction.note or "")
 
 
-def draw_loss(history: list[dict], path: Path) -> None:
-    """Writes the curve of the loss: as logged, and its running mean over a twentieth of the run.
+# ---- masks ---------------------------------------------------------------------------------------------------------
+def colours(classes: int) -> np.ndarray:
+    """(classes, 3), uint8: the first, most often a background, is black; the others differ in hue and lightness."""
+    golden = 0.61803398875  # hues that follow each other by this share of the circle stay apart for any number
+    hues = [colorsys.hsv_to_rgb(i * golden % 1, (1.0, 0.65)[i % 2], (1.0, 0.85)[i // 2 % 2]) for i in range(classes)]
+    hues[0] = (0.0, 0.0, 0.0)
+    return np.rint(255 * np.array(hues)).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8 with the classes of `ids` (height, width) laid over it; pixels of no class stay bare."""
+    known = (ids != IGNORE)[..., None]
+    mixed = (1 - OPACITY) * image + OPACITY * palette[np.where(known[..., 0], ids, 0)]
+    return np.where(known, np.rint(mixed), image).astype(np.uint8)
+
+
+def draw_masks(
+    images: list[np.ndarray],
+    masks: list[np.ndarray],
+    predictions: dict[str, list[np.ndarray]],
+    classes: list[str],
+    blocks: int = 2,
+) -> PIL.Image.Image:
+    """One row per image: the image, its mask, and every prediction, each laid over the image.
 
     Args:
-        history: the Trainer's `state.log_history`; entries without "loss" are left out.
+        images: (channels, height, width), uint8, of any sizes; of other than 3 channels the first is shown.
+        masks: (height, width), class ids; 255 is none.
+        predictions: {caption: maps like `masks`}.
+        classes: names by id, for the legend; only classes that occur are named.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    logged = [(entry["step"], entry["loss"], entry.get("learning_rate")) for entry in history if "loss" in entry]
-    steps, losses, rates = (np.array(column, dtype=float) for column in zip(*logged, strict=True))
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")  # no pyplot: it would ask for a display
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="loss, as logged")
-    axes.plot(steps, running_mean(losses, len(losses) // 20), color="tab:blue", linewidth=2, label="loss, running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss on the training images")
-    # The first steps are far above the rest and would flatten the part that matters.
-    settled = losses[len(losses) // 20 :]
-    span = np.ptp(settled) or abs(settled[0]) or 1
-    axes.set_ylim(settled.min() - 0.05 * span, min(losses.max(), settled.max() + 0.5 * span) + 0.05 * span)
-    axes.grid(alpha=0.3)
-    other = axes.twinx()
-    other.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
-    other.set(ylabel="learning rate", ylim=(0, None))
-    lines = axes.get_lines() + other.get_lines()
-    axes.legend(lines, [line.get_label() for line in lines], loc="upper right")
-    figure.savefig(path)
+    palette, maps = colours(len(classes)), {"true": masks, **predictions}
+    shown = [(image if len(image) == 3 else image[[0, 0, 0]]).transpose(1, 2, 0) for image in images]
+    tiles = {"image": [to_tile(image) for image in shown]}
+    for caption, column in maps.items():
+        tiles[caption] = [to_tile(overlay(image, ids, palette)) for image, ids in zip(shown, column, strict=True)]
+    present = sorted({int(i) for column in maps.values() for ids in column for i in np.unique(ids)} - {IGNORE})
+    return draw_grid(tiles, blocks, [(classes[i], tuple(palette[i].tolist())) for i in present[:NAMED]])
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of up to `window` values around each, fewer at both ends; same length as `values`."""
-    half, total = window // 2, np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))  # symmetric, so that the ends have no lag
-    return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+# ---- attention -----------------------------------------------------------------------------------------------------
+def draw_attention(images: Tensor, weights: dict[str, Tensor]) -> PIL.Image.Image:
+    """One row per image: the image, and the weights of each pooler laid over it in grey.
+
+    Args:
+        images: (count, 1 or 3, height, width) in [0, 1].
+        weights: {caption: (count, rows, cols)}, which sum to one for every image.
+    """
+    columns, grey = {"image": to_tiles(images)}, to_pixels(images.mean(dim=1, keepdim=True))
+    for caption, maps in weights.items():
+        columns[caption] = [heat_tile(image, heat.numpy()) for image, heat in zip(grey, maps, strict=True)]
+    return draw_grid(columns, blocks=1, note=ATTENTION_NOTE)
+
+
+def heat_tile(image: np.ndarray, heat: np.ndarray) -> PIL.Image.Image:
+    """(height, width, 3) uint8 with `heat` (rows, cols) laid over it, and its largest value, times its size."""
+    from matplotlib import colormaps
+
+    levels = colormaps["magma"](heat / max(heat.max(), 1e-12), bytes=True)[..., :3]
+    colour = PIL.Image.fromarray(levels).resize((image.shape[1], image.shape[0]), PIL.Image.Resampling.NEAREST)
+    tile = to_tile(np.rint((1 - OPACITY) * image + OPACITY * np.asarray(colour)).astype(np.uint8))
+    font, draw = PIL.ImageFont.load_default(FONT), PIL.ImageDraw.Draw(tile)
+    draw.text((4, 2), f"x {heat.max() * heat.size:.1f}", "white", font, stroke_width=1, stroke_fill="black")
+    return tile

@@ -10,13 +10,19 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_mim.modeling.options import pair
-from hf_mim.training.commands.teacher import DEAD_SHARE, teacher_diversity
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.evaluation import metrics
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.feature_statistics import (
+    DEAD_SHARE,
+    effective_rank,
+    loss_of_the_mean,
+    teacher_diversity,
+)
+from hf_mim.training.evaluation.readouts import NearestNeighbours
 from hf_mim.training.plots import pictures
 
 
@@ -98,10 +104,10 @@ class Watch(TrainerCallback):
         picture.save(path)
         bf16 = self.trainer.args.bf16
         if self.labelled is None:
-            features = metrics.extract_features(self.model.mim, inputs["pixel_values"].split(BATCH), bf16)["mean"]
+            features = frozen.extract_features(self.model.mim, inputs["pixel_values"].split(BATCH), bf16)["mean"]
         else:
             (train, train_labels), (test, labels) = ((self._features(b, bf16), y) for b, y in self.labelled)
-            found["watch_knn"] = metrics.knn_accuracy(train, train_labels, test, labels)
+            found["watch_knn"] = frozen.readout_accuracy(NearestNeighbours, train, train_labels, test, labels)
             features = test
         rank, spread = effective_rank(features)
         found |= {"watch_effective_rank": rank, "watch_spread": spread}
@@ -116,7 +122,7 @@ class Watch(TrainerCallback):
     def _features(self, batches: list[Tensor], bf16: bool) -> Tensor:
         plain = MIMCollator(self.model.config)
         pixels = (plain([batch])["pixel_values"] for batch in batches)
-        return metrics.extract_features(self.model.mim, pixels, bf16)["mean"]
+        return frozen.extract_features(self.model.mim, pixels, bf16)["mean"]
 
     @property
     def target_moves(self) -> bool:
@@ -207,47 +213,6 @@ def fetch(dataset: MIMDataset, most: int) -> tuple[list, Tensor]:
     indices = draw_subset(len(dataset) if dataset.labels is None else dataset.labels.numpy(), most).tolist()
     batches = [dataset.__getitems__(indices[i : i + BATCH])[0] for i in range(0, len(indices), BATCH)]
     return batches, dataset.true_labels(indices)
-
-
-def effective_rank(features: Tensor) -> tuple[float, float]:
-    """In how many directions features (images, dim) vary, and how much.
-
-    Returns:
-        the exponential of the entropy of the centred features' singular values, in [1, min(images, dim)] (RankMe,
-        2210.02885, which does not centre); and their root mean square over the norm of the mean.
-    """
-    features = features.double()
-    centred = features - features.mean(dim=0)
-    values = torch.linalg.svdvals(centred)
-    if not values.sum() > 0:
-        return 1.0, 0.0
-    shares = values / values.sum()
-    spread = centred.square().sum(dim=1).mean().sqrt() / features.mean(dim=0).norm().clamp(min=1e-12)
-    return torch.special.entr(shares).sum().exp().item(), spread.item()
-
-
-def loss_of_the_mean(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> float | None:
-    """The loss where every hidden token is predicted as the mean of them all, or for codes by how frequent they are.
-
-    Args: as of `MIMForPreTraining.forward`. Returns: None where the target's predictions are no estimates of its
-    values.
-    """
-    target, grid = model.target, model.mask_grid(*pixel_values.shape[2:])
-    masks = bool_masked_pos[:, 0] if bool_masked_pos.ndim == 3 else bool_masked_pos
-    target.bind(model.mim.encoder)
-    values = target.targets(pixel_values, grid)
-    hidden, dim = values["patches"][masks], target.outputs["patches"]
-    if hidden.is_floating_point():
-        mean = hidden.float().mean(dim=0)
-    else:
-        mean = (torch.bincount(hidden.flatten(), minlength=dim) / hidden.numel()).clamp(min=1e-9).log()
-    if mean.shape != (dim,):
-        return None
-    count = masks.shape[1] if target.scope == "all" else int(masks[0].sum())
-    predictions = {"patches": mean.expand(len(masks), count, dim)}
-    if "global" in target.outputs:
-        predictions["global"] = values["global"].float().mean(dim=0).expand_as(values["global"])
-    return float(target.loss(predictions, values, masks, grid, torch.Generator().manual_seed(0)))
 
 
 def show_picture(trainer, picture, path: Path, step: int) -> None:

@@ -1,0 +1,109 @@
+"""What features say of themselves, without labels: how different the tokens of an image are, in how many directions
+images differ, and what predicting the mean costs."""
+
+import torch
+from torch import Tensor
+
+
+DEAD_SHARE = 0.1  # of the codes of a codebook may be unused before there is a warning
+
+
+def token_diversity(tokens: Tensor) -> dict[str, float]:
+    """How different the tokens of one image are from each other, means over images (Img2Vec, 2304.12535; the formula
+    is this project's: the paper's is not known here).
+
+    Args:
+        tokens: (batch, tokens, dim), without a class token; compare encoders at equal numbers of tokens.
+
+    Returns:
+        "raw": 1 - the mean cosine of two tokens, in [0, tokens / (tokens - 1)], 0 where all point one way;
+        "centred": the same of the tokens less their image's mean; "residual": the norm of the tokens less their mean
+        over the norm of the tokens, in [0, 1].
+    """
+    tokens = tokens.double()
+    centred = tokens - tokens.mean(dim=1, keepdim=True)
+    norms, left = tokens.norm(dim=2), centred.norm(dim=2)
+    share = left.norm(dim=1) / norms.norm(dim=1).clamp(min=1e-12)
+    found = {"raw": diversity_of(tokens, norms), "centred": diversity_of(centred, left), "residual": share}
+    return {name: values.mean().item() for name, values in found.items()}
+
+
+def diversity_of(tokens: Tensor, norms: Tensor) -> Tensor:
+    """1 - the mean cosine of two tokens of an image, (batch,); a token of norm zero has cosine zero to all others.
+
+    Args:
+        tokens: (batch, tokens, dim).
+        norms: (batch, tokens), theirs.
+    """
+    count, directed = tokens.shape[1], norms > 1e-12
+    inverse = torch.where(directed, 1 / norms, 0)
+    # The sum of all cosines is the squared norm of the sum of unit vectors: no tokens x tokens matrix.
+    total = (inverse[:, None] @ tokens)[:, 0].square().sum(dim=1)
+    return 1 - (total - directed.sum(dim=1)) / (count * (count - 1))
+
+
+@torch.no_grad()
+def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
+    """Token diversity of the features that a `MIMForPreTraining` has for targets, before they are normalised.
+
+    Args:
+        pixel_values: (batch, channels, height, width), as the student sees them.
+
+    Returns:
+        per layer: teacher, layer (its name), grid (the student's), and `token_diversity`; [] without a teacher.
+    """
+    teacher = teacher_of(model.target)
+    if teacher is None:
+        return []
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    tokens = [stage.flatten(2).transpose(1, 2) for stage in teacher.maps(pixel_values, grid)]
+    rows = zip(teacher.layer_names(), tokens)
+    return [
+        {"teacher": teacher.source, "layer": name, "grid": list(grid), **token_diversity(layer)} for name, layer in rows
+    ]
+
+
+def teacher_of(target):
+    """The `Teacher` of a target, or of the one that it wraps; None without one."""
+    return getattr(getattr(target, "wrapped", target), "teacher", None)
+
+
+def effective_rank(features: Tensor) -> tuple[float, float]:
+    """In how many directions features (images, dim) vary, and how much.
+
+    Returns:
+        the exponential of the entropy of the centred features' singular values, in [1, min(images, dim)] (RankMe,
+        2210.02885, which does not centre); and their root mean square over the norm of the mean.
+    """
+    features = features.double()
+    centred = features - features.mean(dim=0)
+    values = torch.linalg.svdvals(centred)
+    if not values.sum() > 0:
+        return 1.0, 0.0
+    shares = values / values.sum()
+    spread = centred.square().sum(dim=1).mean().sqrt() / features.mean(dim=0).norm().clamp(min=1e-12)
+    return torch.special.entr(shares).sum().exp().item(), spread.item()
+
+
+def loss_of_the_mean(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> float | None:
+    """The loss where every hidden token is predicted as the mean of them all, or for codes by how frequent they are.
+
+    Args: as of `MIMForPreTraining.forward`. Returns: None where the target's predictions are no estimates of its
+    values.
+    """
+    target, grid = model.target, model.mask_grid(*pixel_values.shape[2:])
+    masks = bool_masked_pos[:, 0] if bool_masked_pos.ndim == 3 else bool_masked_pos
+    target.bind(model.mim.encoder)
+    values = target.targets(pixel_values, grid)
+    hidden, dim = values["patches"][masks], target.outputs["patches"]
+    if hidden.is_floating_point():
+        mean = hidden.float().mean(dim=0)
+    else:
+        mean = (torch.bincount(hidden.flatten(), minlength=dim) / hidden.numel()).clamp(min=1e-9).log()
+    if mean.shape != (dim,):
+        return None
+    count = masks.shape[1] if target.scope == "all" else int(masks[0].sum())
+    predictions = {"patches": mean.expand(len(masks), count, dim)}
+    if "global" in target.outputs:
+        predictions["global"] = values["global"].float().mean(dim=0).expand_as(values["global"])
+    return float(target.loss(predictions, values, masks, grid, torch.Generator().manual_seed(0)))
