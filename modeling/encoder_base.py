@@ -60,6 +60,11 @@ class Encoder(nn.Module):
         self.final_norm: nn.Module = nn.Identity()
         self.frozen = False
 
+    def _name_stages(self, widths: list[int]):
+        """The stem and numbered stages, of these channels."""
+        self.num_features = widths
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, len(widths))]
+
     def freeze(self):
         """No gradients, and eval mode whatever the mode of the model around it, until it is loaded again."""
         self.frozen = True

@@ -83,7 +83,7 @@ class ConvNetEncoder(Encoder):
             raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
         self.mask_stage = mask_stage
         self.hidden_size = self.num_features[-1]
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
+        self._name_stages(self.num_features)
         self.base_grid = self.token_grid(*pair(config.image_size))
         width = self.num_features[mask_stage]
         self.sparse_mask = SparseMask()

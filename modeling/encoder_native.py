@@ -169,8 +169,7 @@ class NativeEncoder(Encoder):
             raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
         self._count_prefix_tokens()
         depth = getattr(self.native, "num_hidden_layers", None) or len(getattr(self.native, "depths", [1]))
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
-        self.num_features = self._stage_widths(depth)
+        self._name_stages(self._stage_widths(depth))
         self.base_grid = self.token_grid(*pair(config.image_size))
         self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
         self._take_final_norm()

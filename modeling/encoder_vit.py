@@ -55,7 +55,7 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def fill_in_sizes(
+def sizes_of(
     size: str, patch_size: Size | None, hidden_size: int | None, num_layers: int | None, num_heads: int | None
 ) -> tuple[Grid, int, int, int]:
     """-> the patch, width, depth and heads that were given, those of the named size in place of None."""
@@ -64,6 +64,12 @@ def fill_in_sizes(
     at_least("num_hidden_layers", depth, 1)
     dim, heads = dim if hidden_size is None else hidden_size, heads if num_heads is None else num_heads
     return pair(patch if patch_size is None else patch_size), dim, depth, heads
+
+
+def mlp_width(dim: int, mlp: str, intermediate_size: int | None) -> int:
+    """Of the MLP between its two layers; where it is not given, SwiGLU's three matrices are as large as GELU's two."""
+    swiglu = choose("mlp", mlp, ("gelu", "swiglu")) == "swiglu"
+    return intermediate_size or (-(-8 * dim // 24) * 8 if swiglu else 4 * dim)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
@@ -128,23 +134,22 @@ class ViTEncoder(Encoder):
         final_norm: bool = True,
     ):
         super().__init__()
-        sizes = (patch_size, hidden_size, num_hidden_layers, num_attention_heads)
-        self.patch_size, dim, depth, heads = fill_in_sizes(size, *sizes)
-        self.config, self.hidden_size = config, dim
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(depth)]
-        self.num_features = [dim] * (depth + 1)
+        patch, dim, depth, heads = sizes_of(size, patch_size, hidden_size, num_hidden_layers, num_attention_heads)
+        self.config, self.patch_size, self.hidden_size = config, patch, dim
+        self._name_stages([dim] * (depth + 1))
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
         self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
         self._add_positions(position_embedding, dim, depth, heads)
-        intermediate_size = intermediate_size or (-(-8 * dim // 24) * 8 if mlp == "swiglu" else 4 * dim)
-        choose("mlp", mlp, ("gelu", "swiglu"))
+        intermediate_size = mlp_width(dim, mlp, intermediate_size)
         post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
-        self.embedding_norm = nn.LayerNorm(dim, eps=layer_norm_eps) if embedding_norm else nn.Identity()
+        self._add_norms(embedding_norm, final_norm, layer_norm_eps)
         block = partial(ViTLayer, config, dim, heads, intermediate_size, mlp, qk_norm, post_norm=post_norm)
         rates = drop_path_rates(drop_path_rate, depth)
         self.layers = nn.ModuleList(block(layer_scale_init_value, rate, layer_norm_eps) for rate in rates)
-        if final_norm:
-            self.final_norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+
+    def _add_norms(self, embedding_norm: bool, final_norm: bool, eps: float):
+        self.embedding_norm = nn.LayerNorm(self.hidden_size, eps=eps) if embedding_norm else nn.Identity()
+        self.final_norm = nn.LayerNorm(self.hidden_size, eps=eps) if final_norm else nn.Identity()
 
     def _set_masking(self, mask_style: str, mask_stage: int, pixel_fill: str, depth: int):
         self.mask_style = choose("mask_style", mask_style, ("drop", "token", "add"))
