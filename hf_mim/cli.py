@@ -164,6 +164,9 @@ def codebook(
     fit_codebook(model, out, list(overrides or []), codes, images)
 
 
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
+
+
 @command()
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="The output folder of a run.")],
@@ -173,11 +176,16 @@ def push(
     tag: Annotated[str | None, typer.Option(help="A name for what is uploaded.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
     license: License = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a card that was edited on the Hub.")] = False,
 ):
     """Publish a checkpoint on the Hub, with card, results and pictures. The token: `hf auth login` or HF_TOKEN."""
     from hf_mim.hub.push import push as run
 
-    published = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license)
+    published = run(
+        checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license, force=force
+    )
+    for note in published.notes:
+        typer.echo(note, err=True)
     typer.echo(published.url if published.uploaded else f"nothing to send, all of it is there already: {published.url}")
 
 
@@ -187,11 +195,12 @@ def card(
     repo: Annotated[str, typer.Argument(help="What it is to be called: me/my-model.")],
     out: Annotated[Path, typer.Option(help="The folder to write README.md and the pictures into.")],
     license: License = None,
+    force: Force = False,
 ):
     """Write the model card that `push` would send, to read or change it first: `push` takes a README.md as it is."""
     from hf_mim.hub.push import write_card
 
-    typer.echo(write_card(checkpoint, repo, out, license))
+    typer.echo(write_card(checkpoint, repo, out, license, force))
 
 
 @command()

@@ -37,10 +37,13 @@ class Repo:
     private: bool
     refs: dict[str, str] = field(default_factory=dict)  # full name -> commit
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
 
-    def commit(self, ref: str, files: dict[str, Blob]) -> str:
+    def commit(self, ref: str, files: dict[str, Blob], title: str = "initial commit") -> str:
         text = json.dumps([len(self.commits), ref, sorted((path, blob.oid) for path, blob in files.items())])
         oid = hashlib.sha1(text.encode()).hexdigest()
+        self.parents[oid], self.titles[oid] = self.refs.get(ref), title
         self.commits[oid], self.refs[ref] = files, oid
         return oid
 
@@ -244,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, name, revision):
         repo = self.repo(name, write=True)
-        files = dict(repo.commits[self.commit_of(repo, revision)])
+        files, title = dict(repo.commits[self.commit_of(repo, revision)]), ""
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -254,12 +257,16 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects and not self.hub.xet_hash(value["oid"]):
                     raise Refused(400, f"{value['path']} was never uploaded")
                 files[value["path"]] = Blob(value["oid"], value["size"])
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
+            elif entry["key"] == "header":
+                title = value["summary"]
         ref, number = f"refs/heads/{unquote(revision)}", sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
         if "create_pr" in self.query:
             ref = f"refs/pr/{number}"
         elif unquote(revision).startswith("refs/"):
             ref = unquote(revision)
-        oid = repo.commit(ref, files)
+        oid = repo.commit(ref, files, title)
         url = f"{self.hub.url}/{name}"
         pull = f"{url}/discussions/{number}" if "create_pr" in self.query else None
         return 200, {}, {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, "pullRequestUrl": pull}
@@ -284,6 +291,14 @@ class Handler(BaseHTTPRequestHandler):
                 for path, b in repo.commits[commit].items()
             ],
         )
+
+    def history(self, name, revision):
+        repo = self.repo(name)
+        oid, entries = self.commit_of(repo, revision), []
+        while oid is not None:
+            entries.append({"id": oid, "title": repo.titles[oid], "message": "", "date": DATE, "authors": []})
+            oid = repo.parents[oid]
+        return 200, {}, entries
 
     def list_refs(self, name):
         groups = {"branches": "heads", "tags": "tags", "pullRequests": "pr", "converts": "convert"}
@@ -344,6 +359,7 @@ ROUTES = [
     (rf"GET {MODEL}/revision/{REVISION}", Handler.info),
     (rf"GET {MODEL}/tree/{REVISION}(?:/(?P<path>.+))?", Handler.tree),
     (rf"GET {MODEL}/refs", Handler.list_refs),
+    (rf"GET {MODEL}/commits/{REVISION}", Handler.history),
     (rf"POST {MODEL}/(?P<kind>branch|tag)/{REVISION}", Handler.new_ref),
     (rf"GET {MODEL}/xet-(?P<kind>read|write)-token/{REVISION}", Handler.xet_token),
     (rf"(?:GET|HEAD) /{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.download),

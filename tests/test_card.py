@@ -13,9 +13,13 @@ from PIL import Image
 from transformers import ResNetConfig
 
 from hf_mim import cli
-from hf_mim.hub.card import PICTURES, dataset_of, license_of, make_card, read_recipe, shareable
-from hf_mim.hub.push import stage, write_card
+from hf_mim.hub.card import dataset_of, license_of, make_card
+from hf_mim.hub.files import PICTURES, read_recipe
+from hf_mim.hub.push import push, stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
+from hf_mim.training.errors import FolderError, RecipeError
+from hf_mim.training.sharing import check_secrets, has_secret, masked, shareable
+from hf_mim.training.trainer.pushing import published_files
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,12 +97,12 @@ def test_a_full_card(full):
     assert {result.dataset_type for result in data.eval_results} == {"me/photos"}
     for words in (
         "| k-NN, mean of the patches | 61.2 | 40.0 | 65.0 |",
-        "1,000 images to learn from, 200 to test on, split test",
+        "1,000 training images, 200 test images, split test",
         "k-NN: 20.",
         "| trained classifier behind `mean` | 70.5 (69.0-72.0) | 40.0 (39.0-41.0) | layer 4, 0 parameters |",
-        "| trained classifier behind `my &lt;deep> one` | 71.0 |  | layer 3, 1,234 parameters |",
+        "| trained classifier behind `my <deep> one` | 71.0 |  | layer 3, 1,234 parameters |",
         "| k-NN, mean of the patches | 61.0 (60.0-62.0) |  |  |",
-        "(`me/photos`, 900 images to learn from, 300 to test on, split test, seeds 0, 1)",
+        "(`me/photos`, 900 training images, 300 test images, split test, seeds 0, 1)",
         "- Each pooler is trained.",
         "- Intervals: 95 percent.",
         "3 epochs, 1,234 steps, 1.5 minutes",
@@ -169,11 +173,121 @@ def test_of_urls_only_those_of_the_web_are_published():
     assert [dataset_of(entry)["id"] for entry in found] == [None] * 4 and "secret" not in str(found)
 
 
-def test_a_name_cannot_break_out_of_its_table(full):
-    metrics = {**METRICS, "device": "cpu | <script>\n\n# Injected"}
+HOSTILE = (
+    "a` | <img src=//evil.example/x.png>\n\n# H ![p](//evil.example/p.png) [l](evil.example) https://evil.example "
+)
+HOSTILE += "www.evil.example me@evil.example \\[x](evil.example)"
+
+
+def test_no_text_from_a_file_makes_markdown(full):
+    """As the Hub renders it: by CommonMark with tables and bare links."""
+    markdown = pytest.importorskip("markdown_it")
+    metrics = {key: HOSTILE if isinstance(value, str) else value for key, value in METRICS.items()}
+    metrics |= {"versions": {HOSTILE: HOSTILE}, "seed": HOSTILE, "device_name": HOSTILE}
+    metrics["evaluation"] = {**METRICS["evaluation"], "test": HOSTILE, "protocol": {"knn": HOSTILE}}
+    probe = {**PROBE, "protocol": {"poolers": HOSTILE}, "seeds": [HOSTILE]}
+    probe |= {"data": {"dataset": HOSTILE, "test": HOSTILE}, "poolers": {HOSTILE: PROBE["poolers"]["mean"]}}
+    recipe = {"model": {"init_from": HOSTILE}, "data": {"dataset": HOSTILE}, "finetune": {"task": HOSTILE}}
     (full / "metrics.json").write_text(json.dumps(metrics))
+    (full / "probe.json").write_text(json.dumps(probe))
+    paper = HOSTILE.replace("\n", " ")
+    (full / "recipe.yaml").write_text(f"# A run\n#\n# Paper: {paper}\n" + json.dumps(recipe))
     text = make_card(full, "me/tiny").text
-    assert "<script>" not in text and "\n# Injected" not in text
+    assert text.count("evil.example") > 50
+    parser = markdown.MarkdownIt("commonmark", {"html": True}).enable("table")
+    tokens = [inner for token in parser.parse(text) for inner in (token, *(token.children or []))]
+    pictures = [token.attrs["src"] for token in tokens if token.type == "image"]
+    assert set(pictures) <= set(PICTURES) and pictures
+    assert not [token for token in tokens if token.type in ("link_open", "html_block", "html_inline")]
+    assert "H" not in [token.content for token in tokens if token.type == "inline"]
+    # What the Hub makes links of by itself, outside of code.
+    plain = " ".join(token.content for token in tokens if token.type == "text" and "evil" in token.content)
+    source = re.sub(r"`[^`\n]*`", "", text)
+    assert "evil.example" in plain and not re.search(r"https?://|www\.|\w@\w", source)
+
+
+def test_a_repository_name_cannot_hold_code(full):
+    with pytest.raises(ValueError):
+        make_card(full, 'me/x")\nimport os #')
+
+
+def test_the_weights_that_are_sent_are_counted(full):
+    before = re.search(r"([\d.]+) M in all", make_card(full, "me/tiny").text)[1]
+    shutil.copy(full / "model.safetensors", full / "model-00001-of-00001.safetensors")  # of an earlier run
+    assert f"{before} M in all" in make_card(full, "me/tiny").text
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "README.md", "metrics.json", "recipe.yaml", "reconstructions.png"]
+)
+def test_links_out_of_the_folder_are_not_followed(name, full, tmp_path):
+    (full / "README.md").write_text("# mine\n")
+    (full / name).rename(tmp_path / "private")
+    (full / name).symlink_to(tmp_path / "private")
+    with pytest.raises(FolderError, match="symbolic link out of") as caught:
+        push(full, "me/x")
+    assert caught.value.folder == str(full)
+    if name in ("model.safetensors", "config.json"):
+        with pytest.raises(FolderError, match="symbolic link out of"):
+            published_files(full)
+    (full / name).unlink()
+    (full / "kept").mkdir()
+    (tmp_path / "private").rename(full / "kept" / "it")
+    (full / name).symlink_to(full / "kept" / "it")  # inside it is the folder's own
+    (tmp_path / "staged").mkdir()
+    assert name == "model.safetensors" or name in stage(full, "me/x", None, tmp_path / "staged")
+
+
+def test_a_commit_during_training_holds_no_paths(full):
+    config = json.loads((full / "config.json").read_text())
+    config |= {"target": "teacher_feature", "target_config": {"teacher": "/home/somebody/teachers/dino", "dims": [8]}}
+    (full / "config.json").write_text(json.dumps(config))
+    (full / "README.md").write_text("# mine\n")
+    files = published_files(full)
+    assert json.loads(files["config.json"])["target_config"]["teacher"] == "dino"
+    assert set(files) == {"config.json", "model.safetensors"} | ({"preprocessor_config.json"} & set(files))
+
+
+URLS = {
+    "https://me:pw@host/x": True,
+    "https://me@host/x": True,
+    "simplecache::https://me:pw@host/x.tar": True,
+    "zip://a.png::https://me:pw@host/x.zip": True,
+    "zip://a.png::s3://bucket/x.zip?sig=abc": True,
+    "https://host/x#token=abc": True,
+    "https://host/x#/page?jwt=abc": True,
+    **{
+        f"https://host/x?a=1&{name}=abc": True for name in ("sig", "sas", "token", "access_key", "pwd", "jwt", "apiKey")
+    },
+    **{f"https://host/x?{name}=abc": True for name in ("X-Amz-Signature", "AWSAccessKeyId", "SharedAccessKey", "auth")},
+    "https://host/x?page=2&size=224": False,
+    "https://host/x?monkey=1&tokens=3": False,
+    "s3://bucket/photos": False,
+    "hf://datasets/me/photos@main/x": False,
+    "me/photos": False,
+}
+
+
+@pytest.mark.parametrize(("url", "secret"), URLS.items())
+def test_secrets_in_urls_are_refused_masked_and_not_published(url, secret):
+    assert has_secret(url) == secret
+    recipe = {"data": {"dataset": "me/photos", "nested": {"files": ["x", url]}}}
+    if not secret:
+        return check_secrets(recipe)
+    for private in ("pw", "abc"):
+        assert private not in masked(url) and private not in str(shareable(recipe))
+    with pytest.raises(RecipeError, match="holds a password or token") as caught:
+        check_secrets(recipe)
+    assert caught.value.key == "data.nested.files" and "abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hub_token", "password", "api_key", "secretKey", "aws_access_key_id", "pwd", "auth"])
+def test_keys_are_judged_by_name_wherever_they_stand(key):
+    recipe = {"training": {"a": [{"b": {key: "s3cret"}}], "mask_token": True, "num_register_tokens": 4}}
+    with pytest.raises(RecipeError, match="is refused") as caught:
+        check_secrets(recipe)
+    assert caught.value.key == f"training.a.b.{key}" and "s3cret" not in str(caught.value)
+    assert shareable(recipe) == {"training": {"a": [{"b": {}}], "mask_token": True, "num_register_tokens": 4}}
 
 
 def test_the_command_writes_a_card(full, tmp_path, capsys, monkeypatch):
@@ -184,6 +298,11 @@ def test_the_command_writes_a_card(full, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(out / "README.md")
     with pytest.raises(ValueError, match="no config.json"):
         write_card(tmp_path, "me/tiny", out)
+    (out / "README.md").write_text("edited")
+    assert cli.main(["card", str(full), "me/tiny", "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err and (out / "README.md").read_text() == "edited"
+    assert cli.main(["card", str(full), "me/tiny", "--out", str(out), "--force"]) == 0
+    assert (out / "README.md").read_text() != "edited"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/README.md")), ids=lambda path: path.parent.name)
@@ -262,7 +381,7 @@ def test_the_card_of_a_segmentation_model(tmp_path):
         "AutoModelForSemanticSegmentation.from_pretrained",
         "images of 24x32 pixels and 3 channels, with UperNet for the segmentation of 3 classes.",
         "| mean IoU | 41.2 (40.0-42.4) |\n| pixel accuracy | 80.0 |",
-        "(20 to test on, split test)",
+        "(20 test images, split test)",
         "run by `hf-mim finetune CHECKPOINT recipe.yaml`",
         "| encoder |",
     ):

@@ -175,6 +175,61 @@ def test_an_interrupted_push_of_shards_continues(hub, worker, place):
     worker.good(SAME.format(one="me/broken", other="fourth"))
 
 
+def test_a_push_makes_the_repository_what_the_folder_is(hub, worker, place):
+    """Weights in shards replace the whole file, which transformers would load first; results of before go as well."""
+    model = save_run(place / "sixth", 10)
+    worker.good(["push", "sixth", "me/changing"])
+    for name in ("model.safetensors", "metrics.json", "reconstructions.png"):
+        (place / "sixth" / name).unlink()
+    with torch.no_grad():
+        model.mim.encoder.patch_embedding.weight.add_(1)
+    model.save_pretrained(place / "sixth", max_shard_size="20kB")
+    commits = len(hub.repos["me/changing"].commits)
+    worker.good(["push", "sixth", "me/changing"])
+    assert len(hub.repos["me/changing"].commits) == commits + 1
+    files = hub.files("me/changing")
+    assert not {"model.safetensors", "metrics.json", "reconstructions.png"} & set(files) and "recipe.yaml" in files
+    worker.good(SAME.format(one="me/changing", other="sixth"))
+    # And back.
+    for path in (place / "sixth").glob("model*"):
+        path.unlink()
+    model.save_pretrained(place / "sixth")
+    worker.good(["push", "sixth", "me/changing"])
+    assert [
+        name for name in hub.files("me/changing") if name.startswith("model") and name.endswith((".json", "ors"))
+    ] == ["model.safetensors"]
+
+
+def test_what_was_edited_on_the_hub_stays(hub, worker, place):
+    save_run(place / "seventh", 11)
+    worker.good(["push", "seventh", "me/edited", "--license", "mit"])
+    (place / "seventh" / "metrics.json").write_text(json.dumps({"seed": 77}))
+    worker.good(["push", "seventh", "me/edited"])  # nobody touched the card: a new one, with the licence of before
+    card = hub.files("me/edited")["README.md"].decode()
+    assert "license: mit" in card and "| seed | 77 |" in card
+    edit = "from huggingface_hub import HfApi\n"
+    edit += "HfApi().upload_file(path_or_fileobj=b'---\\nlicense: mit\\n---\\n# By hand\\n', path_in_repo='README.md', "
+    edit += "repo_id='me/edited', commit_message='by hand')"
+    worker.good(edit)
+    (place / "seventh" / "metrics.json").write_text(json.dumps({"seed": 78}))
+    for _ in range(2):
+        code, _, err = worker(["push", "seventh", "me/edited"])
+        assert code == 0 and "README.md was edited on the Hub" in err
+        files = hub.files("me/edited")
+        assert b"# By hand" in files["README.md"] and b"78" in files["metrics.json"]
+    worker.good(["push", "seventh", "me/edited", "--force"])
+    assert "| seed | 78 |" in hub.files("me/edited")["README.md"].decode()
+
+
+def test_a_revision_is_a_branch(hub, worker, runs):
+    worker.good(["push", "first", "me/revisions", "--tag", "v1"])
+    commit = hub.repos["me/revisions"].refs["refs/tags/v1"]
+    before = dict(hub.repos["me/revisions"].refs)
+    assert "is a tag of me/revisions" in worker.refused("push", "second", "me/revisions", "--revision", "v1")
+    assert "is a commit" in worker.refused("push", "second", "me/revisions", "--revision", commit)
+    assert hub.repos["me/revisions"].refs == before
+
+
 def test_a_bare_checkpoint_gets_what_it_lacks(hub, worker):
     worker.good(["push", str(BARE), "me/bare"])
     assert {"modeling_mim.py", "preprocessor_config.json", "README.md"} <= set(hub.files("me/bare"))

@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_mim import MIMConfig, cli
 from hf_mim.hub.errors import explain
-from hf_mim.hub.push import push, weight_files
+from hf_mim.hub.files import weight_files
+from hf_mim.hub.push import push
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.trainer.trainer import MIMTrainingArguments
 

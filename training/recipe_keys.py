@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_mim.modeling.options import Size, is_of, unknown_choice
 from hf_mim.training.errors import RecipeError
+from hf_mim.training.sharing import check_secrets
 
 
 # section -> where the classes are whose fields are its keys: module and class, a later one over an earlier
@@ -155,7 +156,7 @@ def check_keys(
         lookup: gives {key: type} of a section.
 
     Raises:
-        RecipeError: the first thing wrong, with the nearest valid name.
+        RecipeError: the first thing wrong, with the nearest valid name; or a value is a secret.
     """
     place = f" in {file}" if file else ""
     for section, values in recipe.items():
@@ -169,3 +170,4 @@ def check_keys(
                 hint = str(unknown_choice("key", key, keys)).partition(repr(key))[2]
                 raise RecipeError(f"Unknown key {section}.{key}{place}{hint}", f"{section}.{key}")
             check_value(f"{section}.{key}", value, keys[key])
+    check_secrets(recipe)

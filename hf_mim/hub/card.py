@@ -1,17 +1,17 @@
 """The model card: what is known of a checkpoint, in the Hub's form. What nobody measured or said is not in it."""
 
-import json
 import math
 import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from yaml import YAMLError
 
-import hf_mim
 from hf_mim.hub import card_results as results_of
-from hf_mim.hub.card_results import clean, is_number
+from hf_mim.hub.card_results import clean, code, is_number
+from hf_mim.hub.files import PICTURES, read_json, read_recipe, weight_files
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoders import ENCODERS
@@ -20,18 +20,12 @@ from hf_mim.modeling.options import pair
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
+from hf_mim.training.errors import CheckpointError
+from hf_mim.training.sharing import file_inside, shareable
 
 
-TEMPLATE = Path(hf_mim.__file__).parent / "model_cards" / "template.md"
-PICTURES = {
-    "reconstructions.png": "test images: original, masked, prediction, prediction with the visible patches",
-    "attention.png": "where the poolers look: test images, and the weights of their patches",
-    "loss.png": "the loss while training",
-    "probe.png": "accuracy behind each pooler",
-    "segmentation.png": "test images, their masks and those that the model finds",
-    "confusion.png": "which classes are taken for which",
-}
-PARTS = {
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+PARTS: dict[str, dict] = {
     "encoder": ENCODERS,
     "masking": MASK_GENERATORS,
     "decoder": DECODERS,
@@ -59,7 +53,8 @@ ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 
 
 def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
-    """The card of a checkpoint, from the files in its folder: config.json, recipe.yaml, metrics.json, probe.json.
+    """The card of a checkpoint, from the files in its folder: config.json, recipe.yaml, metrics.json, probe.json. Text
+    from them is text in the card: it makes no link, picture or heading.
 
     Args:
         folder: the output folder of a run; all but config.json and the weights may be absent.
@@ -69,11 +64,12 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
     Raises:
         ValueError, OSError: a file cannot be read, or is none of this project's.
     """
+    validate_repo_id(repo)
     whole = read_config(folder)
     config, task = getattr(whole, "backbone_config", whole), task_of(whole)
     size = size_words(folder, config)
     recipe = read_recipe(folder)
-    metrics, probe = (shareable(read_json(folder / f"{name}.json")) for name in ("metrics", "probe"))
+    metrics, probe = (shareable(read_json(file_inside(folder, f"{name}.json"))) for name in ("metrics", "probe"))
     data = dataset_of(recipe.get("data"))
     results = results_of.eval_results(metrics, data)
     card = ModelCard.from_template(
@@ -85,10 +81,10 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
         auto_class=TASKS[task][1],
         logits=TASKS[task][2],
         prefix_tokens=plural(prefix_tokens(config), "vector") + " without a patch",
-        pooler=f"`{config.pooler}`",
+        pooler=code(config.pooler),
         channels=config.num_channels,
-        pictures=[{"file": name, "words": words} for name, words in PICTURES.items() if (folder / name).is_file()],
-        facts=[(name, clean(value)) for name, value in facts(folder, config, task, recipe, metrics, data) if value],
+        pictures=[{"file": name, "words": text} for name, text in PICTURES.items() if file_inside(folder, name)],
+        facts=[(name, value) for name, value in facts(folder, config, task, recipe, metrics, data) if value],
         **results_of.template_fields(metrics, probe),
         eval_data=data["words"],
         limits=limits(size, metrics, data),
@@ -100,44 +96,6 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
 
 
 # ---- what the folder says --------------------------------------------------------------------------------------------
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON") from None
-    return found if isinstance(found, dict) else {}
-
-
-def read_recipe(folder: Path) -> dict:
-    """{section: {key: value}} of recipe.yaml without what must not leave this machine, {} without one."""
-    path = folder / "recipe.yaml"
-    recipe = recipes.parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
-    return shareable({name: values for name, values in (recipe or {}).items() if isinstance(values, dict)})
-
-
-def shareable(value):
-    """A value of a recipe or of JSON as it may be published: no tokens, and of local paths only the last name."""
-    if isinstance(value, dict):
-        secret = {key for key, inner in value.items() if isinstance(inner, str) and str(key).endswith("token")}
-        secret |= {"command"} & value.keys()  # as typed on this machine; the settings are beside it
-        return {key: shareable(inner) for key, inner in value.items() if key not in secret}
-    if isinstance(value, list):
-        return [shareable(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and is_local(value) else value
-
-
-def is_local(text: str) -> bool:
-    """Whether a text is a path on this machine or in somebody's bucket, and not an id on the Hub, which has one `/` or
-    none, or a page on the web."""
-    if re.match(r"(?!https?:)[A-Za-z][A-Za-z0-9+.-]+://\S+$", text):
-        return True
-    if text.startswith(("/", "./", "../", "~/")) or re.match(r"[A-Za-z]:[\\/]", text):
-        return True
-    return "/" in text and " " not in text and "://" not in text and (text.count("/") > 1 or Path(text).exists())
-
-
 def dataset_of(data: dict | None) -> dict:
     """{"words", "type", "id"}: how to call the data set, for people and for the Hub; `id` only if it is on the Hub."""
     if data is None:
@@ -148,14 +106,16 @@ def dataset_of(data: dict | None) -> dict:
     if "://" in name:
         return {"words": clean(name), "type": "web", "id": None}
     if "/" in name:  # local paths have lost theirs
-        return {"words": f"`{clean(name)}`", "type": name, "id": name}
-    return {"words": f"`{clean(name)}`, a local data set", "type": "local", "id": None}
+        return {"words": code(name), "type": name, "id": name}
+    return {"words": f"{code(name)}, a local data set", "type": "local", "id": None}
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes by name, from the headers of the safetensors files."""
-    shapes = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    """Shapes by name, from the headers of the safetensors files that are sent."""
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files(folder).values():
+        if path.suffix != ".safetensors":
+            continue
         with safe_open(path, "pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
     return shapes
@@ -176,21 +136,22 @@ def read_config(folder: Path):
     Raises:
         ValueError, OSError: there is none, or it is another project's.
     """
-    fields = read_json(folder / "config.json")
+    fields = read_json(file_inside(folder, "config.json"))
     if fields.get("model_type") == "upernet":
         from hf_mim.modeling.modeling_upernet import MIMUperNetConfig
 
-        found = results_of.section(fields, "backbone_config").get("model_type")
-        if found != MIMConfig.model_type:
-            raise ValueError(f"{folder} holds an UperNet over {found!r}, and only one over 'mim' can be published here")
+        kind = results_of.section(fields, "backbone_config").get("model_type")
+        if kind != MIMConfig.model_type:
+            message = f"{folder} holds an UperNet over {kind!r}, and only one over 'mim' can be published here"
+            raise CheckpointError(message, str(folder))
         return MIMUperNetConfig.from_pretrained(folder)
     return MIMConfig.from_pretrained(folder)
 
 
 def size_words(folder: Path, config: MIMConfig) -> str:
     """`height x width` of the images that the model was made for: a segmentation model's are its processor's."""
-    said = results_of.section(read_json(folder / "preprocessor_config.json"), "size")
-    sides = (said.get("height"), said.get("width"))
+    saved = results_of.section(read_json(file_inside(folder, "preprocessor_config.json")), "size")
+    sides = (saved.get("height"), saved.get("width"))
     height, width = sides if all(isinstance(side, int) for side in sides) else pair(config.image_size)
     return f"{height}x{width}"
 
@@ -225,13 +186,13 @@ def plural(count: int, noun: str) -> str:
 
 def summary(config: MIMConfig, size: str, task: str, num_labels: int, metrics: dict, data: dict) -> str:
     shape = f"{size} pixels and {plural(config.num_channels, 'channel')}"
-    what = f"A {config.encoder} encoder for images of {shape}"
+    subject = f"A {config.encoder} encoder for images of {shape}"
     if task != "features":
         head = "a classifier" if task == "classification" else "UperNet for the segmentation"
-        return f"{what}, with {head} of {plural(num_labels, 'class')}."
+        return f"{subject}, with {head} of {plural(num_labels, 'class')}."
     if not is_number(metrics.get("steps")):  # nothing here says that it was trained
-        return f"{what}."
-    return f"{what}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
+        return f"{subject}."
+    return f"{subject}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
 
 
 def teacher_of(target_config: dict) -> str | None:
@@ -241,11 +202,11 @@ def teacher_of(target_config: dict) -> str | None:
 
 def teacher_row(config: MIMConfig) -> str | None:
     """The teacher, and what its own card says of its licence."""
-    teacher = teacher_of(config.target_config)
+    teacher = teacher_of(config.target_config or {})
     if teacher is None:
         return None
     license = license_of(teacher)
-    return shareable(teacher) + (f", whose own card says: licence {license}" if license else "")
+    return clean(shareable(teacher)) + (f", whose own card says: licence {clean(license)}" if license else "")
 
 
 def license_of(source: str) -> str | None:
@@ -253,10 +214,10 @@ def license_of(source: str) -> str | None:
     try:
         path = Path(source) / "README.md"
         if not path.is_file():
-            path = hf_hub_download(source, "README.md")
+            path = Path(hf_hub_download(source, "README.md"))
         data = ModelCard.load(path).data
-        said = data.get("license_name") or data.license
-        return said if isinstance(said, str) else None
+        license = data.get("license_name") or data.get("license")
+        return license if isinstance(license, str) else None
     except (OSError, ValueError, YAMLError):  # none, no access, no network, or no card that can be read
         return None
 
@@ -264,24 +225,29 @@ def license_of(source: str) -> str | None:
 def facts(
     folder: Path, config: MIMConfig, task: str, recipe: dict, metrics: dict, data: dict
 ) -> list[tuple[str, object]]:
-    """Rows of a table; a value that is not known is empty."""
-    header = recipes.read_header(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+    """Rows of a table, as Markdown; a value that is not known is empty."""
+    header = header_of(folder)
     shapes = weight_shapes(folder)
     encoder = [shape for name, shape in shapes.items() if re.match(r"(backbone\.)?(mim\.)?encoder\.", name)]
     return [
-        ("recipe", f"`recipe.yaml`, run by `{command_of(recipe)}`" if recipe else None),
-        ("method", header.get("paper")),
+        ("recipe", f"`recipe.yaml`, run by {code(command_of(recipe))}" if recipe else None),
+        ("method", clean(header.get("paper") or "")),
         *((name, part(config, name)) for name in TASKS[task][3]),
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
         ("data", data["words"] and images(metrics, data)),
-        ("started from", recipe.get("model", {}).get("init_from")),
+        ("started from", clean(recipe.get("model", {}).get("init_from") or "")),
         ("teacher", teacher_row(config)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),
         ("hardware", hardware(metrics)),
-        ("seed", str(metrics["seed"]) if "seed" in metrics else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())),
+        ("seed", clean(metrics["seed"]) if "seed" in metrics else None),
+        ("versions", clean(", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()))),
     ]
+
+
+def header_of(folder: Path) -> dict:
+    path = file_inside(folder, "recipe.yaml")
+    return recipes.read_header(path) if path else {}
 
 
 def command_of(recipe: dict) -> str:
@@ -291,9 +257,9 @@ def command_of(recipe: dict) -> str:
 
 
 def part(config: MIMConfig, name: str) -> str:
-    options = getattr(config, f"{name}_config")
-    said = ", ".join(f"{key}: {value}" for key, value in shareable(options).items())
-    return f"`{getattr(config, name)}`" + (f" ({said})" if said else "")
+    options = shareable(getattr(config, f"{name}_config"))
+    text = clean(", ".join(f"{key}: {value}" for key, value in options.items()))
+    return code(getattr(config, name)) + (f" ({text})" if text else "")
 
 
 def size(shapes) -> str:
@@ -306,52 +272,51 @@ def images(metrics: dict, data: dict) -> str:
 
 
 def budget(recipe: dict, metrics: dict) -> str | None:
-    training, said = recipe.get("training", {}), []
+    training, parts = recipe.get("training", {}), []
     if is_number(training.get("num_train_epochs")) and not training.get("max_steps"):
-        said.append(f"{training['num_train_epochs']} epochs")
+        parts.append(f"{training['num_train_epochs']} epochs")
     if is_number(metrics.get("steps")):
-        said.append(f"{metrics['steps']:,} steps")
+        parts.append(f"{metrics['steps']:,} steps")
     if is_number(metrics.get("seconds")):
-        said.append(f"{metrics['seconds'] / 60:,.1f} minutes")
-    if metrics.get("images_per_second"):
-        said.append(f"{metrics['images_per_second']:,.0f} images per second")
-    return ", ".join(said)
+        parts.append(f"{metrics['seconds'] / 60:,.1f} minutes")
+    if is_number(metrics.get("images_per_second")) and metrics["images_per_second"]:
+        parts.append(f"{metrics['images_per_second']:,.0f} images per second")
+    return ", ".join(parts)
 
 
 def hardware(metrics: dict) -> str | None:
     if "device" not in metrics:
         return None
-    said = [str(metrics.get("device_name") or metrics["device"])]
+    parts = [clean(metrics.get("device_name") or metrics["device"])]
     for key, noun in (("processes", "process"), ("threads", "thread"), ("cpus", "CPU")):
         if is_number(metrics.get(key)) and not (key == "processes" and metrics[key] == 1):
-            said.append(plural(metrics[key], noun))
-    return ", ".join([*said, *([metrics["precision"]] if "precision" in metrics else [])])
+            parts.append(plural(metrics[key], noun))
+    return ", ".join([*parts, *([clean(metrics["precision"])] if "precision" in metrics else [])])
 
 
 def limits(size: str, metrics: dict, data: dict) -> list[str]:
-    said = [f"Trained at {size} pixels. Other sizes load and run; how good they are was not measured here."]
+    sentences = [f"Trained at {size} pixels. Other sizes load and run; how good they are was not measured here."]
     rows = results_of.result_rows(metrics)
     if not rows and not results_of.finetuned_rows(metrics):
-        return [*said, "No accuracy was measured in this run."]
-    said.append("The accuracies are those of one run with one seed: their spread is not known.")
+        return [*sentences, "No accuracy was measured in this run."]
+    sentences.append("The accuracies are those of one run with one seed: their spread is not known.")
     if data["type"] == "fashion_mnist_subset":
-        said.append("Being those of a subset, they are not comparable with published figures for Fashion-MNIST.")
+        sentences.append("Being those of a subset, they are not comparable with published figures for Fashion-MNIST.")
     behind = [row for row in rows if row["raw"] and float(row["trained"]) <= float(row["raw"])]
     for row in behind:
-        said.append(f"By {row['name']}, it is no better than raw pixels ({row['trained']} against {row['raw']}).")
-    return said
+        sentences.append(f"By {row['name']}, it is no better than raw pixels ({row['trained']} against {row['raw']}).")
+    return sentences
 
 
 def papers(folder: Path, config: MIMConfig, task: str) -> list[str]:
     """The recipe's paper, and those that the parts' own descriptions name: they were used too."""
-    recipe = folder / "recipe.yaml"
-    first = recipes.read_header(recipe).get("paper", "") if recipe.is_file() else ""
-    found, seen = [clean(first)] if first else [], set(ARXIV.findall(first))
+    first = header_of(folder).get("paper", "")
+    entries, seen = [clean(first)] if first else [], set(ARXIV.findall(first))
     for name in TASKS[task][3]:
         entry = PARTS[name].get(getattr(config, name))
         for line in (getattr(entry, "__doc__", None) or "").splitlines()[:1]:
             # The first one: a part that several methods share names them all.
             new = [number for number in ARXIV.findall(line)[:1] if number not in seen]
             seen.update(new)
-            found += [f"{name} `{getattr(config, name)}`: arXiv:{number}" for number in new]
-    return found
+            entries += [f"{name} {code(getattr(config, name))}: arXiv:{number}" for number in new]
+    return entries

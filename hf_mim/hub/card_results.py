@@ -1,35 +1,42 @@
 """The results of a model card: rows of its tables and evaluation results, from metrics.json and probe.json."""
 
 import math
+import re
 
 from huggingface_hub import EvalResult
 
 from hf_mim.training.evaluation.metrics import CLASSIFICATION, READOUTS, SEGMENTATION, frozen_scores
 
 
-EVALUATED = {"train_images": "images to learn from", "test_images": "to test on"}
+EVALUATED = {"train_images": "training images", "test_images": "test images"}
 FINETUNED = CLASSIFICATION | SEGMENTATION  # what fine-tuning measures on the test images
 
 
 def clean(value) -> str:
-    """A value on one line of a table, whatever it holds."""
-    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+    """A value as text on one line of a table: it makes no Markdown, no HTML, and no link, a bare one neither."""
+    text = re.sub(r"([\\`\[\]*|])", r"\\\1", " ".join(str(value).split()))
+    text = text.replace("<", "&lt;").replace("://", ":&#47;&#47;").replace("@", "&#64;")
+    return re.sub(r"(?i)\b(www)\.", r"\1&#46;", text)
+
+
+def code(value) -> str:
+    """A value between backticks, in a table too."""
+    return "`" + " ".join(str(value).replace("`", "'").replace("|", "\\|").split()) + "`"
 
 
 def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def section(found: dict, *names: str) -> dict:
-    """What lies under these names, {} where something else or nothing does."""
-    for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+def section(values: dict, name: str) -> dict:
+    """What lies under this name, {} where something else or nothing does."""
+    inner = values.get(name)
+    return inner if isinstance(inner, dict) else {}
 
 
-def counts(found: dict) -> str:
-    said = [f"{found[key]:,} {words}" for key, words in EVALUATED.items() if is_number(found.get(key))]
-    return ", ".join([*said, *([clean(found["test"])] if found.get("test") else [])])
+def counts(evaluation: dict) -> str:
+    parts = [f"{evaluation[key]:,} {text}" for key, text in EVALUATED.items() if is_number(evaluation.get(key))]
+    return ", ".join([*parts, *([clean(evaluation["test"])] if evaluation.get("test") else [])])
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
@@ -39,14 +46,14 @@ def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
         return []
     trained = section(metrics, "trained")
     frozen, segments = "Image classification, {}, encoder frozen", metrics.get("task") == "segmentation"
-    found = [
+    results = [
         (frozen.format(row.title), "accuracy", f"accuracy in percent, {row.title}", trained[row.key])
         for row in frozen_scores()
         if is_number(trained.get(row.key))
     ]
     task = "Image segmentation" if segments else "Image classification"
     scores = {FINETUNED[name]: value for name, value in finetuned(metrics).items()}
-    found += [(task, metric.hub_type, metric.title, value) for metric, value in scores.items()]
+    results += [(task, metric.hub_type, metric.title, value) for metric, value in scores.items()]
     return [
         EvalResult(
             task_type="image-segmentation" if segments else "image-classification",
@@ -57,7 +64,7 @@ def eval_results(metrics: dict, data: dict) -> list[EvalResult]:
             metric_name=name if "percent" in name else f"{name} in percent",
             metric_value=round(value, 2),
         )
-        for task, kind, name, value in found
+        for task, kind, name, value in results
     ]
 
 
@@ -76,8 +83,8 @@ def result_rows(metrics: dict) -> list[dict]:
 
 def finetuned(metrics: dict) -> dict[str, float]:
     """What fine-tuning measured on the test images."""
-    found = metrics if metrics.get("task") == "segmentation" else section(metrics, "test")
-    return {kind: found[kind] for kind in FINETUNED if is_number(found.get(kind))}
+    scores = metrics if metrics.get("task") == "segmentation" else section(metrics, "test")
+    return {kind: scores[kind] for kind in FINETUNED if is_number(scores.get(kind))}
 
 
 def finetuned_rows(metrics: dict) -> list[tuple[str, str]]:
@@ -85,8 +92,9 @@ def finetuned_rows(metrics: dict) -> list[tuple[str, str]]:
     rows = []
     for kind, value in finetuned(metrics).items():
         ends = section(metrics, "intervals").get(kind)
-        known = isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
-        rows.append((FINETUNED[kind].title, f"{value:.1f}" + (f" ({ends[0]:.1f}-{ends[1]:.1f})" if known else "")))
+        low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+        interval = f" ({low:.1f}-{high:.1f})" if is_number(low) and is_number(high) else ""
+        rows.append((FINETUNED[kind].title, f"{value:.1f}{interval}"))
     return rows
 
 
@@ -94,8 +102,8 @@ def finetuned_counts(metrics: dict) -> str:
     if metrics.get("task") == "segmentation":
         return counts(section(metrics, "evaluation"))
     test = section(metrics, "test")
-    found = [f"{test['images']:,} images"] if is_number(test.get("images")) else []
-    return ", ".join([*found, *([clean(test["from"])] if test.get("from") else [])])
+    images = [f"{test['images']:,} images"] if is_number(test.get("images")) else []
+    return ", ".join([*images, *([clean(test["from"])] if test.get("from") else [])])
 
 
 def with_interval(entry) -> str:
@@ -111,13 +119,13 @@ def probe_rows(probe: dict) -> list[dict]:
     untrained, rows = section(probe, "untrained"), []
     for name, entry in section(probe, "poolers").items():
         if with_interval(entry):
-            said = [f"layer {entry['layer']}"] if is_number(entry.get("layer")) else []
-            said += [f"{entry['parameters']:,} parameters"] if is_number(entry.get("parameters")) else []
+            setting = [f"layer {entry['layer']}"] if is_number(entry.get("layer")) else []
+            setting += [f"{entry['parameters']:,} parameters"] if is_number(entry.get("parameters")) else []
             beside = with_interval(section(untrained, "poolers").get(name))
-            row = {"trained": with_interval(entry), "untrained": beside, "setting": ", ".join(said)}
-            rows.append({"name": f"trained classifier behind `{clean(name)}`", **row})
+            row = {"trained": with_interval(entry), "untrained": beside, "setting": ", ".join(setting)}
+            rows.append({"name": f"trained classifier behind {code(name)}", **row})
     for score in frozen_scores():
-        cells = [with_interval(section(found, score.readout).get(score.pooling)) for found in (probe, untrained)]
+        cells = [with_interval(section(part, score.readout).get(score.pooling)) for part in (probe, untrained)]
         if cells[0]:
             rows.append({"name": score.title, "trained": cells[0], "untrained": cells[1], "setting": ""})
     return rows
@@ -131,8 +139,8 @@ def probe_protocol(probe: dict) -> list[str]:
 
 def probe_counts(probe: dict) -> str:
     data, seeds = section(probe, "data"), probe.get("seeds")
-    name = f"`{clean(data['dataset'])}`" if data.get("dataset") else "the data that ships with hf_mim" if data else None
-    many = f"seeds {', '.join(map(str, seeds))}" if isinstance(seeds, list) and seeds else None
+    name = code(data["dataset"]) if data.get("dataset") else "the data that ships with hf_mim" if data else None
+    many = clean(f"seeds {', '.join(map(str, seeds))}") if isinstance(seeds, list) and seeds else None
     return ", ".join(part for part in (name, counts(data), many) if part)
 
 

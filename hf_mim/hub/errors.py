@@ -7,14 +7,31 @@ import shutil
 
 from huggingface_hub import constants, errors, get_token, scan_cache_dir
 
+from hf_mim.training.errors import UserError
+from hf_mim.training.sharing import masked
 
+
+STORAGE = re.compile(r"(?i)[^.]*\b(storage|quota)\b[^.]*")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
+class HubError(UserError):
+    """What was to be done on the Hub failed: no right, no network, no room, or a fault of its own.
+
+    Attributes:
+        repo: the repository.
+    """
+
+    def __init__(self, message: str, repo: str = ""):
+        super().__init__(message)
+        self.repo = repo
+
+
 def explain(error: BaseException) -> str | None:
-    """One line for an error of the Hub's client, also where another error wraps it; None for any other error."""
-    for found in chain(error):
-        message = explain_one(found)
+    """One line for an error of the Hub's client, also where another error wraps it; None for any other error. This is
+    the one place that decides on texts which others wrote."""
+    for inner in chain(error):
+        message = explain_one(inner)
         if message is not None:
             return message
     return None
@@ -22,11 +39,12 @@ def explain(error: BaseException) -> str | None:
 
 def chain(error: BaseException) -> list[BaseException]:
     """The error and what caused it, the innermost first: the client's own errors say more than what wraps them."""
-    found = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found[::-1]
+    errors_found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in errors_found:
+        errors_found.append(following)
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return errors_found[::-1]
 
 
 def explain_one(error: BaseException) -> str | None:
@@ -58,29 +76,31 @@ def explain_answer(error: errors.HfHubHTTPError) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"there is no repository {name} on the Hub, or no access to it with " + token_in_use()
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no such branch, tag or commit: {said(error)}"
+        return f"{name} has no such branch, tag or commit: {server_message(error)}"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"{name} lacks a file: {said(error)}"
+        return f"{name} lacks a file: {server_message(error)}"
     if status == 401:
         return f"the Hub does not accept {token_in_use()}"
     if status == 403:
-        return f"no right to write to {name} with {token_in_use()}: it takes a token that may, and its owner's leave"
+        if (storage := STORAGE.search(server_message(error))) is not None:
+            return f"the storage of {name} is full or refused ({storage[0]}): free some, or make the repository public"
+        return f"no right to write to {name} with {token_in_use()}: the token needs write access to its owner's models"
     if status == 409:
-        return f"the Hub says that it exists already: {said(error)}"
+        return f"the Hub says that it exists already: {server_message(error)}"
     if status == 429 or (status or 0) >= 500:
-        return f"the Hub has a problem (status {status}); what it has got stays there: run the same command again"
-    return f"the Hub refused (status {status}): {said(error)}"
+        return f"the Hub has a problem (status {status}); what was sent stays there: run the same command again"
+    return f"the Hub refused (status {status}): {server_message(error)}"
 
 
 def repository_of(url: str) -> str:
-    found = re.search(r"/api/models/([^/]+/[^/?]+)", url)
-    return found.group(1) if found else "the repository"
+    match = re.search(r"/api/models/([^/]+/[^/?]+)", url)
+    return match.group(1) if match else "the repository"
 
 
-def said(error: errors.HfHubHTTPError) -> str:
-    """The server's own words, on one line."""
-    words = getattr(error, "server_message", None) or str(error).strip().splitlines()[-1]
-    return " ".join(str(words).split())
+def server_message(error: errors.HfHubHTTPError) -> str:
+    """What the server says, on one line, without what could be a secret in a URL."""
+    message = error.server_message or str(error).strip().splitlines()[-1]
+    return masked(" ".join(str(message).split()))
 
 
 def token_in_use() -> str:

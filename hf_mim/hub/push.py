@@ -1,22 +1,38 @@
 """What leaves for the Hub: weights, config with its code, image processor, card, results and pictures."""
 
 import json
+import re
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from yaml import YAMLError
 
-from hf_mim.hub.card import PICTURES, command_of, make_card, read_config, read_json, read_recipe, shareable
+from hf_mim.hub.card import command_of, header_of, make_card, read_config
+from hf_mim.hub.errors import HubError, explain
+from hf_mim.hub.files import PICTURES, RESULTS, read_json, read_recipe, weight_files, write_json
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
+from hf_mim.training.errors import FolderError
+from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.trainer.pushing import is_weights
 
 
-INDEX = "model.safetensors.index.json"
-RESULTS = ("metrics.json", "probe.json")
+COMMIT = "Upload a model of hf_mim"
 
 
 @dataclass
@@ -27,11 +43,13 @@ class Published:
         url: of the repository, or of the pull request.
         commit: its hash.
         uploaded: whether there was anything that the repository did not have yet.
+        notes: what was kept or removed there, a sentence each.
     """
 
     url: str
     commit: str
     uploaded: bool
+    notes: list[str] = field(default_factory=list)
 
 
 def push(
@@ -43,10 +61,13 @@ def push(
     tag: str | None = None,
     pr: bool = False,
     license: str | None = None,
+    force: bool = False,
 ) -> Published:
-    """Publishes a checkpoint with everything that loading and understanding it takes, with the token of `hf auth login`
-    or HF_TOKEN. Run again after an interruption, it sends only what the Hub has not got yet. A `README.md` in the
-    folder is taken as the card; otherwise one is written.
+    """Makes a repository what a checkpoint's folder is, with everything that loading and understanding it takes, with
+    the token of `hf auth login` or HF_TOKEN. Run again after an interruption, it sends only what the Hub has not got
+    yet. Weights and results of an earlier push that the folder has not go in the same commit. A `README.md` in the
+    folder is taken as the card; otherwise one is written. A card that was edited on the Hub stays, and so does the
+    licence given before.
 
     Args:
         checkpoint: a folder with config.json and safetensors, such as the output folder of a run.
@@ -55,25 +76,66 @@ def push(
         revision: a branch, made if there is none.
         tag: a name for the new commit.
         pr: open a pull request instead of writing to the branch.
-        license: for the card, as the Hub names licences.
+        license: for the card, a licence id of the Hub.
+        force: replace a card that was edited on the Hub.
 
     Raises:
         ValueError: the folder holds no checkpoint, the card is not valid, or the options contradict each other.
-        OSError: the Hub refuses, or cannot be reached.
+        HubError: the Hub, or the storage behind it, refuses or cannot be reached.
     """
     if pr and (revision or tag):
         raise ValueError("a pull request takes neither --revision nor --tag: its branch is its own")
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"--revision {revision} is a commit, which cannot be written to: name a branch")
     folder = Path(checkpoint).expanduser()
     weights = weight_files(folder)
     api = HfApi()
-    if get_token() is None:
-        raise LocalTokenNotFoundError("no token")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, hub_errors(repo):
+        if get_token() is None:
+            raise LocalTokenNotFoundError("no token")
         owned = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+        there = read_card(api, owned, revision)
+        license = license or license_in(there)
         files = {**weights, **stage(folder, owned, license, Path(scratch))}
         validate(ModelCard.load(files["README.md"]))
         make_repository(api, owned, private, revision)
-        return commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+        notes = []
+        differs = there is not None and there != files["README.md"].read_bytes()
+        if differs and not force and was_edited(api, owned, there, revision):
+            del files["README.md"]
+            notes.append("README.md was edited on the Hub and stays as it is there; --force replaces it")
+        done = commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+        return Published(done.url, done.commit, done.uploaded, [*notes, *done.notes])
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Around what talks to the Hub: one kind of error, whichever library behind it failed.
+
+    Raises:
+        HubError: with what is known of the cause in one line.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, HTTPError) as error:  # of the client and of Xet
+        message = explain(error)
+        if message is None and not is_of_the_client(error):
+            raise
+        raise HubError(message or f"the upload to {repo} failed: {first_line(error)}", repo) from error
+
+
+def is_of_the_client(error: BaseException) -> bool:
+    """Whether it was raised while Xet or the client was at work: Xet's own are plain `RuntimeError`s."""
+    trace, modules = error.__traceback__, set()
+    while trace is not None:
+        modules.add(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
+        trace = trace.tb_next
+    return "huggingface_hub" in modules
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def push_run(folder: Path) -> Published | None:
@@ -88,78 +150,70 @@ def push_run(folder: Path) -> Published | None:
 
 
 # ---- what to send ----------------------------------------------------------------------------------------------------
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The safetensors of a checkpoint: {name: file}.
-
-    Raises:
-        ValueError: there are none, or the index names something that is no file of this folder.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no checkpoint at {folder}: there is no config.json")
-    if (folder / "model.safetensors").is_file():
-        return {"model.safetensors": folder / "model.safetensors"}
-    if not (folder / INDEX).is_file():
-        pickles = next((path.name for path in folder.glob("*.bin")), None)
-        found = f"{pickles} is a pickle, which is neither read nor published" if pickles else "there are no weights"
-        raise ValueError(f"no model.safetensors in {folder}: {found}")
-    names = {str(name) for name in read_json(folder / INDEX).get("weight_map", {}).values()}
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder")
-    return {name: folder / name for name in sorted(names | {INDEX})}
-
-
 def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[str, Path]:
     """Everything but the weights: {name in the repository: file}, written to `scratch` where it has to be made.
 
     Only names known here are taken from the folder, so that optimizer states, pickles and a user's other files stay.
+
+    Raises:
+        FolderError: one of them is a symbolic link out of the folder.
     """
     config = read_config(folder)
     config.save_pretrained(scratch)  # with the code and the whole auto_map, whatever the folder has of them
     saved = read_json(scratch / "config.json")
     write_json(scratch / "config.json", shareable(saved))
-    if (folder / "preprocessor_config.json").is_file():
-        shutil.copy(folder / "preprocessor_config.json", scratch)
-    else:
-        from hf_mim.training.data.processors import processor_for
-
-        processor_for(getattr(config, "backbone_config", config)).save_pretrained(scratch)
+    for name in ("preprocessor_config.json", *PICTURES, "README.md"):
+        if (path := file_inside(folder, name)) is not None:
+            shutil.copy(path, scratch)
+    if not (scratch / "preprocessor_config.json").is_file():
+        processor_of(config).save_pretrained(scratch)
     for name in RESULTS:
-        if (folder / name).is_file():
-            write_json(scratch / name, shareable(read_json(folder / name)))
-    if (folder / "recipe.yaml").is_file():
-        header = recipes.read_header(folder / "recipe.yaml")
+        if (path := file_inside(folder, name)) is not None:
+            write_json(scratch / name, shareable(read_json(path)))
+    if recipe := read_recipe(folder):
+        header = header_of(folder)
         paper = f"\n\nPaper: {header['paper']}" if header.get("paper") else ""
-        recipe = read_recipe(folder)
         comment = f"The resolved recipe of this model. To run it again:\n{command_of(recipe)}{paper}"
         recipes.save(recipe, scratch / "recipe.yaml", comment)
-    for name in (*PICTURES, "README.md"):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, scratch)
     if not (scratch / "README.md").is_file():
         make_card(folder, repo, license).save(scratch / "README.md")
     return {path.name: path for path in sorted(scratch.iterdir())}
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def processor_of(config):
+    """The stock image processor for a checkpoint that has none beside it."""
+    from hf_mim.training.commands.segmentation import segmentation_processor
+    from hf_mim.training.data.processors import processor_for
+
+    if config.model_type != "upernet":
+        return processor_for(config)
+    return segmentation_processor(config.backbone_config, pair(config.backbone_config.image_size))
 
 
-def write_card(checkpoint: str | Path, repo: str, out: Path, license: str | None = None) -> Path:
+def write_card(checkpoint: str | Path, repo: str, out: Path, license: str | None = None, force: bool = False) -> Path:
     """Writes the card that `push` would send, with its pictures, into a folder; returns its file.
 
+    Args:
+        force: replace files that are there already.
+
     Raises:
-        ValueError: there is no checkpoint, or `out` is no folder.
+        CheckpointError: there is no checkpoint.
+        FolderError: `out` is no folder, or holds one of the files already.
     """
     folder = Path(checkpoint).expanduser()
     weight_files(folder)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is no folder")
+        raise FolderError(f"{out} is not a folder", str(out))
+    same = out.resolve() == folder.resolve()
+    pictures = {} if same else {name: path for name in PICTURES if (path := file_inside(folder, name))}
+    existing = [name for name in ("README.md", *pictures) if (out / name).exists()]
+    if existing and not force:
+        message = f"{out / existing[0]} exists already; choose another --out, or replace it with --force"
+        raise FolderError(message, str(out))
     card = make_card(folder, repo, license)
     out.mkdir(parents=True, exist_ok=True)
-    for name in PICTURES:
-        if (folder / name).is_file() and out.resolve() != folder.resolve():
-            shutil.copy(folder / name, out)
+    for path in pictures.values():
+        shutil.copy(path, out)
     card.save(out / "README.md")
     return out / "README.md"
 
@@ -175,38 +229,77 @@ def validate(card: ModelCard) -> None:
         card.validate()
     except ValueError as error:  # the answer's body
         try:
-            said = "; ".join(str(entry["message"]) for entry in json.loads(str(error))["errors"])
+            reason = "; ".join(str(entry["message"]) for entry in json.loads(str(error))["errors"])
         except (ValueError, KeyError, TypeError):
-            said = " ".join(str(error).split())
-        raise ValueError(f"the Hub does not accept the card's metadata: {said}") from None
+            reason = " ".join(str(error).split())
+        raise ValueError(f"the Hub does not accept the card's metadata: {reason}") from None
+
+
+def read_card(api: HfApi, repo: str, revision: str | None) -> bytes | None:
+    """The README.md of a repository or its branch; None where there is none."""
+    try:
+        return Path(hf_hub_download(repo, "README.md", revision=revision, force_download=True)).read_bytes()
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+
+
+def license_in(card: bytes | None) -> str | None:
+    """The licence that a card's metadata names."""
+    try:
+        license = ModelCard((card or b"").decode("utf-8", "replace")).data.get("license")
+    except (ValueError, YAMLError):
+        return None
+    return license if isinstance(license, str) else None
+
+
+def was_edited(api: HfApi, repo: str, card: bytes, revision: str | None) -> bool:
+    """Whether a repository's card is another than that of the last push from here."""
+    pushed = next((entry for entry in api.list_repo_commits(repo, revision=revision) if entry.title == COMMIT), None)
+    if pushed is None:
+        return True
+    try:
+        return Path(hf_hub_download(repo, "README.md", revision=pushed.commit_id)).read_bytes() != card
+    except EntryNotFoundError:  # that push kept what was there
+        return True
 
 
 def make_repository(api: HfApi, repo: str, private: bool, revision: str | None) -> None:
     """Makes the repository and the branch where there are none.
 
     Raises:
-        ValueError: it was to be private and is public.
+        ValueError: it was to be private and is public, or the revision is a tag.
         HfHubHTTPError: no right to.
     """
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo).private:
         raise ValueError(f"{repo} exists and is public: nothing was sent. Choose another name, or leave out --private")
+    if revision and any(ref.name == revision for ref in api.list_repo_refs(repo).tags):
+        raise ValueError(f"--revision {revision} is a tag of {repo}, which cannot be written to: name a branch")
     if revision and not revision.startswith("refs/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
 
 
 def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) -> Published:
-    """One commit with what the repository does not have yet."""
+    """One commit with what the repository does not have yet, and without what belongs to an earlier push."""
     before = api.repo_info(repo, revision=revision).sha
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
+    old = old_files(api.list_repo_files(repo, revision=revision), set(files))
+    operations: list = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()
+    ]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in old]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the validator would recommend besides
-        done = api.create_commit(
-            repo, operations, commit_message="Upload a model of hf_mim", revision=revision, create_pr=pr
-        )
+        done = api.create_commit(repo, operations, commit_message=COMMIT, revision=revision, create_pr=pr)
     if tag:
         make_tag(api, repo, tag, done.oid)
-    return Published(done.pr_url or f"{api.endpoint}/{repo}", done.oid, uploaded=done.oid != before)
+    notes = [f"removed there, since the folder does not have it: {name}" for name in old]
+    return Published(done.pr_url or f"{api.endpoint}/{repo}", done.oid, uploaded=done.oid != before, notes=notes)
+
+
+def old_files(names: list[str], sent: set[str]) -> list[str]:
+    """What of a repository's files belongs to other weights than those that are sent."""
+    own = {*RESULTS, *PICTURES, "recipe.yaml"}
+    return sorted(name for name in names if name not in sent and (is_weights(name) or name in own))
 
 
 def make_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:

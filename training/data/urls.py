@@ -7,17 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import IO
-from urllib.parse import parse_qsl, urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from hf_mim.training.errors import OneLineError, RecipeError, UserError
+from hf_mim.training.sharing import has_secret, masked
 
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-SECRET = re.compile(r"token|secret|passw|signature|credential|api_?key|^key$|^sig$|^auth", re.IGNORECASE)
 LOCAL = ("file", "local")
 PAUSES = (1, 5)  # seconds before a file is read again
 AT_ONCE = 16  # files of a batch that are read side by side: it is waiting that takes the time
@@ -35,11 +34,7 @@ def check_url(key: str, place) -> None:
     """Raises:
     ValueError: it is a URL that holds a password or a token. It would be saved with the recipe.
     """
-    if not is_url(place):
-        return
-    parts = urlsplit(place)
-    named = parts.username is not None and (parts.password is not None or parts.scheme in ("http", "https"))
-    if named or any(SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+    if isinstance(place, str) and has_secret(place):
         raise RecipeError(
             f"{key} holds a password or token ({masked(place)}): give it to the file system instead, by its own "
             "environment variables or by a file in ~/.config/fsspec",
@@ -53,12 +48,6 @@ def check_local(key: str, place) -> None:
     """
     if is_url(place):
         raise RecipeError(f"{key} must be a local folder, not {masked(place)}", key)
-
-
-def masked(text: str) -> str:
-    """A text without what could be a secret in its URLs."""
-    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-    return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", text)
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

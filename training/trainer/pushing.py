@@ -1,23 +1,47 @@
 """The Trainer's pushes to the Hub, at checkpoints and at the end: what they leave there loads."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_mim.modeling import configuration_mim
+from hf_mim.training.sharing import file_inside, shareable
 
 
 MODELING = Path(configuration_mim.__file__).resolve().parent
 
 
 def published_names() -> list[str]:
-    """Patterns of what is sent. Named one by one: the folder may be a user's own, and optimizers are pickles."""
+    """Patterns of what is sent. Named one by one: the folder may be a user's own, and optimizers are pickles. The card
+    is sent last, by `hf-mim push`."""
     code = [path.name for path in sorted(MODELING.glob("*.py")) if path.name != "__init__.py"]
     weights = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-    return [*code, *weights, "config.json", "preprocessor_config.json", "README.md"]
+    return [*code, *weights, "config.json", "preprocessor_config.json"]
+
+
+def is_weights(name: str) -> bool:
+    """Whether transformers may load a file of this name, in a repository's own folder, as weights."""
+    parts = r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    return re.fullmatch(parts, name) is not None
+
+
+def published_files(folder: Path) -> dict[str, Path | bytes]:
+    """{name: file, or its content} of what is sent of a folder, without what must not leave this machine.
+
+    Raises:
+        FolderError: one is a symbolic link out of the folder.
+    """
+    names = sorted({path.name for pattern in published_names() for path in folder.glob(pattern)})
+    files: dict[str, Path | bytes] = {name: path for name in names if (path := file_inside(folder, name))}
+    if "config.json" in files:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        files["config.json"] = (json.dumps(shareable(config), indent=2) + "\n").encode()
+    return files
 
 
 def check_hub_strategy(strategy: HubStrategy | str) -> None:
@@ -68,13 +92,11 @@ class PushMixin:
             self.push_in_progress = PushInProgress([job])
 
     def _upload(self, message: str, token: str | None = None, revision: str | None = None, run_as_future: bool = False):
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=message,
-            token=token,
-            run_as_future=run_as_future,
-            allow_patterns=published_names(),
-            ignore_patterns=["checkpoint-*"],
-            revision=revision or self.args.hub_revision,
+        api, revision = HfApi(token=token), revision or self.args.hub_revision
+        files = published_files(Path(self.args.output_dir))
+        old = [name for name in api.list_repo_files(self.hub_model_id, revision=revision) if is_weights(name)]
+        operations: list = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
+        operations += [CommitOperationDelete(name) for name in old if name not in files]
+        return api.create_commit(
+            self.hub_model_id, operations, commit_message=message, revision=revision, run_as_future=run_as_future
         )

@@ -1,0 +1,71 @@
+"""The files of a checkpoint's folder that are published, and what of them may be."""
+
+import json
+from pathlib import Path
+
+from hf_mim.training import recipe as recipes
+from hf_mim.training.errors import CheckpointError
+from hf_mim.training.sharing import file_inside, shareable
+
+
+INDEX = "model.safetensors.index.json"
+RESULTS = ("metrics.json", "probe.json")
+PICTURES = {
+    "reconstructions.png": "test images: original, masked, prediction, prediction with the visible patches",
+    "attention.png": "where the poolers look: test images, and the weights of their patches",
+    "loss.png": "the training loss",
+    "probe.png": "accuracy behind each pooler",
+    "segmentation.png": "test images, their masks and the predicted ones",
+    "confusion.png": "which classes are taken for which",
+}
+
+
+def read_json(path: Path | None) -> dict:
+    """The object in a file; {} without the file, or where it holds something else.
+
+    Raises:
+        CheckpointError: it is not valid JSON.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON", str(path)) from None
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_recipe(folder: Path) -> dict:
+    """{section: {key: value}} of recipe.yaml without what must not leave this machine, {} without one."""
+    path = file_inside(folder, "recipe.yaml")
+    recipe = recipes.parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path else None
+    return shareable({name: values for name, values in (recipe or {}).items() if isinstance(values, dict)})
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The safetensors of a checkpoint that loading reads: {name: file}.
+
+    Raises:
+        CheckpointError: there are none, or the index names something that is no file of this folder.
+        FolderError: one is a symbolic link out of the folder.
+    """
+    if file_inside(folder, "config.json") is None:
+        raise CheckpointError(f"no checkpoint at {folder}: there is no config.json", str(folder))
+    whole, index = file_inside(folder, "model.safetensors"), file_inside(folder, INDEX)
+    if whole is not None:
+        return {"model.safetensors": whole}
+    if index is None:
+        pickles = next((path.name for path in folder.glob("*.bin")), None)
+        reason = f"{pickles} is a pickle, which is neither read nor published" if pickles else "there are no weights"
+        raise CheckpointError(f"no model.safetensors in {folder}: {reason}", str(folder))
+    weights = {INDEX: index}
+    for name in sorted({str(name) for name in read_json(index).get("weight_map", {}).values()}):
+        path = file_inside(folder, name) if Path(name).name == name and name.endswith(".safetensors") else None
+        if path is None:
+            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of this folder", str(folder))
+        weights[name] = path
+    return weights
