@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import tiny_config
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from transformers import ResNetConfig
 
 from hf_mim import cli
 from hf_mim.hub.card import dataset_of, license_of, make_card
-from hf_mim.hub.files import PICTURES, read_recipe
-from hf_mim.hub.push import push, stage, write_card
+from hf_mim.hub.files import PICTURES, read_recipe, weight_files
+from hf_mim.hub.push import stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.training.errors import FolderError, RecipeError
 from hf_mim.training.sharing import check_secrets, has_secret, masked, shareable
@@ -173,15 +174,12 @@ def test_of_urls_only_those_of_the_web_are_published():
     assert [dataset_of(entry)["id"] for entry in found] == [None] * 4 and "secret" not in str(found)
 
 
-HOSTILE = (
-    "a` | <img src=//evil.example/x.png>\n\n# H ![p](//evil.example/p.png) [l](evil.example) https://evil.example "
-)
-HOSTILE += "www.evil.example me@evil.example \\[x](evil.example)"
+HOSTILE = "a` | <img src=//evil.example/x.png>\n\n# H ![p](//evil.example/p.png) [l](evil.example) "
+HOSTILE += "https://evil.example www.evil.example me@evil.example \\[x](evil.example)"
 
 
 def test_no_text_from_a_file_makes_markdown(full):
     """As the Hub renders it: by CommonMark with tables and bare links."""
-    markdown = pytest.importorskip("markdown_it")
     metrics = {key: HOSTILE if isinstance(value, str) else value for key, value in METRICS.items()}
     metrics |= {"versions": {HOSTILE: HOSTILE}, "seed": HOSTILE, "device_name": HOSTILE}
     metrics["evaluation"] = {**METRICS["evaluation"], "test": HOSTILE, "protocol": {"knn": HOSTILE}}
@@ -194,7 +192,7 @@ def test_no_text_from_a_file_makes_markdown(full):
     (full / "recipe.yaml").write_text(f"# A run\n#\n# Paper: {paper}\n" + json.dumps(recipe))
     text = make_card(full, "me/tiny").text
     assert text.count("evil.example") > 50
-    parser = markdown.MarkdownIt("commonmark", {"html": True}).enable("table")
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
     tokens = [inner for token in parser.parse(text) for inner in (token, *(token.children or []))]
     pictures = [token.attrs["src"] for token in tokens if token.type == "image"]
     assert set(pictures) <= set(PICTURES) and pictures
@@ -224,8 +222,10 @@ def test_links_out_of_the_folder_are_not_followed(name, full, tmp_path):
     (full / "README.md").write_text("# mine\n")
     (full / name).rename(tmp_path / "private")
     (full / name).symlink_to(tmp_path / "private")
+    (tmp_path / "staged").mkdir()
     with pytest.raises(FolderError, match="symbolic link out of") as caught:
-        push(full, "me/x")
+        weight_files(full)
+        stage(full, "me/x", None, tmp_path / "staged")
     assert caught.value.folder == str(full)
     if name in ("model.safetensors", "config.json"):
         with pytest.raises(FolderError, match="symbolic link out of"):
@@ -234,7 +234,6 @@ def test_links_out_of_the_folder_are_not_followed(name, full, tmp_path):
     (full / "kept").mkdir()
     (tmp_path / "private").rename(full / "kept" / "it")
     (full / name).symlink_to(full / "kept" / "it")  # inside it is the folder's own
-    (tmp_path / "staged").mkdir()
     assert name == "model.safetensors" or name in stage(full, "me/x", None, tmp_path / "staged")
 
 

@@ -56,6 +56,9 @@ FIRSTS = (
     f"import {TABLE}, hf_mim",
     # It would register a class that is not there yet if it loaded the table itself.
     f"import hf_mim.modeling.configuration_mim\nassert '{TABLE}' not in sys.modules",
+    # These load it while they are half there themselves.
+    "import hf_mim.modeling.layers",
+    "import hf_mim.modeling.decoders",
 )
 
 

@@ -13,18 +13,17 @@ from pathlib import Path
 from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
     LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from yaml import YAMLError
 
 from hf_mim.hub.card import command_of, header_of, make_card, read_config
 from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import PICTURES, RESULTS, read_json, read_recipe, weight_files, write_json
+from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.errors import FolderError
@@ -159,7 +158,8 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
         FolderError: one of them is a symbolic link out of the folder.
     """
     config = read_config(folder)
-    config.save_pretrained(scratch)  # with the code and the whole auto_map, whatever the folder has of them
+    config.save_pretrained(scratch)  # with the whole auto_map, whatever the folder has of it
+    custom_object_save(code_of(config), scratch)
     saved = read_json(scratch / "config.json")
     write_json(scratch / "config.json", shareable(saved))
     for name in ("preprocessor_config.json", *PICTURES, "README.md"):
@@ -178,6 +178,15 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     if not (scratch / "README.md").is_file():
         make_card(folder, repo, license).save(scratch / "README.md")
     return {path.name: path for path in sorted(scratch.iterdir())}
+
+
+def code_of(config) -> type:
+    """A class in whose file, and what that imports, all of a checkpoint's classes are."""
+    if config.model_type != "upernet":
+        return MIMModel
+    from hf_mim.modeling.modeling_upernet import MIMUperNet
+
+    return MIMUperNet
 
 
 def processor_of(config):
@@ -237,10 +246,9 @@ def validate(card: ModelCard) -> None:
 
 def read_card(api: HfApi, repo: str, revision: str | None) -> bytes | None:
     """The README.md of a repository or its branch; None where there is none."""
-    try:
-        return Path(hf_hub_download(repo, "README.md", revision=revision, force_download=True)).read_bytes()
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+    if not api.file_exists(repo, "README.md", revision=revision):
         return None
+    return Path(hf_hub_download(repo, "README.md", revision=revision)).read_bytes()
 
 
 def license_in(card: bytes | None) -> str | None:
@@ -253,14 +261,11 @@ def license_in(card: bytes | None) -> str | None:
 
 
 def was_edited(api: HfApi, repo: str, card: bytes, revision: str | None) -> bool:
-    """Whether a repository's card is another than that of the last push from here."""
+    """Whether a repository's card is another than that of the last push that sent one."""
     pushed = next((entry for entry in api.list_repo_commits(repo, revision=revision) if entry.title == COMMIT), None)
     if pushed is None:
         return True
-    try:
-        return Path(hf_hub_download(repo, "README.md", revision=pushed.commit_id)).read_bytes() != card
-    except EntryNotFoundError:  # that push kept what was there
-        return True
+    return Path(hf_hub_download(repo, "README.md", revision=pushed.commit_id)).read_bytes() != card
 
 
 def make_repository(api: HfApi, repo: str, private: bool, revision: str | None) -> None:
@@ -289,7 +294,13 @@ def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) 
     operations += [CommitOperationDelete(path_in_repo=name) for name in old]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the validator would recommend besides
-        done = api.create_commit(repo, operations, commit_message=COMMIT, revision=revision, create_pr=pr)
+        done = api.create_commit(
+            repo,
+            operations,
+            commit_message=COMMIT if "README.md" in files else f"{COMMIT}, its card kept",
+            revision=revision,
+            create_pr=pr,
+        )
     if tag:
         make_tag(api, repo, tag, done.oid)
     notes = [f"removed there, since the folder does not have it: {name}" for name in old]
