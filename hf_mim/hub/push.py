@@ -292,6 +292,7 @@ def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) 
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()
     ]
     operations += [CommitOperationDelete(path_in_repo=name) for name in old]
+    message = COMMIT if "README.md" in files else f"{COMMIT}, its card kept"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the validator would recommend besides
         done = api.create_commit(
