@@ -181,9 +181,7 @@ def push(
     """Publish a checkpoint on the Hub, with card, results and pictures. The token: `hf auth login` or HF_TOKEN."""
     from hf_mim.hub.push import push as run
 
-    published = run(
-        checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license, force=force
-    )
+    published = run(checkpoint, repo, private=private, revision=revision, tag=tag, pr=pr, license=license, force=force)
     for note in published.notes:
         typer.echo(note, err=True)
     typer.echo(published.url if published.uploaded else f"nothing to send, all of it is there already: {published.url}")

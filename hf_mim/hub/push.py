@@ -298,7 +298,7 @@ def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) 
         done = api.create_commit(
             repo,
             operations,
-            commit_message=COMMIT if "README.md" in files else f"{COMMIT}, its card kept",
+            commit_message=message,
             revision=revision,
             create_pr=pr,
         )
