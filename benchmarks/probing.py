@@ -24,7 +24,7 @@ from measure import alternate, machine, markdown_table, parser, quartiles, row, 
 from summary import publish
 
 from hf_mim import MIMConfig, MIMModel
-from hf_mim.training.evaluation.feature_store import RowFile
+from hf_mim.training.evaluation.feature_store import FeatureStore
 from hf_mim.training.evaluation.features import CachedSource, Features, PoolerChoice
 from hf_mim.training.evaluation.heads import Group, Schedule, make_optimizer, predict, train_heads, train_step
 from hf_mim.training.trainer.trainer import has_bf16
@@ -106,7 +106,9 @@ def encoding_arm(features: Features, pixels: torch.Tensor, folder: Path):
 
     def encode() -> None:
         (tokens,) = features(pixels).values()
-        file = RowFile(folder, "written", {"at": time.time_ns()}, len(tokens), tuple(tokens.shape[1:]), torch.bfloat16)
+        file = FeatureStore(
+            folder, "written", {"at": time.time_ns()}, len(tokens), tuple(tokens.shape[1:]), torch.bfloat16
+        )
         file.append(tokens)
         file.commit()
         file.close()
@@ -137,7 +139,7 @@ def fake_cache(features: Features, pixels: torch.Tensor, count: int, views: int,
     ((name, tokens),) = features(pixels).items()
     shape, files = tuple(tokens.shape[1:]), []
     for view in range(views):
-        file = RowFile(folder, f"view{view}", {"view": view}, count, shape, torch.bfloat16)
+        file = FeatureStore(folder, f"view{view}", {"view": view}, count, shape, torch.bfloat16)
         while not file.complete:
             file.append(tokens[: count - file.done])
         file.commit()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_mim import MIMConfig
-from hf_mim.training.data import decoded_cache
+from hf_mim.training.data import decoded_cache, mapped_file
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoded_cache import DecodedCache
 from hf_mim.training.data.decoding import decode
@@ -77,8 +77,8 @@ def test_another_data_set_or_size_is_another_file(tmp_path, images):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, images, monkeypatch):
-    usage = decoded_cache.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: usage)
+    usage = mapped_file.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(mapped_file.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"do not fit .*data\.cache_size"):
         make(tmp_path, images)
     assert not list(tmp_path.glob("*.pixels"))

@@ -13,7 +13,7 @@ from hf_mim import MIMModel
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.evaluation import feature_store as token_cache
-from hf_mim.training.evaluation.feature_store import RowFile, data_hash, weights_hash
+from hf_mim.training.evaluation.feature_store import FeatureStore, data_hash, weights_hash
 from hf_mim.training.evaluation.features import (
     CachedSource,
     Features,
@@ -27,11 +27,11 @@ from hf_mim.training.evaluation.features import (
 )
 
 
-def row_file(folder, count=10, description=None, shape=(3, 4), dtype=torch.bfloat16) -> RowFile:
-    return RowFile(folder, "tokens", description or {"weights": "a"}, count, shape, dtype)
+def row_file(folder, count=10, description=None, shape=(3, 4), dtype=torch.bfloat16) -> FeatureStore:
+    return FeatureStore(folder, "tokens", description or {"weights": "a"}, count, shape, dtype)
 
 
-def write(file: RowFile, rows: torch.Tensor) -> RowFile:
+def write(file: FeatureStore, rows: torch.Tensor) -> FeatureStore:
     file.append(rows)
     file.commit()
     file.close()
@@ -52,7 +52,7 @@ def test_what_a_kill_left_behind_the_record_does_not_count(tmp_path):
     write(row_file(tmp_path), rows[:4])
     killed = row_file(tmp_path)
     killed.append(rows[4:7] + 1)  # written, and never recorded
-    killed._file.flush()
+    killed.file.sync()
     again = row_file(tmp_path)
     assert again.done == 4 and again.missing_bytes == 6 * 3 * 4 * 2
     write(again, rows[4:])

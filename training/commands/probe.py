@@ -12,6 +12,7 @@ from hf_mim.training.commands import probe_report
 from hf_mim.training.commands.dense import asks_for_dense, probe_dense
 from hf_mim.training.commands.probe_setup import Probe, set_up
 from hf_mim.training.console import IMAGES_DONE, RunConsole
+from hf_mim.training.data.mapped_file import free_bytes
 from hf_mim.training.errors import FolderError
 from hf_mim.training.evaluation import probe_scores
 from hf_mim.training.evaluation.feature_store import weights_hash
@@ -21,7 +22,6 @@ from hf_mim.training.evaluation.features import (
     PoolerChoice,
     UncachedSource,
     fill,
-    free_bytes,
     missing_bytes,
     plan,
 )

@@ -1,8 +1,6 @@
 """Decoded images on disk: a file is decoded once, and then only cropped."""
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from hf_mim.training.data.mapped_file import MappedFile, free_bytes
 from hf_mim.training.data.transforms import resize
 from hf_mim.training.errors import DataError
 
@@ -57,7 +56,8 @@ class DecodedCache:
         key = hashlib.sha256(repr((fingerprint, count, num_channels, short_side)).encode()).hexdigest()[:16]
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.count, self.short_side = folder / f"{key}.pixels", count, short_side
+        self.count, self.short_side = count, short_side
+        self.file, self.rows = MappedFile(folder / f"{key}.pixels"), MappedFile(folder / f"{key}.table")
         with FileLock(folder / f"{key}.lock"):  # of several processes one writes, the others wait
             self._complete(read, report)
         self._map()
@@ -80,13 +80,11 @@ class DecodedCache:
 
     def _map(self):
         self.table = self._rows()
-        size = int(self.table[-1, 0] + self.table[-1, 1:].prod())
-        self.pixels = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        self.pixels = self.file.read(end_of(self.table), torch.uint8)
 
     def _rows(self) -> np.ndarray:
         """What is finished: (images, 4), int64."""
-        table = self.path.with_suffix(".table")
-        rows = np.fromfile(table, dtype=np.int64) if table.exists() else np.empty(0, np.int64)
+        rows = np.fromfile(self.rows.path, dtype=np.int64) if self.rows.size else np.empty(0, np.int64)
         return rows[: len(rows) // 4 * 4].reshape(-1, 4)
 
     def _complete(self, read: Callable[[int], np.ndarray], report: Callable[[str], None]):
@@ -94,30 +92,31 @@ class DecodedCache:
         if len(rows) == self.count:
             return
         self._estimate(read, report, len(rows))
-        end = int(rows[-1, 0] + rows[-1, 1:].prod()) if len(rows) else 0
-        with open(self.path, "ab") as pixels, open(self.path.with_suffix(".table"), "ab") as table:
-            pixels.truncate(end)  # half an image or a row that a crash left
-            table.truncate(rows.nbytes)
-            fresh = []
+        end, fresh = end_of(rows), []
+        try:
             for index in range(len(rows), self.count):
                 image = self._shrunk(read(index))
-                pixels.write(image.transpose(1, 2, 0).tobytes())
+                self.file.append(image.transpose(1, 2, 0).tobytes(), end)
                 fresh.append((end, *image.shape))
                 end += image.size
                 if len(fresh) == FLUSH or index == self.count - 1:
-                    _sync(pixels)
-                    table.write(np.array(fresh, np.int64).tobytes())
-                    _sync(table)
+                    self.file.sync()
+                    self.rows.append(np.array(fresh, np.int64).tobytes(), rows.nbytes)
+                    self.rows.sync()
                     fresh = []
+        finally:
+            self.file.close()
+            self.rows.close()
 
     def _estimate(self, read: Callable[[int], np.ndarray], report: Callable[[str], None], done: int):
         chosen = np.linspace(0, self.count - 1, min(SAMPLE, self.count)).astype(int)
         size = np.mean([self._shrunk(read(int(index))).size for index in chosen])
-        needed, free = size * (self.count - done), shutil.disk_usage(self.path.parent).free
+        folder = self.file.path.parent
+        needed, free = size * (self.count - done), free_bytes(folder)
         what = f"decoding {self.count - done:,} of {self.count:,} images once: about {needed / 1e9:,.2f} GB"
-        report(f"{what} in {self.path.parent}, where {free / 1e9:,.1f} GB are free")
+        report(f"{what} in {folder}, where {free / 1e9:,.1f} GB are free")
         if needed > free:
-            raise DataError(f"{what} do not fit into {self.path.parent}; set data.cache_size or data.cache_dir")
+            raise DataError(f"{what} do not fit into {folder}; set data.cache_size or data.cache_dir")
 
     def _shrunk(self, image: np.ndarray) -> np.ndarray:
         short = min(image.shape[1:])
@@ -127,6 +126,6 @@ class DecodedCache:
         return resize(torch.from_numpy(image), size).numpy()
 
 
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
+def end_of(rows: np.ndarray) -> int:
+    """The byte behind the pixels of the last of these rows."""
+    return int(rows[-1, 0] + rows[-1, 1:].prod()) if len(rows) else 0

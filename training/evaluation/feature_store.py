@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-import mmap
 import os
 import re
-import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_mim.training.data.mapped_file import MappedFile
+from hf_mim.training.errors import FolderError
 
 
 # Bytes of rows, of each file, after which pages that were read are given back: they count as the process's memory.
@@ -18,7 +20,7 @@ MAPPED_MOST = 2**25
 FORMAT = 1  # raised when what is in the files changes
 
 
-class RowFile:
+class FeatureStore:
     """Rows of one shape and type, one for every image, in one file that is mapped into memory.
 
     What is written is `<name>-<key>.rows` and, beside it, a record `.json` of what the rows are and how many are there.
@@ -27,21 +29,24 @@ class RowFile:
 
     Args:
         folder: where the files lie; made with the first row.
-        name: the first words of the files' names, for people.
+        name: the first part of the files' names, for people.
         description: what the rows are, as plain values.
         count: how many there will be.
         shape: of one row.
         dtype: of the values.
     """
 
-    def __init__(self, folder: Path, name: str, description: dict, count: int, shape: tuple[int, ...], dtype):
-        said = {"format": FORMAT, **description, "count": count, "shape": list(shape), "dtype": str(dtype)}
-        self.description = json.loads(json.dumps(said))
+    def __init__(
+        self, folder: Path, name: str, description: dict, count: int, shape: tuple[int, ...], dtype: torch.dtype
+    ):
+        whole = {"format": FORMAT, **description, "count": count, "shape": list(shape), "dtype": str(dtype)}
+        self.description = json.loads(json.dumps(whole))
         self.count, self.shape, self.dtype = count, tuple(shape), dtype
         key = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{re.sub('[^A-Za-z0-9_.-]+', '-', name)}-{key}.rows"
-        self.width = int(np.prod(shape)) * dtype.itemsize
-        self._file = self._rows = None
+        self.file, self.width = MappedFile(self.path), int(np.prod(shape)) * dtype.itemsize
+        self._rows: Tensor | None = None
+        self._touched = 0  # bytes that were read since pages were given back
         self.reread()
 
     @property
@@ -60,76 +65,65 @@ class RowFile:
         """Looks at what is on disk now.
 
         Raises:
-            ValueError: the files of this name hold something else.
+            FolderError: the files of this name hold something else.
         """
         self.done, self.bad = 0, []
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-            found, done, bad = record["description"], int(record["done"]), [int(index) for index in record["bad"]]
-            size = self.path.stat().st_size
+            recorded, done = record["description"], int(record["done"])
+            bad, size = [int(index) for index in record["bad"]], self.file.size
         except (OSError, ValueError, KeyError, TypeError):
-            return  # none, or half a one: everything is written anew
-        if found != self.description:
-            other = next((k for k in self.description if found.get(k) != self.description[k]), "")
-            raise ValueError(
-                f"{self.path} is the cache of another run ({other} differs): remove it, or set probe.cache"
+            return  # none, or half of one: everything is written anew
+        if recorded != self.description:
+            other = next((k for k in self.description if recorded.get(k) != self.description[k]), "")
+            raise FolderError(
+                f"{self.path} is the cache of another run ({other} differs): remove it, or set probe.cache",
+                str(self.path.parent),
             )
         # A file that a crash or a copy left shorter than its record says: what is whole counts.
         self.done, self.bad = min(done, size // self.width), bad
 
     def append(self, rows: Tensor) -> None:
         """Writes rows (rows, *shape) behind those that are there; `commit` makes them count."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
-            self._file.truncate(self.done * self.width)
-            self._file.seek(0, os.SEEK_END)
         rows = rows.detach().to("cpu", self.dtype).contiguous()
-        self._file.write(rows.view(torch.uint8).numpy().data)
+        self.file.append(rows.view(torch.uint8).numpy().data, self.done * self.width)
         self.done += len(rows)
 
-    def commit(self, bad: list[int] = ()) -> None:
+    def commit(self, bad: Iterable[int] = ()) -> None:
         """Makes what was appended outlast a crash; `bad` are positions of images that stand for others."""
-        if self._file is None:
+        if not self.file.is_written:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.file.sync()
         self.bad = sorted({*self.bad, *bad})
         unfinished = self.record.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"done": self.done, "bad": self.bad, "description": self.description}))
         os.replace(unfinished, self.record)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.file.close()
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """The rows (indices, *shape) at `indices`, a copy.
 
         Raises:
-            ValueError: not all rows are there.
+            FolderError: not all rows are there.
         """
         if self._rows is None:
-            self._map()
+            self._rows = self._map()
         rows = self._rows[indices].view(len(indices), *self.shape)
         self._touched += len(indices) * self.width
-        if self._touched > MAPPED_MOST and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        if self._touched > MAPPED_MOST:
+            self.file.release()
             self._touched = 0
         return rows
 
-    def _map(self) -> None:
+    def _map(self) -> Tensor:
         self.close()
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if not self.complete or size < self.count * self.width:
-            there = min(self.done, size // self.width)
-            raise ValueError(f"{self.path} is cut short: {there} of {self.count} rows; run the command again")
-        with open(self.path, "rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), self.count * self.width, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings(action="ignore"):  # that it must not be written to
-            values = torch.frombuffer(self._mapped, dtype=self.dtype)
-        self._rows, self._touched = values.view(self.count, -1), 0
+        if not self.complete or self.file.size < self.count * self.width:
+            there = min(self.done, self.file.size // self.width)
+            message = f"{self.path} is cut short: {there} of {self.count} rows; run the command again"
+            raise FolderError(message, str(self.path.parent))
+        return self.file.read(self.count * self.width // self.dtype.itemsize, self.dtype).view(self.count, -1)
 
 
 def weights_hash(model) -> str:
@@ -151,6 +145,6 @@ def data_hash(dataset) -> str:
     for rows in dataset.files.iter(batch_size=1000):
         for file in rows[dataset.image_column]:
             if file["path"] and os.path.exists(file["path"]):
-                found = os.stat(file["path"])
-                digest.update(f"{file['path']} {found.st_size} {found.st_mtime_ns}".encode())
+                status = os.stat(file["path"])
+                digest.update(f"{file['path']} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

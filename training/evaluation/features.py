@@ -1,7 +1,6 @@
 """The features of a frozen encoder: which ones, of which images, and where they come from at every step."""
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from hf_mim.modeling.options import check_part
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
-from hf_mim.training.evaluation.feature_store import RowFile, data_hash
+from hf_mim.training.evaluation.feature_store import FeatureStore, data_hash
 
 
 BATCH = 64  # images that the encoder sees at once
@@ -199,11 +198,11 @@ class CachedSource:
     """Features on disk; made by `fill`.
 
     Args:
-        files: for every view {name of a feature: its `RowFile`}.
+        files: for every view {name of a feature: its `FeatureStore`}.
         device: where the features are wanted.
     """
 
-    def __init__(self, files: list[dict[str, RowFile]], device):
+    def __init__(self, files: list[dict[str, FeatureStore]], device):
         self.files, self.device, self.views = files, device, len(files)
 
     def __len__(self) -> int:
@@ -235,23 +234,17 @@ def plan(features: Features, images: ImageViews, views: int, folder: Path, model
             words = f"{title}-{images.name}-view{view}-{name}"
             described = {**said, **where, "feature": name, **options}
             dtype = torch.bfloat16 if tokens else torch.float32
-            files[name] = RowFile(folder, words, described, len(images), tuple(value.shape[1:]), dtype)
+            files[name] = FeatureStore(folder, words, described, len(images), tuple(value.shape[1:]), dtype)
         plans.append(files)
     return plans
 
 
-def missing_bytes(plans: list[dict[str, RowFile]]) -> int:
+def missing_bytes(plans: list[dict[str, FeatureStore]]) -> int:
     """What is still to be written."""
     return sum(file.missing_bytes for files in plans for file in files.values())
 
 
-def free_bytes(folder: Path) -> int:
-    """On the disk where a folder, existing or not, lies."""
-    folder = Path(folder).absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
-
-
-def fill(plans: list[dict[str, RowFile]], features: Features, images: ImageViews, workers: int = 0, advance=None):
+def fill(plans: list[dict[str, FeatureStore]], features: Features, images: ImageViews, workers: int = 0, advance=None):
     """Writes what is missing, each image encoded once a view; `advance` is told how many were encoded.
 
     What is there stays there when it is interrupted, and is not computed again.
@@ -267,7 +260,7 @@ def fill(plans: list[dict[str, RowFile]], features: Features, images: ImageViews
             images.datasets[0].bad.flags[file.bad] = True
 
 
-def fill_view(files: dict[str, RowFile], features: Features, images: ImageViews, view: int, workers: int, advance):
+def fill_view(files: dict[str, FeatureStore], features: Features, images: ImageViews, view: int, workers: int, advance):
     at = min(file.done for file in files.values())
     if at == len(images):
         return
@@ -290,6 +283,6 @@ def fill_view(files: dict[str, RowFile], features: Features, images: ImageViews,
             file.close()
 
 
-def commit(files: dict[str, RowFile], bad) -> None:
+def commit(files: dict[str, FeatureStore], bad) -> None:
     for file in files.values():
         file.commit(bad.flags.nonzero().flatten().tolist())
