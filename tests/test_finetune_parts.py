@@ -5,7 +5,6 @@ import io
 import datasets
 import numpy as np
 import pytest
-import sklearn.metrics
 import sklearn.utils.class_weight
 import torch
 from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, tiny_config
@@ -351,22 +350,25 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path, options):
 
 # ---- metrics and splits --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("classes", [2, 5, 9])
-def test_metrics_are_those_of_scikit_learn(classes):
+def test_metrics_are_their_definitions(classes):
     rng = np.random.default_rng(classes)
     logits, labels = rng.normal(size=(200, classes)).astype(np.float32), rng.integers(0, max(2, classes - 2), 200)
     predictions = logits.argmax(1)
+    counts = np.zeros((classes, classes), dtype=int)
+    for label, prediction in zip(labels, predictions):
+        counts[label, prediction] += 1
+    present = [c for c in range(classes) if counts[c].any() or counts[:, c].any()]
     expected = {
-        "accuracy": 100 * sklearn.metrics.accuracy_score(labels, predictions),
-        "f1_macro": 100 * sklearn.metrics.f1_score(labels, predictions, average="macro"),
+        "accuracy": 100 * np.trace(counts) / 200,
+        "f1_macro": 100 * np.mean([2 * counts[c, c] / (counts[c].sum() + counts[:, c].sum()) for c in present]),
     }
     if classes > 5:
-        top = sklearn.metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
-        expected["top5_accuracy"] = 100 * top
+        ranks = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1)
+        expected["top5_accuracy"] = 100 * np.mean(ranks < 5)
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
-    expected["loss"] = sklearn.metrics.log_loss(labels, shares, labels=range(classes))
+    expected["loss"] = -np.mean([np.log(row[label]) for row, label in zip(shares, labels)])
     assert score_classes(logits, labels) == pytest.approx(expected, abs=1e-6)
-    matrix = evaluation.confusion_matrix(logits, labels)
-    np.testing.assert_array_equal(matrix, sklearn.metrics.confusion_matrix(labels, predictions, labels=range(classes)))
+    np.testing.assert_array_equal(evaluation.confusion_matrix(logits, labels), counts)
 
 
 def test_metrics_refuse_what_they_do_not_measure():

@@ -228,8 +228,8 @@ def test_hashes_say_what_is_equal(photos):
     with torch.no_grad():
         one.encoder.final_norm.bias[3] += 1e-6
     assert weights_hash(one) != before
-    whole = open_images(photos, config).datasets[0]
-    assert data_hash(whole) == data_hash(open_images(photos, config).datasets[0])
+    whole = open_images(photos, config).whole
+    assert data_hash(whole) == data_hash(open_images(photos, config).whole)
 
 
 def test_a_broken_image_keeps_the_label_of_the_one_that_stands_for_it(photos, tmp_path):
@@ -238,8 +238,8 @@ def test_a_broken_image_keeps_the_label_of_the_one_that_stands_for_it(photos, tm
 
     def labels(fetch: bool):
         features, images = make(photos, config=tiny_config())
-        images.datasets[0].images = None  # as where they do not fit into memory: found when they are fetched
-        images.datasets[0].bad.flags[:] = False
+        images.whole.images = None  # as where they do not fit into memory: found when they are fetched
+        images.whole.bad.flags[:] = False
         plans = plan(features, images, 1, tmp_path / "cache", {}, "model")
         assert missing_bytes(plans) == 0 or fetch
         fill(plans, features, images)

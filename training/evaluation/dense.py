@@ -79,15 +79,17 @@ def read_tokens(pixel_values: Tensor, features: Features | None, layer: int, gri
     """What is known of every patch, (batch, rows * cols, dim) float32 on the CPU: its token, or without `features` the
     pixels in its cell, averaged down to at most `RAW_SIDE` a side."""
     if features is None:
-        sides = [max(1, min(RAW_SIDE, side // count)) * count for side, count in zip(pixel_values.shape[2:], grid)]
-        return patchify(F.adaptive_avg_pool2d(pixel_values, sides), grid)
+        rows, cols = (max(1, min(RAW_SIDE, side // n)) * n for side, n in zip(pixel_values.shape[2:], grid))
+        return patchify(F.adaptive_avg_pool2d(pixel_values, (rows, cols)), grid)
     prefix = features.model.encoder.num_prefix_tokens
     return features(pixel_values)[f"tokens/{layer}"][:, prefix:].float().cpu()
 
 
 def collect(images: DenseProbeData, features: Features | None, layer: int, advance) -> tuple[Tensor, Tensor, Tensor]:
     """Training patches: tokens (patches, dim), labels (patches,), and the image that each is of (patches,)."""
-    tokens, labels, sources = [], [], []
+    tokens: list[Tensor] = []
+    labels: list[Tensor] = []
+    sources: list[Tensor] = []
     for pixel_values, masks in images.batches(images.train):
         for image_tokens, ids in zip(read_tokens(pixel_values, features, layer, images.grid), masks):
             number, classes = len(tokens), patch_labels(ids, images.grid, images.classes)

@@ -24,8 +24,8 @@ def token_diversity(tokens: Tensor) -> dict[str, float]:
     centred = tokens - tokens.mean(dim=1, keepdim=True)
     norms, left = tokens.norm(dim=2), centred.norm(dim=2)
     share = left.norm(dim=1) / norms.norm(dim=1).clamp(min=1e-12)
-    found = {"raw": diversity_of(tokens, norms), "centred": diversity_of(centred, left), "residual": share}
-    return {name: values.mean().item() for name, values in found.items()}
+    measures = {"raw": diversity_of(tokens, norms), "centred": diversity_of(centred, left), "residual": share}
+    return {name: values.mean().item() for name, values in measures.items()}
 
 
 def diversity_of(tokens: Tensor, norms: Tensor) -> Tensor:

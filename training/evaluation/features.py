@@ -83,19 +83,19 @@ class Features:
         deep = any(layer != self.last for layer in self.layers)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             encoded = encoder(pixel_values.to(device, self.model.dtype), None, deep, self.attention)
-        grid, found = encoder.token_grid(*pixel_values.shape[2:]), {}
+        grid, result = encoder.token_grid(*pixel_values.shape[2:]), {}
         for layer in self.layers:
             tokens = (encoded.tokens if layer == self.last else encoded.hidden_states[layer]).float()
             tokens = encoder.final_norm(tokens) if self.apply_final_norm else tokens
             row = encoded.attentions[layer - 1][:, :, 0] if self.attention else None
             if self.poolers is None:
-                found[f"tokens/{layer}"] = tokens
+                result[f"tokens/{layer}"] = tokens
                 if row is not None:
-                    found[f"attention/{layer}"] = row
+                    result[f"attention/{layer}"] = row
                 continue
             for name, pooler in self.poolers.items():
-                found[f"{name}/{layer}"] = pool(pooler, tokens, encoder.num_prefix_tokens, grid, row)[0]
-        return found
+                result[f"{name}/{layer}"] = pool(pooler, tokens, encoder.num_prefix_tokens, grid, row)[0]
+        return result
 
 
 def pool(pooler, tokens: Tensor, prefix: int, grid: tuple[int, int], row: Tensor | None = None):
@@ -135,7 +135,8 @@ class ImageViews:
     """
 
     def __init__(self, whole: MIMDataset, augmented: MIMDataset | None, indices: list[int], config, name: str):
-        self.datasets, self.indices, self.name = [whole, augmented], indices, name
+        self.whole, self.augmented = whole, augmented or whole
+        self.indices, self.name = indices, name
         self.collate = MIMCollator(config)
 
     def __len__(self) -> int:
@@ -144,10 +145,10 @@ class ImageViews:
     @property
     def labels(self) -> Tensor:
         """Class numbers (images,); final once every image was fetched, since a broken one is replaced by another."""
-        return self.datasets[0].true_labels(self.indices)
+        return self.whole.true_labels(self.indices)
 
     def dataset(self, view: int) -> MIMDataset:
-        dataset = self.datasets[min(view, 1)]
+        dataset = self.augmented if view else self.whole
         dataset.set_epoch(view)
         return dataset
 
@@ -167,15 +168,15 @@ class ImageViews:
     @cached_property
     def images_hash(self) -> str:
         chosen = hashlib.sha256(np.array(self.indices).tobytes()).hexdigest()[:16]
-        return f"{data_hash(self.datasets[0])}-{chosen}"
+        return f"{data_hash(self.whole)}-{chosen}"
 
     def describe(self, view: int) -> dict:
         """What the pixels follow from, for the key of a cache."""
-        said = {"split": self.name, "images": self.images_hash, "view": view}
+        description = {"split": self.name, "images": self.images_hash, "view": view}
         if view:
-            augmented = self.datasets[1]
-            said |= {"seed": augmented.seed, "crop": augmented.crop_scale, "flip": augmented.horizontal_flip}
-        return said
+            augmented = self.augmented
+            description |= {"seed": augmented.seed, "crop": augmented.crop_scale, "flip": augmented.horizontal_flip}
+        return description
 
 
 # ---- where they come from ------------------------------------------------------------------------------------------
@@ -190,8 +191,8 @@ class UncachedSource:
 
     def fetch(self, view: int, positions: Tensor) -> dict[str, Tensor]:
         """Features in float32 of the images at `positions` (batch,) in a view, counted modulo the number of views."""
-        found = [self.features(self.images.fetch(view % self.views, part)) for part in positions.split(BATCH)]
-        return {name: torch.cat([part[name].float() for part in found]) for name in found[0]}
+        parts = [self.features(self.images.fetch(view % self.views, part)) for part in positions.split(BATCH)]
+        return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
 
 
 class CachedSource:
@@ -224,17 +225,23 @@ def plan(features: Features, images: ImageViews, views: int, folder: Path, model
         ValueError: files of these names hold something else.
     """
     example = features(images.fetch(0, torch.arange(1)))
-    said = {**model, "final_norm": features.apply_final_norm, "bf16": features.bf16}
+    encoder = {**model, "final_norm": features.apply_final_norm, "bf16": features.bf16}
     kinds, plans = {choice.name: [choice.kind, choice.options] for choice in features.choices or ()}, []
     for view in range(views):
         where, files = images.describe(view), {}
         for name, value in example.items():
             tokens = name.startswith(("tokens/", "attention/"))
             options = {} if tokens else {"pooler": kinds[name.rpartition("/")[0]]}
-            words = f"{title}-{images.name}-view{view}-{name}"
-            described = {**said, **where, "feature": name, **options}
+            described = {**encoder, **where, "feature": name, **options}
             dtype = torch.bfloat16 if tokens else torch.float32
-            files[name] = FeatureStore(folder, words, described, len(images), tuple(value.shape[1:]), dtype)
+            files[name] = FeatureStore(
+                folder,
+                f"{title}-{images.name}-view{view}-{name}",
+                described,
+                len(images),
+                tuple(value.shape[1:]),
+                dtype,
+            )
         plans.append(files)
     return plans
 
@@ -257,14 +264,14 @@ def fill(plans: list[dict[str, FeatureStore]], features: Features, images: Image
                 file.reread()
             fill_view(files, features, images, view, workers, advance)
         for file in files.values():
-            images.datasets[0].bad.flags[file.bad] = True
+            images.whole.bad.flags[file.bad] = True
 
 
 def fill_view(files: dict[str, FeatureStore], features: Features, images: ImageViews, view: int, workers: int, advance):
     at = min(file.done for file in files.values())
     if at == len(images):
         return
-    bad = images.datasets[0].bad
+    bad = images.whole.bad
     try:
         for number, pixel_values in enumerate(images.batches(view, at, workers), start=1):
             for name, value in features(pixel_values).items():

@@ -85,7 +85,8 @@ class Trained:
 
     def at_its_best(self) -> "Trained":
         """Itself, with the parameters of its best epoch, frozen."""
-        self.head.load_state_dict(self.state)
+        if self.state is not None:
+            self.head.load_state_dict(self.state)
         self.head.eval().requires_grad_(False)
         return self
 
@@ -102,13 +103,13 @@ class Group:
     1.1 to 6 times as long for AbMILP and multi-query pooling.
     """
 
-    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_kept: bool):
+    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_only: bool):
         self.choice, self.layer, self.model = choice, layer, model
         self.prefix = model.encoder.num_prefix_tokens
         self.grid = model.encoder.token_grid(*_pair(model.config.image_size))
         self.fixed = choice.make(model)
         self.learned = any(True for _ in self.fixed.parameters())
-        self.kept = vectors_kept
+        self.vectors_only = vectors_only
 
     def make(self, classes: int, learning_rate: float, seed: int) -> Trained:
         pooler = self.choice.make(self.model) if self.learned else None
@@ -117,7 +118,7 @@ class Group:
 
     def pool(self, features: dict[str, Tensor], pooler=None) -> tuple[Tensor, Tensor | None]:
         """Features of a source -> vectors (batch, dim), and the pooler's weights."""
-        if self.kept:
+        if self.vectors_only:
             return features[f"{self.choice.name}/{self.layer}"], None
         row = features.get(f"attention/{self.layer}")
         return pool(pooler or self.fixed, features[f"tokens/{self.layer}"], self.prefix, self.grid, row)
@@ -142,10 +143,10 @@ def make_optimizer(trained: list[Trained], schedule: Schedule, batch_size: int) 
     without its trust ratio, which lets the biases of a deep pooler see the raw rate: prefer AdamW for those.
     """
     groups = []
-    for one in trained:
+    for member in trained:
         for matrices in (True, False):
-            parameters = [p for p in one.head.parameters() if (p.ndim > 1) == matrices]
-            rate = one.learning_rate * (batch_size / 256 if schedule.optimizer == "lars" else 1)
+            parameters = [p for p in member.head.parameters() if (p.ndim > 1) == matrices]
+            rate = member.learning_rate * (batch_size / 256 if schedule.optimizer == "lars" else 1)
             extra = {"always_adapt": matrices} if schedule.optimizer == "lars" else {}
             decay = schedule.weight_decay if matrices else 0.0
             groups.append({"params": parameters, "lr": rate, "base": rate, "weight_decay": decay, **extra})
@@ -188,23 +189,20 @@ def train_heads(
     train, validation = map(torch.from_numpy, hold_out(labels.numpy(), share, seed))
     generator = torch.Generator().manual_seed(seed)
     heads = make_heads(rates, classes, seed)
-    everything = [one for members in heads.values() for one in members]
+    everything = [member for members in heads.values() for member in members]
     batch_size = max(2, min(schedule.batch_size, len(train) // FEWEST_STEPS))
-    steps = len(train) // batch_size
     optimizer = make_optimizer(everything, schedule, batch_size)
     for epoch in range(schedule.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
-        for step in range(steps):
-            set_rates(optimizer, learning_rate_factor(epoch * steps + step, schedule.epochs * steps))
-            chosen = order[step * batch_size :][:batch_size].sort().values  # neighbours on the disk, read together
-            train_step(source.fetch(epoch, chosen), labels[chosen], heads, optimizer)
+        batches = [batch.sort().values for batch in order.split(batch_size) if len(batch) == batch_size]
+        train_epoch(source, labels, batches, heads, optimizer, epoch, schedule.epochs)
         validate(source, labels, validation, heads, epoch + 1, batch_size)
         heads = still_learning(heads, epoch + 1, schedule.patience)
         if advance is not None:
             advance(1 / schedule.epochs if heads else 1 - epoch / schedule.epochs)
         if not heads:
             break
-    return [one.at_its_best() for one in everything]
+    return [member.at_its_best() for member in everything]
 
 
 def make_heads(rates: dict[Group, list[float]], classes: int, seed: int) -> dict[Group, list[Trained]]:
@@ -218,21 +216,28 @@ def set_rates(optimizer, factor: float) -> None:
         group["lr"] = group["base"] * factor
 
 
+def train_epoch(source, labels: Tensor, batches: list[Tensor], heads, optimizer, epoch: int, epochs: int) -> None:
+    """One step for each of the batches: positions in order, so that neighbours on the disk are read together."""
+    for step, batch in enumerate(batches, start=epoch * len(batches)):
+        set_rates(optimizer, learning_rate_factor(step, epochs * len(batches)))
+        train_step(source.fetch(epoch, batch), labels[batch], heads, optimizer)
+
+
 def train_step(features: dict[str, Tensor], labels: Tensor, heads: dict[Group, list[Trained]], optimizer) -> None:
     for group, members in heads.items():
-        for one in members:
-            one.head.train()
-        for one, vectors in zip(members, group.vectors(features, members), strict=True):
+        for member in members:
+            member.head.train()
+        for member, vectors in zip(members, group.vectors(features, members), strict=True):
             # One backward pass for each head, not one for their sum: only one head's activations are there at a time.
-            F.cross_entropy(one.head.classify(vectors), labels.to(vectors.device)).backward()
+            F.cross_entropy(member.head.classify(vectors), labels.to(vectors.device)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 def still_learning(heads: dict[Group, list[Trained]], epoch: int, patience: int) -> dict[Group, list[Trained]]:
     """Those that have improved in the last `patience` epochs. Others get no gradient, which their optimizer skips."""
-    found = {group: [one for one in members if epoch - one.epoch < patience] for group, members in heads.items()}
-    return {group: members for group, members in found.items() if members}
+    improving = {group: [m for m in members if epoch - m.epoch < patience] for group, members in heads.items()}
+    return {group: members for group, members in improving.items() if members}
 
 
 @torch.no_grad()
@@ -241,28 +246,29 @@ def predict(source, positions: Tensor, heads: dict[Group, list[Trained]], batch_
     for chosen in positions.split(batch_size):
         features, logits = source.fetch(0, chosen), {}
         for group, members in heads.items():
-            for one in members:
-                one.head.eval()
-            for one, vectors in zip(members, group.vectors(features, members), strict=True):
-                logits[id(one)] = one.head.classify(vectors).cpu()
+            for member in members:
+                member.head.eval()
+            for member, vectors in zip(members, group.vectors(features, members), strict=True):
+                logits[id(member)] = member.head.classify(vectors).cpu()
         yield chosen, logits
 
 
 def validate(source, labels: Tensor, validation: Tensor, heads, epoch: int, batch_size: int) -> None:
-    right, loss = {}, {}
+    right: dict[int, int] = {}
+    loss: dict[int, float] = {}
     for chosen, logits in predict(source, validation, heads, batch_size):
         for key, values in logits.items():
             right[key] = right.get(key, 0) + (values.argmax(1) == labels[chosen]).sum().item()
             loss[key] = loss.get(key, 0.0) + F.cross_entropy(values, labels[chosen], reduction="sum").item()
     for members in heads.values():
-        for one in members:
-            one.keep_if_better(100 * right[id(one)] / len(validation), loss[id(one)] / len(validation), epoch)
+        for member in members:
+            member.keep_if_better(100 * right[id(member)] / len(validation), loss[id(member)] / len(validation), epoch)
 
 
 def test_heads(source, labels: Tensor, heads: dict[Group, list[Trained]], batch_size: int) -> dict[int, Tensor]:
     """{id of head: whether each of a source's images is classified right, bool (images,)}."""
-    found = {id(one): torch.zeros(len(labels), dtype=torch.bool) for members in heads.values() for one in members}
+    right = {id(m): torch.zeros(len(labels), dtype=torch.bool) for members in heads.values() for m in members}
     for chosen, logits in predict(source, torch.arange(len(labels)), heads, batch_size):
         for key, values in logits.items():
-            found[key][chosen] = values.argmax(1) == labels[chosen]
-    return found
+            right[key][chosen] = values.argmax(1) == labels[chosen]
+    return right

@@ -63,6 +63,7 @@ class MeanIoU(evaluate.Metric):
 
     def _compute(self, predictions, references, num_classes: int, ignore_index: int = IGNORE):
         pairs = zip(predictions, references, strict=True)
-        counts = sum(pixel_counts(np.array(p), np.array(r), num_classes, ignore_index) for p, r in pairs)
-        scores = {"mean_iou": float(mean_iou(counts)), "pixel_accuracy": float(pixel_accuracy(counts))}
-        return {**scores, "iou": (100 * ious(counts)).tolist()}
+        counts = [pixel_counts(np.array(p), np.array(r), num_classes, ignore_index) for p, r in pairs]
+        total = np.sum(counts, axis=0)
+        scores = {"mean_iou": float(mean_iou(total)), "pixel_accuracy": float(pixel_accuracy(total))}
+        return {**scores, "iou": (100 * ious(total)).tolist()}

@@ -82,8 +82,8 @@ def frozen_scores() -> list[FrozenScore]:
     """Every readout of every pooling, in the order of tables and cards."""
     first = next(iter(POOLINGS))
     return [
-        FrozenScore(name, pooling, f"{metric.title}, {words}", f"{name}_{pooling}", name if pooling == first else None)
-        for pooling, words in POOLINGS.items()
+        FrozenScore(name, pooling, f"{metric.title}, {vector}", f"{name}_{pooling}", name if pooling == first else None)
+        for pooling, vector in POOLINGS.items()
         for name, metric in READOUTS.items()
     ]
 

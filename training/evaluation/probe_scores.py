@@ -126,20 +126,20 @@ def weights_over_images(source, positions: Tensor, groups, heads: list) -> dict[
         groups: {(pooler, layer): `Group`}.
         heads: one trained head for each pooler.
     """
-    features, found = source.fetch(0, positions), {}
-    for one in heads:
-        group = groups[one.name, one.layer]
-        if group.kept:
+    features, weights_of = source.fetch(0, positions), {}
+    for head in heads:
+        group = groups[head.name, head.layer]
+        if group.vectors_only:
             continue
         with torch.no_grad():
-            weights = pool_weights(group, features, one)
+            weights = pool_weights(group, features, head)
         if weights is not None:
             weights = weights if weights.ndim == 2 else weights.mean(dim=1)
-            found[one.name] = (weights / weights.sum(dim=1, keepdim=True)).float().cpu()
-    return found
+            weights_of[head.name] = (weights / weights.sum(dim=1, keepdim=True)).float().cpu()
+    return weights_of
 
 
-def pool_weights(group, features: dict[str, Tensor], one) -> Tensor | None:
+def pool_weights(group, features: dict[str, Tensor], trained) -> Tensor | None:
     row = features.get(f"attention/{group.layer}")
-    pooler = one.head.pooler if group.learned else group.fixed
+    pooler = trained.head.pooler if group.learned else group.fixed
     return pool(pooler, features[f"tokens/{group.layer}"], group.prefix, group.grid, row)[1]

@@ -175,15 +175,12 @@ def fit_logistic(
         bias[seen] = (counts[seen] / len(labels)).log()
         return weight, bias
     model = LogisticRegression(C=penalty, max_iter=MAX_STEPS, tol=TOLERANCE, warm_start=True)
-    pairwise = len(seen) == 2  # scikit-learn keeps only the difference of two classes
+    fitted = seen[1:] if len(seen) == 2 else seen  # of two classes it fits the second, the first is zero
     if start is not None and (start[1][seen] > UNSEEN).all():
-        coefficients, intercepts = start[0][:, seen].T.numpy(), start[1][seen].numpy()
-        model.coef_ = coefficients[1:] - coefficients[:1] if pairwise else coefficients
-        model.intercept_ = intercepts[1:] - intercepts[:1] if pairwise else intercepts
+        model.coef_, model.intercept_ = start[0][:, fitted].T.numpy(), start[1][fitted].numpy()
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # see MAX_STEPS
         model.fit(features.numpy(), labels.numpy())
     bias[seen] = 0
-    fitted = seen[1:] if pairwise else seen
     weight[:, fitted] = torch.from_numpy(model.coef_.T).float()
     bias[fitted] = torch.from_numpy(model.intercept_).float()
     return weight, bias
