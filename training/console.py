@@ -22,7 +22,7 @@ class RunConsole:
 
     def __init__(self, console: "Console | RunConsole | None" = None, quiet: bool = False):
         rich = console.rich if isinstance(console, RunConsole) else console or Console()
-        self.rich = Console(quiet=True) if quiet else rich
+        self.rich: Console = Console(quiet=True) if quiet else rich
 
     @property
     def is_terminal(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import accelerate
 import datasets
@@ -37,6 +37,7 @@ from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 SHIPPED = "Fashion-MNIST subset (shipped)"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
@@ -81,7 +82,7 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class TrainingRun(Run):
+class TrainingRun(Run, Generic[TrainerT]):
     """A run that trains a model.
 
     Args:
@@ -158,7 +159,7 @@ class TrainingRun(Run):
                 trainer.accelerator.wait_for_everyone()
         return self.folder
 
-    def train(self, trainer: MIMTrainer, save: Callable[[], None]) -> None:
+    def train(self, trainer: TrainerT, save: Callable[[], None]) -> None:
         """Trains; calls `save`, in every process, also when stopped by Ctrl-C or SIGTERM, which are then passed on.
 
         Raises:
@@ -195,7 +196,7 @@ class TrainingRun(Run):
 
         return Lookout(self.arguments.world_size, how_to_resume)
 
-    def _log_stopped(self, trainer: MIMTrainer) -> None:
+    def _log_stopped(self, trainer: TrainerT) -> None:
         step, steps = trainer.state.global_step, trainer.state.max_steps
         self.console.log(f"stopped at step {step} of {steps}; resume with: {self.resume_command}")
 
@@ -228,14 +229,14 @@ class TrainingRun(Run):
         if self.remote is not None:
             self.remote.begin("recipe.yaml")
 
-    def save_model(self, trainer: MIMTrainer) -> None:
+    def save_model(self, trainer: TrainerT) -> None:
         """Writes weights, config and processor. To be called in every process: sharded weights are gathered."""
         trainer.save_model(str(self.folder))
         if trainer.is_world_process_zero():
             # A pickle; recipe.yaml says the same to people.
             (self.folder / "training_args.bin").unlink(missing_ok=True)
 
-    def metadata(self, trainer: MIMTrainer, seconds: float) -> dict:
+    def metadata(self, trainer: TrainerT, seconds: float) -> dict:
         """What metrics.json says of any run: its length, speed, seed, machine and versions."""
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         speed = trainer.progress.images_per_second if trainer.progress is not None else 0.0
@@ -347,6 +348,11 @@ def best_device() -> torch.device:
     """The GPU or other accelerator, where there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:
+    """The model itself, moved: `PreTrainedModel.to` has no type."""
+    return cast(ModuleT, cast(nn.Module, model).to(device))
 
 
 def precision_of(arguments: MIMTrainingArguments) -> str:

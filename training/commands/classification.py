@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +111,8 @@ def classifier_config(run: FinetuneRun) -> tuple[MIMConfig, dict | None]:
 
 def config_builder(source: str) -> tuple[Callable[[dict], MIMConfig], dict | None]:
     """-> a function from changes to a `MIMConfig`, and the weights of a model of transformers or None."""
-    kind = model_type_of(source)
-    native, state = {}, None
+    kind, state = model_type_of(source), None
+    native: dict = {}
     if kind != MIMConfig.model_type:
         with encoder_errors(source, kind):
             native, state = load_native(resolve(source))
@@ -130,15 +131,14 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
     Raises:
         ValueError: the weights do not fit the config.
     """
-    keeps_head = list(config.id2label.values()) == classes and "MIMForImageClassification" in (
-        config.architectures or ()
-    )
+    same_classes = list((config.id2label or {}).values()) == classes
+    keeps_head = same_classes and "MIMForImageClassification" in (config.architectures or ())
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: i for i, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
     if run.options.from_scratch or state is not None:
         model, keeps_head = MIMForImageClassification(config), False
-        if not run.options.from_scratch:
+        if state is not None and not run.options.from_scratch:
             with weight_errors(run.source):
                 model.mim.encoder.load_native_state(state)
     else:
@@ -146,7 +146,7 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
     if not keeps_head:
         torch.nn.init.trunc_normal_(model.classifier.weight, std=HEAD_STD[run.options.optimizer])
         torch.nn.init.zeros_(model.classifier.bias)
-    if not model.mim.pooler.apply_final_norm:
+    if model.mim.pooler is not None and not model.mim.pooler.apply_final_norm:
         model.mim.encoder.final_norm.requires_grad_(False)  # several processes would wait for gradients it never gets
     return model
 
@@ -156,9 +156,10 @@ def load_checkpoint(source: str, config: MIMConfig) -> MIMForImageClassification
     CheckpointError: weights other than those of pooler and head are missing, or of another shape.
     """
     with weight_errors(source):
-        model, report = MIMForImageClassification.from_pretrained(
+        loaded: Any = MIMForImageClassification.from_pretrained(
             resolve(source), config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    model, report = loaded
     new = ("classifier.", "mim.pooler.", "mim.pooled_norm.")
     other = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]]
     lost = [f"{name} has another shape" for name in other if not name.startswith("classifier.")]
@@ -244,7 +245,7 @@ def save(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     elif trainer.is_world_process_zero():
         with trainer.averaged():
             save_adapted(model, run.folder)
-        trainer.processing_class.save_pretrained(run.folder)
+        processor_for(model.config).save_pretrained(run.folder)
 
 
 def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, seconds: float) -> None:
@@ -253,11 +254,10 @@ def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, s
     for name, dataset in {"validation": splits.validation, "test": splits.test}.items():
         if dataset is None:
             continue
-        output = trainer.predict(dataset)
-        scores = score_classes(output.predictions, output.label_ids)
-        rounded = {key: round(value, 5) for key, value in scores.items()}
+        predictions, labels = trainer.predict_arrays(dataset)
+        rounded = {key: round(value, 5) for key, value in score_classes(predictions, labels).items()}
         results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}
-        last, matrix = name, confusion_matrix(output.predictions, output.label_ids)
+        last, matrix = name, confusion_matrix(predictions, labels)
     if not trainer.is_world_process_zero():
         return
     results[last]["confusion"] = matrix.tolist()

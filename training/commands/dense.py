@@ -23,7 +23,7 @@ from hf_mim.training.evaluation.dense import UNITS, DenseProbeData, dense_protoc
 from hf_mim.training.evaluation.features import Features, choose_layers
 from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_intervals, score_masks
 from hf_mim.training.plots.pictures import draw_masks
-from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, size_title, versions
+from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, on_device, size_title, versions
 from hf_mim.training.trainer.trainer import has_bf16
 
 
@@ -70,7 +70,7 @@ class DenseProbe(Run):
         """{column: what reads the tokens of an encoder}; None for the raw pixels."""
         encoders = {"trained": self.model}
         if self.arguments.untrained:
-            encoders["untrained"] = untrained_twin(self.model).to(self.model.device)
+            encoders["untrained"] = on_device(untrained_twin(self.model), self.model.device)
         norm, columns = self.arguments.apply_final_norm, {}
         for column, encoder in encoders.items():
             columns[column] = Features(encoder, [self.layer], None, False, norm, has_bf16())
@@ -119,7 +119,7 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         folder=folder,
         console=console,
         source=source,
-        model=model.to(best_device()),
+        model=on_device(model, best_device()),
         layer=layer,
         images=DenseProbeData(splits, model.config, size, model.encoder.token_grid(*size), arguments.patches),
     )

@@ -1,9 +1,10 @@
 """The command `finetune`: from an encoder and labelled images to a model that does a task."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from transformers.trainer_utils import SaveStrategy
@@ -24,7 +25,7 @@ DEFAULTS = {"classification": "finetune_small", "segmentation": "segmentation_sm
 
 
 @dataclass(kw_only=True)
-class FinetuneRun(TrainingRun):
+class FinetuneRun(TrainingRun[FinetuneTrainer]):
     """A fine-tuning that is set up and has written nothing yet.
 
     Args:
@@ -54,7 +55,7 @@ class FinetuneRun(TrainingRun):
 
     def write_metrics(self, trainer: FinetuneTrainer, seconds: float, results: dict) -> None:
         """Writes metrics.json: the task's results, and what every run knows of itself."""
-        known = {"task": self.options.task, "num_train_images": len(trainer.train_dataset)}
+        known = {"task": self.options.task, "num_train_images": len(cast(Sized, trainer.train_dataset))}
         self.write_json("metrics.json", results | known | self.metadata(trainer, seconds))
 
 
@@ -107,7 +108,7 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
         if not is_url(source) and not (Path(source).expanduser() / "recipe.yaml").is_file():
             raise RecipeError(f"{source} holds no recipe.yaml: {which_run('finetune')}", "training.resume")
         name = source
-    name = name or DEFAULTS.get(task, DEFAULTS["classification"])
+    name = name or DEFAULTS.get(str(task), DEFAULTS["classification"])
     recipe = recipes.resolve(name, overrides, "finetune")
     if continues:
         folder, source = source, recipe["model"].get("init_from") or source

@@ -21,6 +21,7 @@ from hf_mim.training.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.processors import processor_for
 from hf_mim.training.data.streaming import StreamedImages
@@ -31,7 +32,7 @@ from hf_mim.training.evaluation.feature_statistics import teacher_of
 from hf_mim.training.evaluation.metrics import frozen_scores
 from hf_mim.training.plots import pictures
 from hf_mim.training.plots.charts import draw_loss
-from hf_mim.training.run import TrainingRun, dataset_title, size_title, which_run
+from hf_mim.training.run import TrainingRun, dataset_title, on_device, size_title, which_run
 from hf_mim.training.trainer.monitor import TeacherWatch, Watch
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.throughput import mean_throughput
@@ -39,7 +40,7 @@ from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 
 
 @dataclass(kw_only=True)
-class PretrainRun(TrainingRun):
+class PretrainRun(TrainingRun[MIMTrainer]):
     """A pretraining that is set up and has written nothing yet."""
 
     model: MIMForPreTraining = field(init=False, repr=False)
@@ -172,17 +173,17 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
         return
     if trainer.has_shares:
         moving = run.model.target.moving_state()
-        run.model = load_model(str(run.folder)).to(run.arguments.device)
+        run.model = on_device(load_model(str(run.folder)), run.arguments.device)
         run.model.target.load_moving_state(moving)
     if any("loss" in entry for entry in trainer.state.log_history):
         draw_loss(trainer.state.log_history, run.folder / "loss.png")
-    if isinstance(run.splits.train, Sized):
-        reconstruct_examples(run).save(run.folder / "reconstructions.png")
+    dataset = run.splits.test or run.splits.train
+    if isinstance(dataset, MIMDataset):
+        reconstruct_examples(run, dataset.without_augmentation()).save(run.folder / "reconstructions.png")
 
 
-def reconstruct_examples(run: PretrainRun) -> Image.Image:
+def reconstruct_examples(run: PretrainRun, dataset: MIMDataset) -> Image.Image:
     """The picture of some test images, or of training images where there are no others; masks are those of epoch 0."""
-    dataset = run.splits.test or run.splits.train.without_augmentation()
     dataset.set_epoch(0)
     grid = run.model.mask_grid(*pair(run.config.image_size))
     batch = MIMCollator(run.config, grid)(dataset.__getitems__(pictures.examples(dataset)))
@@ -244,13 +245,14 @@ def evaluate(run: PretrainRun) -> dict:
     train = frozen.subset(run.splits.train_eval, min(limit, frozen.TRAIN_IMAGES))
     test = frozen.subset(run.splits.test, min(limit, frozen.TEST_IMAGES))
     set_seed(run.arguments.seed)
-    untrained = MIMForPreTraining(run.config).mim.to(run.model.device)
+    untrained = on_device(MIMForPreTraining(run.config).mim, run.model.device)
     with run.console.progress(IMAGES_DONE) as bar:
         task = bar.add_task("evaluating", total=3 * (len(train[1]) + len(test[1])))
         loader = {"workers": run.arguments.dataloader_num_workers, "advance": partial(bar.advance, task)}
-        results = {
-            "trained": frozen.evaluate_encoder(run.model.mim, train, test, run.arguments.bf16, **loader),
-            "untrained": frozen.evaluate_encoder(untrained, train, test, run.arguments.bf16, **loader),
+        bf16 = bool(run.arguments.bf16)
+        results: dict[str, dict] = {
+            "trained": frozen.evaluate_encoder(run.model.mim, train, test, bf16, **loader),
+            "untrained": frozen.evaluate_encoder(untrained, train, test, bf16, **loader),
             "raw_pixels": frozen.evaluate_raw_pixels(run.config, train, test, **loader),
         }
     results["evaluation"] = {

@@ -27,6 +27,7 @@ from hf_mim.training.evaluation.features import (
 )
 from hf_mim.training.evaluation.heads import Group, Trained, test_heads, train_heads
 from hf_mim.training.evaluation.metrics import POOLINGS
+from hf_mim.training.run import on_device
 from hf_mim.training.trainer.trainer import has_bf16
 
 
@@ -155,7 +156,7 @@ def measure(run: Probe) -> dict:
     """Everything that goes into the report."""
     models = {"trained": run.model}
     if run.arguments.untrained:
-        models["untrained"] = untrained_twin(run.model, seed=0).to(run.model.device)
+        models["untrained"] = on_device(untrained_twin(run.model, seed=0), run.model.device)
     probe_report.describe(run)
     sources_of = encode(run, models)
     columns, examples = {}, {}
@@ -194,15 +195,15 @@ def train_seeds(run: Probe, column: str, groups: dict, source) -> list[Trained]:
     """Everything with the first seed, then the best setting of each pooler with the others."""
     arguments, labels = run.arguments, run.images["train"].labels
     trained: list[Trained] = []
-    rates = dict.fromkeys(groups.values(), arguments.learning_rates)
+    rates: dict[Group, list[float]] = dict.fromkeys(groups.values(), arguments.rates)
     with run.console.progress() as bar:
         for seed in arguments.seeds:
-            heads = sum(map(len, rates.values()))
+            heads = sum(len(group_rates) for group_rates in rates.values())
             task = bar.add_task(f"training, {column}, seed {seed}, {heads} heads", total=1)
             trained += train_heads(
                 source,
                 labels,
-                len(run.splits.train_eval.classes),
+                run.num_classes,
                 rates,
                 run.schedule,
                 arguments.validation,

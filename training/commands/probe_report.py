@@ -47,7 +47,7 @@ def describe(run: Probe) -> None:
         f"{len(run.images['test']):,} test images ({run.splits.note})",
         model=f"{run.source}, {run.model.config.encoder} encoder, {run.model.num_parameters() / 1e6:.2f} M parameters",
         poolers=f"{', '.join(choice.name for choice in run.choices)}; layers {', '.join(map(str, run.layers))}; "
-        f"learning rates {', '.join(f'{rate:g}' for rate in arguments.learning_rates)}; "
+        f"learning rates {', '.join(f'{rate:g}' for rate in arguments.rates)}; "
         f"seeds {', '.join(map(str, arguments.seeds))}",
     )
 

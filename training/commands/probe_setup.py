@@ -15,6 +15,7 @@ from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns, is_class
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits, draw_subset
@@ -22,7 +23,7 @@ from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
-from hf_mim.training.run import Run, best_device, choose_folder, name_of
+from hf_mim.training.run import Run, best_device, choose_folder, name_of, on_device
 
 
 DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")
@@ -101,6 +102,11 @@ class ProbeArguments:
         if not 0 < self.validation < 1:
             raise out_of_range("validation", "a share between 0 and 1", self.validation)
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates, of which None has become the usual ones."""
+        return self.learning_rates or []
+
 
 def out_of_range(name: str, requirement: str, value: object) -> RecipeError:
     return RecipeError(f"probe.{name} must be {requirement}, not {value!r}", f"probe.{name}")
@@ -129,6 +135,10 @@ class Probe(Run):
     @property
     def title(self) -> str:
         return name_of(self.source)
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.splits.train_eval is None else len(self.splits.train_eval.classes)
 
     @property
     def cache(self) -> Path:
@@ -163,7 +173,7 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         folder=folder,
         console=console,
         source=source,
-        model=model.to(best_device()),
+        model=on_device(model, best_device()),
         splits=splits,
         images=images,
         choices=choices,
@@ -226,9 +236,10 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
     Raises:
         DataError: they cannot be probed on: labels are missing, there is one class, or fewer images than classes.
     """
-    if splits.test is None or splits.train_eval is None:
+    labels, test_labels = (None if split is None else split.labels for split in (splits.train_eval, splits.test))
+    if splits.test is None or splits.train_eval is None or labels is None or test_labels is None:
         raise DataError(f"probing needs labelled images, some of them to test on; here: {splits.note}")
-    labels, classes = splits.train_eval.labels, splits.train_eval.classes
+    classes = splits.train_eval.classes
     if len(labels.unique()) < 2:
         raise DataError(
             f"all {len(labels):,} training images are of one class, {classes[int(labels[0])]!r}: probing tells classes "
@@ -239,8 +250,8 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
             f"{len(labels):,} training images are fewer than the {len(classes):,} classes: give more images, or check "
             "data.label_column"
         )
-    test = draw_subset(splits.test.labels.numpy(), data.max_eval_images or len(splits.test)).tolist()
-    augmented = splits.train if views > 1 else None
+    test = draw_subset(test_labels.numpy(), data.max_eval_images or len(splits.test)).tolist()
+    augmented = splits.train if views > 1 and isinstance(splits.train, MIMDataset) else None
     return {
         "train": ImageViews(splits.train_eval, augmented, list(range(len(labels))), config, "train"),
         "test": ImageViews(splits.test, None, test, config, "test"),

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -56,9 +57,9 @@ def finetune_segmentation(
     recipe["model"]["image_size"] = list(size)
     splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console.rich)
     batch = min(run.arguments.train_batch_size, len(splits.train))
-    run.model = make_segmenter(encoder, options, splits.classes, batch)
-    trainer = make_trainer(run, run.model, splits, size)
-    describe(run, run.model, splits, size)
+    run.model = model = make_segmenter(encoder, options, splits.classes, batch)
+    trainer = make_trainer(run, model, splits, size)
+    describe(run, model, splits, size)
     return run.execute(lambda: train(run, trainer), partial(write_results, run, splits))
 
 
@@ -246,8 +247,8 @@ def segmentation_processor(config: MIMConfig, size: tuple[int, int]) -> Segforme
     return SegformerImageProcessor(
         size={"height": size[0], "width": size[1]},
         resample=BICUBIC,
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
+        image_mean=list(config.image_mean or ()),
+        image_std=list(config.image_std or ()),
         do_reduce_labels=False,
     )
 
@@ -256,8 +257,9 @@ def segmentation_processor(config: MIMConfig, size: tuple[int, int]) -> Segforme
 def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationTrainer, seconds: float) -> None:
     """Evaluates on the test images, writes metrics.json and segmentation.png, and prints the table."""
     best = trainer.state.best_metric
-    dataset = MaskedDataset(splits.test, trainer.train_dataset.config, trainer.train_dataset.size, False)
-    counts = trainer.predict(dataset).predictions
+    trained_on, model = cast(MaskedDataset, trainer.train_dataset), cast(MIMUperNet, trainer.model)
+    dataset = MaskedDataset(splits.test, trained_on.config, trained_on.size, False)
+    counts, _ = trainer.predict_arrays(dataset)
     if not trainer.is_world_process_zero():
         return
     results = {
@@ -270,7 +272,7 @@ def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationT
     }
     run.write_metrics(trainer, seconds, results)
     with trainer.averaged():
-        draw_examples(trainer.model, dataset, splits.classes).save(run.folder / "segmentation.png")
+        draw_examples(model, dataset, splits.classes).save(run.folder / "segmentation.png")
     run.console.show(results_table(results))
     run.log_next_steps()
 

@@ -73,9 +73,9 @@ def describe_teacher(
             for name, stage in zip(maps, stages):
                 maps[name].append(stage)
     rows = []
-    for (name, stages), dim in zip(maps.items(), model.encoder.num_features):
-        tokens = torch.cat(stages).flatten(2).transpose(1, 2)
-        rows.append({"layer": name, "dim": dim, "grid": tuple(stages[0].shape[2:]), **token_diversity(tokens)})
+    for (name, parts), dim in zip(maps.items(), model.encoder.num_features):
+        tokens = torch.cat(parts).flatten(2).transpose(1, 2)
+        rows.append({"layer": name, "dim": dim, "grid": tuple(parts[0].shape[2:]), **token_diversity(tokens)})
     count = sum(map(len, batches))
     console.show(teacher_table(source, rows, config, count / seconds, count))
     return rows

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import datasets
-import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training.data.arguments import DataArguments
@@ -27,7 +26,7 @@ class Splits:
         note: where `test` comes from, or why there is none, for people.
     """
 
-    train: torch.utils.data.Dataset
+    train: MIMDataset | StreamedImages
     train_eval: MIMDataset | None
     test: MIMDataset | None
     note: str

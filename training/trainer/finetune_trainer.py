@@ -2,7 +2,9 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import timm.optim
 import torch
 from rich.console import Console
@@ -66,6 +68,11 @@ class FinetuneTrainer(MIMTrainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         without = MIMPreTrainedModel.parameters_without_decay(model)  # by names and shapes: of any model
         return [name for name, _ in model.named_parameters() if name not in without]
+
+    def predict_arrays(self, dataset) -> tuple[np.ndarray, np.ndarray]:
+        """As of `predict`, for a model with one output: what it predicts, and the labels."""
+        output = self.predict(dataset)
+        return cast(np.ndarray, output.predictions), cast(np.ndarray, output.label_ids)
 
     # ---- the moving average ----------------------------------------------------------------------------------------
     def evaluation_loop(self, *args, **kwargs):

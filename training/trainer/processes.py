@@ -12,6 +12,8 @@ import psutil
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
+from hf_mim.training.foreign_errors import is_lost_peer
+
 
 LOOK_EVERY = 1.0  # seconds between two looks at the other processes
 PATIENCE = 5.0  # seconds in which a process may find out itself: its own words are better, and GPUs only wait
@@ -121,5 +123,4 @@ def is_alive(process: psutil.Process) -> bool:
 
 def is_lost(error: BaseException) -> bool:
     """Whether it comes from an operation of all processes that one of them did not take part in."""
-    # gloo's errors are plain ones; they begin with the file that they come from.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    return isinstance(error, dist.DistError) or is_lost_peer(error)

@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_mim.training.data.streaming import StreamedImages
+from hf_mim.training.foreign_errors import is_torch_write_error
 
 
 UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
@@ -201,7 +202,7 @@ def publish(source: Path, target: Path) -> None:
 
 def failed_to_write(error: Exception) -> bool:
     """Whether it comes from the disk: torch and safetensors have errors of their own for that."""
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+    return isinstance(error, OSError | SafetensorError) or is_torch_write_error(error)
 
 
 def not_finite(trainer, what: str) -> ValueError:

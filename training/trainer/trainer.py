@@ -21,6 +21,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.data.base import FollowsEpochs, ImageDataset
 from hf_mim.training.data.batches import normalize_batch
 from hf_mim.training.data.streaming import StreamedImages
+from hf_mim.training.foreign_errors import is_lost_worker
 from hf_mim.training.trainer.optimization import OptimizationArguments, WeightDecayCallback, lamb
 from hf_mim.training.trainer.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.trainer.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
@@ -153,7 +154,7 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not is_lost_worker(error):
                 raise
             reason, handler = str(error).strip(), handle_children(signal.SIG_DFL)
         finally:
