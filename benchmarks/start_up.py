@@ -40,7 +40,7 @@ def processor_seconds(words: list[str]) -> float:
 
 
 def environment() -> dict[str, str]:
-    """As a user's: without what would keep the command from starting itself again."""
+    """As a user's: without the settings that the command makes itself."""
     names = ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     return {name: value for name, value in os.environ.items() if name not in names}
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from hf_mim.processor import tune_for_processor
+
 
 app = typer.Typer(
     name="hf-mim",
@@ -251,14 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     With HF_MIM_DEBUG=1 in the environment an error keeps its traceback.
     """
-    restart = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     try:
         check_command(arguments)
         if arguments and "--help" not in arguments and arguments != ["recipes"]:  # those need nothing heavy
             check_words(*arguments)
-            if restart and arguments[0] in TUNED:
+            if arguments[0] in TUNED:
                 tune_for_processor()
             silence_libraries()
         group = typer.main.get_command(app)
@@ -273,28 +274,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-
-
-# What the drivers of NVIDIA's and AMD's GPUs leave, the last under WSL. To ask torch would take a second and a half.
-GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-
-
-def tune_for_processor() -> None:
-    """Starts this process again with settings that must be there before torch is imported, unless there is a GPU.
-
-    GOMP_SPINCOUNT=1000, where nothing about waiting is set: threads that spin for long while they wait for each other
-    make a training step tens of times slower as soon as another program needs one of the cores; threads that sleep at
-    once make it slower on free cores. Milliseconds a step with the recipe `quick` on two cores, free and with one of
-    them busy: 21 and over 460 by default, 25 and 59 with this count, 42 and 38 with OMP_WAIT_POLICY=PASSIVE.
-    THP_MEM_ALLOC_ENABLE=1: torch asks for memory in large pages; a step of `quick` takes a twentieth less.
-    """
-    if os.name != "posix" or any(map(os.path.exists, GPUS)) or "THP_MEM_ALLOC_ENABLE" in os.environ:
-        return
-    settings = {"THP_MEM_ALLOC_ENABLE": "1"}
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        settings["GOMP_SPINCOUNT"] = "1000"
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
 
 
 def check_command(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line: what it lists, and that an error is one line on stderr with a non-zero exit code."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mim import cli
+from hf_mim import cli, processor
 from hf_mim.training.recipe import recipe_files
 
 
@@ -123,37 +124,62 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert cli.main(["pretrain", "maee"]) == 2
 
 
-def test_pretraining_starts_again_tuned_for_the_processor(monkeypatch):
-    started = []
-    monkeypatch.setattr(cli.os, "execve", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr("hf_mim.training.commands.pretrain.pretrain", lambda *words: Path("folder"))
-    monkeypatch.setattr("hf_mim.hub.push.push_run", lambda folder: None)
-    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain", "mae"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "hf-mim", "pretrain", "mae"])
-    monkeypatch.setattr(cli, "GPUS", ("/nowhere",))
+TUNED = """
+import re, sys
+from hf_mim import cli, processor
+processor.GPUS = ("/nowhere",)
+code = cli.main(sys.argv[1:])
+import torch
+tensor = torch.ones(2**24)  # the first to be computed by several threads, and large
+place, inside = tensor.data_ptr() + 2**25, False
+for line in open("/proc/self/smaps"):
+    if region := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(region[1], 16) <= place < int(region[2], 16)
+    elif inside and line.startswith("VmFlags"):
+        print(code, " hg" in line)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says how memory was asked for")
+def test_the_commands_that_compute_are_tuned_for_the_processor():
+    def run(*words, **settings) -> tuple[str, str]:
+        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **settings}
+        done = subprocess.run([sys.executable, "-c", TUNED, *words], env=environment, capture_output=True, text=True)
+        spin = next((line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line), None)
+        if spin is None:
+            pytest.skip("this torch does not come with GNU's OpenMP")
+        return spin, done.stdout.split()[-2:]
+
+    wrong = ("data.dataset=/nowhere",)  # found out when torch is there
+    spin, (code, large_pages) = run("pretrain", *wrong)
+    assert spin == "1000" and code == "2" and large_pages == "True"
+    spin, (code, large_pages) = run("pretrain", *wrong, GOMP_SPINCOUNT="7", THP_MEM_ALLOC_ENABLE="0")
+    assert spin == "7" and large_pages == "False"
+
+
+def test_settings_for_the_processor_are_left_where_there_is_a_gpu_or_torch(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.delenv(name, raising=False)
-    assert cli.main() == 0
-    path, words, environment = started.pop()
-    assert path == words[0] == sys.executable and words[1:] == ["-X", "dev", "hf-mim", "pretrain", "mae"]
-    assert environment["GOMP_SPINCOUNT"] == "1000" and environment["THP_MEM_ALLOC_ENABLE"] == "1"
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(processor, "GPUS", ("/nowhere", "/dev/null"))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    processor.tune_for_processor()
+    monkeypatch.setattr(processor, "GPUS", ("/nowhere",))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    processor.tune_for_processor()
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+    monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert cli.main() == 0 and "GOMP_SPINCOUNT" not in started.pop()[2]
-    monkeypatch.setattr(cli, "GPUS", ("/nowhere", "/dev/null"))
-    assert cli.main() == 0 and not started
-    monkeypatch.setattr(cli, "GPUS", ())
-    for words in (["pretrain", "maee"], ["pretrain", "--help"], ["recipes"]):
-        monkeypatch.setattr(sys, "argv", ["hf-mim", *words])
-        assert cli.main() == (2 if "maee" in words else 0) and not started
-    monkeypatch.setattr(sys, "argv", ["hf-mim", "pretrain"])
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    assert cli.main() == 0 and not started
+    processor.tune_for_processor()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1" and "GOMP_SPINCOUNT" not in os.environ
 
 
 WITHOUT_TORCH = """
 import io
 import sys
-from hf_mim import cli
+from hf_mim import cli, processor
 for words, message in {
     ("pretrain", "maee"): "did you mean 'mae'",
     ("pretrain", "mae", "model.masking_config.ratio"): "looks like section.key=value",

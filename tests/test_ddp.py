@@ -39,7 +39,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path, changes):
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-ENVIRONMENT["THP_MEM_ALLOC_ENABLE"] = "1"  # or the command would start itself again with it, and import torch twice
 
 
 def launch(folder, *words, command=("-m", "hf_mim", "pretrain"), code=0) -> tuple[str, str]:
