@@ -147,6 +147,7 @@ def test_the_commands_that_compute_are_tuned_for_the_processor():
         environment = {name: value for name, value in os.environ.items() if name not in names}
         environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **settings}
         done = subprocess.run([sys.executable, "-c", TUNED, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
         spin = next((line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line), None)
         if spin is None:
             pytest.skip("this torch does not come with GNU's OpenMP")
