@@ -104,6 +104,11 @@ class Encoder(nn.Module):
         """What counts as part of the head in layer-wise learning rates, wherever it is defined."""
         return [self.final_norm]
 
+    def check_final_norm(self, applied: bool) -> None:
+        """Raises:
+        ValueError: tokens before the last norm are asked for, and there are none to be had.
+        """
+
     def load_native_state(self, state: dict[str, Tensor]) -> None:
         """Loads the weights of the wrapped model of transformers, where one is wrapped."""
         raise ValueError(f"{type(self).__name__} wraps no model of transformers: choose encoder 'native'")

@@ -19,7 +19,7 @@ from .options import pair, unknown_choice
 
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
 PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
-FINAL_NORMS = ("layernorm", "layer_norm", "norm")
+FINAL_NORMS = ("layernorm", "layer_norm", "norm", "post_layernorm", "rms_norm")
 # What a saved config holds beside the architecture, or what MIMConfig says.
 NOT_OPTIONS = {
     *("image_size", "num_channels", "model_type", "architectures", "transformers_version", "dtype", "_name_or_path"),
@@ -76,9 +76,13 @@ def native_model(config: MIMConfigBase, native: PreTrainedConfig, use_mask_token
 def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     """-> the fields of a `MIMConfig` that wraps this pretrained model, and the weights of the model.
 
-    Where an image processor is saved beside it, the normalisation is that processor's.
+    Of a model of images and text (CLIP, SigLIP, AIMv2) it is the image half, and its weights bring the projection into
+    the space of the text, `visual_projection.weight`, where there is one. Where an image processor is saved beside it,
+    the normalisation is that processor's.
     """
     network = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
+    projection = getattr(network, "visual_projection", None)
+    network = getattr(network, "vision_model", network)
     native = network.config
     if not hasattr(native, "num_channels"):
         raise ValueError(f"{name_or_path} is a {native.model_type!r} model, which takes no images")
@@ -92,7 +96,8 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
         fields |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
     except (OSError, ValueError, AttributeError, TypeError):
         pass  # no processor, or one that does not normalise: MIMConfig's defaults
-    return fields, network.state_dict()
+    state = network.state_dict()
+    return fields, state if projection is None else {**state, "visual_projection.weight": projection.weight.detach()}
 
 
 def infer_grid(tokens: int, height: float, width: float) -> Grid:
@@ -150,13 +155,24 @@ def native_blocks(network: nn.Module) -> list[list[nn.Module]]:
 class NativeEncoder(Encoder):
     """Wraps a transformers vision model.
 
-    Options: `model_type`, and every field of that model's own config.
+    Options:
+        model_type: of transformers; and every field of that model's own config.
+        final_norm_names: what the wrapped model may call the last norm over its tokens.
     """
 
     export_formats = ("transformers", "onnx")
 
     # Positional only: some of the wrapped configs have a field `use_mask_token` of their own.
-    def __init__(self, config: MIMConfigBase, use_mask_token: bool = False, /, *, model_type: str = "vit", **options):
+    def __init__(
+        self,
+        config: MIMConfigBase,
+        use_mask_token: bool = False,
+        /,
+        *,
+        model_type: str = "vit",
+        final_norm_names: list[str] | tuple[str, ...] = FINAL_NORMS,
+        **options,
+    ):
         super().__init__()
         # Any: which attributes it has depends on the wrapped model.
         self.native: Any = native_config(config, model_type, options, use_mask_token)
@@ -172,7 +188,7 @@ class NativeEncoder(Encoder):
         self._name_stages(self._stage_widths(depth))
         self.base_grid = self.token_grid(*pair(config.image_size))
         self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
-        self._take_final_norm()
+        self._take_final_norm(final_norm_names)
 
     def _check_inputs(self, model_type: str, use_mask_token: bool):
         if "pixel_values" not in self.takes:
@@ -194,14 +210,24 @@ class NativeEncoder(Encoder):
         self.num_prefix_tokens = sum(prefixes)
         self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:3])
 
-    def _take_final_norm(self):
-        """Takes the last norm out of the wrapped model, so that a pooler can see the tokens before it."""
+    def _take_final_norm(self, names: list[str] | tuple[str, ...]):
+        """Takes the last norm out of the wrapped model, so that a pooler can see the tokens before it. CLIP's, which
+        the wrapped model applies to its class token alone, acts on all tokens, as before CLIP's projection."""
         self.taken_norm: str | None = None
-        for name in FINAL_NORMS:
-            if isinstance(getattr(self.network, name, None), nn.LayerNorm) and not hasattr(self.native, "hidden_sizes"):
-                self.final_norm = getattr(self.network, name)
+        for name in names:
+            norm = getattr(self.network, name, None)
+            is_norm = isinstance(norm, nn.LayerNorm) or "RMSNorm" in type(norm).__name__
+            if is_norm and not hasattr(self.native, "hidden_sizes"):
+                self.final_norm = norm
                 setattr(self.network, name, nn.Identity())
                 self.taken_norm = name
+
+    def check_final_norm(self, applied: bool) -> None:
+        if not applied and self.taken_norm is None:
+            raise ValueError(
+                f"apply_final_norm=false: the transformers model {self.native.model_type!r} has no last norm over its "
+                "tokens that could be left out"
+            )
 
     def blocks(self) -> list[list[nn.Module]]:
         return native_blocks(self.network)

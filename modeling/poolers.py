@@ -23,6 +23,7 @@ class Pooler(nn.Module):
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
         super().__init__()
+        encoder.check_final_norm(apply_final_norm)
         self.apply_final_norm = apply_final_norm
         self.out_dim = encoder.hidden_size
 

@@ -80,6 +80,7 @@ class TeacherFeatureTarget(FeatureTarget):
         input_size: of the teacher, for the last three; None: the student's.
         norm: layer (per token), instance (per channel over tokens) or none.
         combine: concat or mean, for several layers.
+        project: whether the last layer's tokens pass the teacher's projection into the space of its text (CLIP; DTM).
         loss: mse, l1, smooth_l1 (beta 2) or cosine.
         global_weight: of 1 - cosine between a prediction from the class token (else the mean visible token) and the
             teacher's mean token.
@@ -100,6 +101,7 @@ class TeacherFeatureTarget(FeatureTarget):
         input_size: int | list[int] | None = None,
         norm: str = "layer",
         combine: str = "concat",
+        project: bool = False,
         loss: str = "smooth_l1",
         global_weight: float = 0.0,
         feature_dims: list[int] | None = None,
@@ -110,7 +112,7 @@ class TeacherFeatureTarget(FeatureTarget):
         self.norm, self.global_weight = choose("norm of the teacher's features", norm, NORMS), global_weight
         self.combine = choose("combine of the teacher's layers", combine, ("concat", "mean"))
         self.distance = FEATURE_DISTANCES[choose("loss of target 'teacher_feature'", loss, FEATURE_DISTANCES)]
-        self.teacher = Teacher(teacher, list(layers), match, input_size, *config.statistics())
+        self.teacher = Teacher(teacher, list(layers), match, input_size, *config.statistics(), project=project)
         self.feature_dims = list(feature_dims or self.teacher.feature_dims())
         if combine == "mean" and len(set(self.feature_dims)) > 1:
             raise ValueError(f"combine 'mean' needs layers of one width, these have {self.feature_dims}")

@@ -20,11 +20,12 @@ MATCHES = ("input", "stage", "dilate", "interpolate")
 
 
 class TeacherModel(nn.Module):
-    """A frozen encoder, with what its images are like: size, channels, mean and std of `config`."""
+    """A frozen encoder, with what its images are like: size, channels, mean and std of `config`, and CLIP's projection
+    into the space of its text."""
 
-    def __init__(self, encoder: Encoder, config: MIMConfigBase):
+    def __init__(self, encoder: Encoder, config: MIMConfigBase, projection: nn.Linear | None = None):
         super().__init__()
-        self.encoder, self.config = encoder, config
+        self.encoder, self.config, self.projection = encoder, config, projection
         self.strides: list[Grid] | None = None
 
     @torch.no_grad()
@@ -55,9 +56,11 @@ class Teacher:
         input_size: side or (height, width) of the teacher's input in pixels for `stage`, `dilate` and `interpolate`;
             None: that of the student.
         image_mean, image_std: of the student's pixels; the teacher's own are read beside it.
+        project: bring the tokens of the last layer, behind its norm, into the space of the teacher's text (CLIP).
 
     Raises:
-        ValueError: the model cannot be loaded, has no patch tokens, lacks a layer or cannot match the grid.
+        ValueError: the model cannot be loaded, has no patch tokens, no projection, lacks a layer or cannot match the
+            grid.
     """
 
     def __init__(
@@ -68,17 +71,28 @@ class Teacher:
         input_size: Size | None,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        project: bool = False,
     ):
         if match not in MATCHES:
             raise unknown_choice("match of the teacher's grid", match, MATCHES)
         self.source, self.layers, self.match, self.input_size = source, layers, match, input_size
-        self.image_mean, self.image_std = image_mean, image_std
+        self.image_mean, self.image_std, self.project = image_mean, image_std, project
         self.last: tuple[tuple, list[Tensor], Tensor] | None = None  # a call's key, result and images
 
     def feature_dims(self) -> list[int]:
         """The channels of each chosen layer."""
         encoder = self.model().encoder
+        if self.project:
+            return [self._projection(self.model()).out_features]
         return [encoder.num_features[self._index(encoder, layer)] for layer in self.layers]
+
+    def _projection(self, model: TeacherModel) -> nn.Linear:
+        last = len(model.encoder.stage_names) - 1
+        if model.projection is None:
+            raise ValueError(f"teacher {self.source} has no projection into the space of a text; models of CLIP have")
+        if [self._index(model.encoder, layer) for layer in self.layers] != [last]:
+            raise ValueError(f"teacher {self.source}: project=true goes with its last layer alone, not {self.layers}")
+        return model.projection
 
     def layer_names(self) -> list[str]:
         """The name of each chosen layer."""
@@ -123,8 +137,10 @@ class Teacher:
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
         encoded = model.encoder(pixels.to(dtype), output_hidden_states=True)
-        stages = model.encoder.stage_maps(encoded, *size)
-        return [self._on_grid(stages[i].float(), grid, i) for i in indices]
+        stages = [model.encoder.stage_maps(encoded, *size)[i] for i in indices]
+        if self.project:
+            stages = [self._projection(model)(stage.movedim(1, -1)).movedim(-1, 1) for stage in stages]
+        return [self._on_grid(stage.float(), grid, i) for stage, i in zip(stages, indices)]
 
     def _renormalise(self, pixel_values: Tensor, config: MIMConfigBase) -> Tensor:
         channels = config.num_channels
@@ -214,7 +230,11 @@ def native_teacher(source: str) -> TeacherModel:
     config = MIMConfigBase(**fields)
     encoder = NativeEncoder(config, **config.options("encoder"))
     encoder.load_native_state(state)
-    return TeacherModel(encoder, config)
+    weight, projection = state.get("visual_projection.weight"), None
+    if weight is not None:
+        projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        projection.load_state_dict({"weight": weight})
+    return TeacherModel(encoder, config, projection)
 
 
 def set_output_stride(config: Any, output_stride: int) -> None:

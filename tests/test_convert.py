@@ -383,7 +383,7 @@ def official_weights(keys: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """Tensors of these shapes; large ones without memory, so that models of the real sizes cost nothing."""
     tensors = {}
     for name, shape in keys.items():
-        fixed = name.endswith(("token", "pos_embed")) or len(shape) < 2
+        fixed = name.endswith(("token", "pos_embed", "tokens", "positions")) or len(shape) < 2
         dtype = torch.long if name.endswith(("index", "tracked")) else torch.float32
         tensors[name] = torch.zeros(shape, dtype=dtype, device="cpu" if fixed else "meta")
     return tensors
@@ -395,8 +395,8 @@ def test_official_names_and_shapes(path):
     fixture = json.loads(path.read_text())
     tensors = official_weights(fixture["keys"])
     if fixture["encoder"].get("position_embedding") == "sincos":
-        for name in {"pos_embed", "decoder_pos_embed"} & set(tensors):
-            tensors[name][0, 1:] = sincos_2d((14, 14), (14, 14), tensors[name].shape[2])
+        for name in [name for name in tensors if name.endswith(("pos_embed", "positional_encoder.positions"))]:
+            tensors[name][0, -196:] = sincos_2d((14, 14), (14, 14), tensors[name].shape[2])
     found = convert_state(tensors, Hints())
     assert found.kind == fixture["kind"] and found.pretraining == fixture["pretraining"]
     assert found.classifier == fixture.get("classifier", False)

@@ -157,6 +157,21 @@ def test_data2vec_masks():
     assert corners.item() == pytest.approx(0.890, abs=0.004) and centre.item() == pytest.approx(0.782, abs=0.005)
 
 
+@pytest.mark.parametrize("name", ["dtm_encoder", "beit2"])
+@torch.no_grad()
+def test_beit_s_family_with_its_head(name, tmp_path):
+    inputs, expected = case(name)
+    model, masks = converted(name, tmp_path), inputs["mask"].bool()
+    unmasked, masked = (model.mim(inputs["pixels"], mask).last_hidden_state for mask in (None, masks))
+    torch.testing.assert_close(unmasked, expected["features_unmasked"], **EXACT)
+    torch.testing.assert_close(masked, expected["features_masked"], **EXACT)
+    logits = model(inputs["pixels"], masks, return_loss=False).logits
+    if name == "beit2":
+        torch.testing.assert_close(logits[masks], expected["logits"], **EXACT)
+    else:
+        torch.testing.assert_close(logits, expected["head"], **EXACT)
+
+
 # --- targets -----------------------------------------------------------------------------------------------------
 
 

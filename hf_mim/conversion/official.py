@@ -115,12 +115,9 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         return with_pixel_head(found, head, "A2MIM" if head == "neck.decoder_pred.0" else "SimMIM")
     if any("attention_predictor." in name for name in weights.tensors):
         return with_abmilp_head(found, hints)
-    if "lm_head.weight" in weights:
-        rows = len(weights.tensors["lm_head.weight"])
-        second = any(name.startswith("cls_pt_layers") for name in weights.tensors)
-        found.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
-        options["mask_style"] = "token"
-    elif openmixup:
+    if "lm_head.weight" in weights and "mask_token" in weights:
+        return with_token_head(found)
+    if openmixup:
         found.kind = "A2MIM or another ViT of OpenMixup"
     elif any(name.startswith("encoder.") for name in tensors):
         found.kind = "SimMIM"
@@ -129,6 +126,29 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         found.kind = "MAE, the encoder"
     else:
         found.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
+    return found
+
+
+def with_token_head(found: Converted) -> Converted:
+    """BEiT's, BEiT-v2's or DTM's linear head on every token. Codes number thousands, features of a teacher hundreds."""
+    weights, fields = found.weights, found.fields
+    rows = len(weights.tensors["lm_head.weight"])
+    second = any(name.startswith("cls_pt_layers") for name in weights.tensors)
+    found.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
+    fields["encoder_config"]["mask_style"] = "token"
+    features = {"name": "teacher_feature", "teacher": "openai/clip-vit-base-patch16", "project": True, "norm": "none"}
+    if found.kind == "DTM":
+        features["feature_dims"] = [rows]
+        fields |= {"target": "token_morphing", "target_config": {"features": features, "halves": "alternating"}}
+        found.notes.append("the file does not name its teacher: CLIP ViT-B/16 assumed, as in the released program")
+    else:
+        features["feature_dims"] = [512]
+        fields |= {"target": "discrete_token", "target_config": {"features": features, "num_codes": rows}}
+        found.notes.append("the codes that its head predicts are those of a tokenizer that is not in the file")
+    fields |= {"decoder": "linear", "masking": "block", "masking_config": {"ratio": 0.38}}  # 75 of 196
+    found.state["encoder.mask_token"] = weights.take("mask_token").flatten()
+    found.state |= {f"decoder.head.linear.{part}": weights.take(f"lm_head.{part}") for part in ("weight", "bias")}
+    found.pretraining = True
     return found
 
 
@@ -280,7 +300,8 @@ def finish(weights: Weights) -> None:
     weights.leave(r"mask_token|mask_gamma", "only pretraining needs it, and this kind's is not rebuilt")
     weights.leave(r"(fc_norm|pooler)\.", "it acts after pooling, as a part of the classifier")
     weights.leave(r"(head|fc|head_dist|classifier|.*head\..*)\b", "the head of the old task")
-    weights.leave(r"lm_head|cls_pt_", "the pretraining head")
+    weights.leave(r"cls_pt_", "BEiT-v2's second head, on its class token and an earlier block")
+    weights.leave(r"lm_head", "the pretraining head, whose mask token is missing")
     weights.leave(r"(imn_|norm_black)", "SparK's statistics of pixels, which it does not use")
     weights.leave(r"(dense_decoder|densify|mask_tokens)", "SparK's decoder")
     weights.leave(r"(neck|decoder)", "the decoder")

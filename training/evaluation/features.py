@@ -72,6 +72,7 @@ class Features:
     ):
         self.model, self.layers, self.choices, self.attention = model, layers, poolers, attention
         self.poolers = None if poolers is None else {choice.name: choice.make(model) for choice in poolers}
+        model.encoder.check_final_norm(apply_final_norm)
         self.apply_final_norm, self.bf16 = apply_final_norm, bf16
         self.last = len(model.encoder.stage_names) - 1
 
