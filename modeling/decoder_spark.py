@@ -7,6 +7,7 @@ from transformers import initialization as init
 from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .encoder_base import Encoder, patchify
+from .initial_weights import draw_as
 from .options import unknown_choice
 from .sparse import SparseBatchNorm2d, SparseMask
 
@@ -68,11 +69,9 @@ class SparKDecoder(Decoder):
                 self.inputs.append(DensifiedMap(channels, width, 1 if i == 0 else 3, norm, self.mask, self.std))
         self.blocks = nn.ModuleList(_up_block(*pair_of_widths) for pair_of_widths in zip(widths, widths[1:]))
         self.head = nn.Conv2d(widths[-1], config.num_channels, 1)
-
-    def init_parameters(self):
         for module in self.blocks.modules():
-            if isinstance(module, nn.ConvTranspose2d):  # for the ReLU6 behind it, as released
-                init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.ConvTranspose2d):
+                draw_as(module, "kaiming")
 
     def forward(self, encoded, bool_masked_pos, grid, scope):
         self.mask.visible = ~bool_masked_pos.view(-1, 1, *grid)
@@ -105,14 +104,13 @@ class DensifiedMap(nn.Module):
             self.norm = ChannelLayerNorm(channels, eps=1e-6)
         self.token = nn.Parameter(torch.zeros(channels))
         same = kernel_size == 1 and channels == width
-        self.projection = nn.Identity() if same else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
+        self.projection: nn.Module = nn.Identity()
+        if not same:
+            self.projection = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
+            draw_as(self.projection, "torch")
 
     def init_parameters(self):
         init.trunc_normal_(self.token, std=self.std, a=-self.std, b=self.std)  # cut at one deviation, as released
-        if isinstance(self.projection, nn.Conv2d):  # torch's default, as released
-            init.kaiming_uniform_(self.projection.weight, a=5**0.5)
-            bound = self.projection.weight[0].numel() ** -0.5
-            init.uniform_(self.projection.bias, -bound, bound)
 
     def forward(self, features: Tensor) -> Tensor:
         normed = self.norm(features)

@@ -6,6 +6,7 @@ all tokens of the grid. Where the encoder's map is coarser than the mask grid, t
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,24 @@ from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .decoder_spark import SparKDecoder
 from .encoder_base import Encoder, EncoderOutput, Grid, choose, tokens_to_map
+from .initial_weights import LINEAR, draw_as
 from .layers import CrossLayer, FixedTables, PixelShuffleLinear, ViTLayer, sincos_2d, take_tokens
 from .options import pair
 
 
 class LinearDecoder(Decoder):
-    """One linear layer (SimMIM, A2MIM: a 1x1 convolution and a pixel shuffle)."""
+    """One linear layer (SimMIM, A2MIM: a 1x1 convolution and a pixel shuffle).
 
-    def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int):
+    Options:
+        initialization: how its weights are drawn: xavier, trunc_normal (BEiT-v2, DTM), normal (A2MIM) or torch, torch's
+            default (SimMIM).
+    """
+
+    def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int, *, initialization: str = "xavier"):
         super().__init__(config, encoder)
         self._need_all_tokens("linear")
         self.head = PixelShuffleLinear(encoder.hidden_size, out_dim, self.factor)
+        draw_as(self.head.linear, choose("initialization of decoder 'linear'", initialization, LINEAR))
 
     def forward(self, encoded, bool_masked_pos, grid, scope):
         return self.head(encoded.tokens[:, self.num_prefix_tokens :], grid)
@@ -174,6 +182,8 @@ class ConvDecoder(Decoder):
         )
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, elementwise_affine=False)
         self.head = nn.Linear(hidden_size, out_dim)
+        for layer in (*self.layers, self.head):  # as released
+            draw_as(cast(nn.Conv2d | nn.Linear, layer), "torch")
 
     def init_parameters(self):
         if self.mask_token is not None:

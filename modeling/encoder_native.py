@@ -215,7 +215,7 @@ class NativeEncoder(Encoder):
         the wrapped model applies to its class token alone, acts on all tokens, as before CLIP's projection."""
         self.taken_norm: str | None = None
         for name in names:
-            norm = getattr(self.network, name, None)
+            norm: Any = getattr(self.network, name, None)
             is_norm = isinstance(norm, nn.LayerNorm) or "RMSNorm" in type(norm).__name__
             if is_norm and not hasattr(self.native, "hidden_sizes"):
                 self.final_norm = norm

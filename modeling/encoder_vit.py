@@ -23,6 +23,7 @@ from .encoder_base import (
     split_mask,
     tokens_to_map,
 )
+from .initial_weights import INITIALIZATIONS, draw_default_bias, draw_linear
 from .layers import (
     FixedTables,
     LearnedPositions,
@@ -103,6 +104,8 @@ class ViTEncoder(Encoder):
         block_norm: pre, or post: the norms stand behind each sum (data2vec 2.0).
         embedding_norm: whether the tokens pass a LayerNorm before the first block (data2vec 2.0, CLIP).
         final_norm: whether the tokens pass a last LayerNorm.
+        initialization: how the weights are drawn: xavier (MAE), trunc_normal (SimMIM, BEiT-v2, DTM), normal (A2MIM) or
+            data2vec; see `initial_weights.py`.
     """
 
     export_formats = ("transformers", "timm", "onnx")
@@ -132,10 +135,12 @@ class ViTEncoder(Encoder):
         block_norm: str = "pre",
         embedding_norm: bool = False,
         final_norm: bool = True,
+        initialization: str = "xavier",
     ):
         super().__init__()
         patch, dim, depth, heads = sizes_of(size, patch_size, hidden_size, num_hidden_layers, num_attention_heads)
         self.config, self.patch_size, self.hidden_size = config, patch, dim
+        self.initialization = choose("initialization", initialization, INITIALIZATIONS)
         self._name_stages([dim] * (depth + 1))
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
         self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
@@ -191,9 +196,29 @@ class ViTEncoder(Encoder):
         self.rotary = FixedTables(partial(rotary_2d, base=self.base_grid, head_dim=dim // heads))
 
     def init_parameters(self):
+        """After the parts have drawn theirs."""
+        kind = self.initialization
+        std = self.config.initializer_range
+        cut = std if kind == "trunc_normal" else 2.0  # torch's bound, far out
         for tokens in (self.prefix_tokens, self.mask_token):
             if tokens is not None:
-                init.trunc_normal_(tokens, std=self.config.initializer_range)
+                init.trunc_normal_(tokens, std=std, a=-cut, b=cut)
+        if kind == "xavier":
+            return
+        for i, layer in enumerate(self.layers):
+            linear = "trunc_normal" if kind == "trunc_normal" else "normal"
+            depth = (2 * (i + 1)) ** -0.5 if kind == "trunc_normal" else 1.0
+            for part in (layer.attention.qkv, layer.mlp.fc1):
+                draw_linear(part, linear)
+            for part in (layer.attention.proj, layer.mlp.fc2):
+                draw_linear(part, linear, depth)
+        if kind == "data2vec":
+            draw_linear(self.patch_embedding, "xavier")
+            draw_default_bias(self.patch_embedding)
+            if self.prefix_tokens is not None:
+                init.normal_(self.prefix_tokens)
+        else:
+            draw_linear(self.patch_embedding, "trunc_normal" if kind == "trunc_normal" else "torch")
 
     def blocks(self) -> list[list[nn.Module]]:
         return [[layer, *self.relative[i : i + 1]] for i, layer in enumerate(self.layers)]

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     ViTImageProcessor,
 )
-from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import can_return_tuple
@@ -23,6 +22,7 @@ from transformers.utils import can_return_tuple
 from .configuration_mim import MIMConfig
 from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
 from .encoder_native import load_native
+from .initial_weights import draw_linear
 from .layers import has_checkpointed_layers
 from .masking import check_masking, sample_masks
 from .options import Grid, pair
@@ -63,11 +63,9 @@ class MIMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if hasattr(module, "init_parameters"):
             module.init_parameters()
-        elif isinstance(module, nn.Linear):
-            # As MAE does: with the fixed 0.02 of other models, narrow networks would start far too small.
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) or hasattr(module, "drawn_as"):
+            # xavier as MAE does: with the fixed 0.02 of other models, narrow networks would start far too small.
+            draw_linear(module, getattr(module, "drawn_as", "xavier"))
         else:
             super()._init_weights(module)
 

@@ -22,6 +22,7 @@ from hf_mim.modeling.masking import MASK_GENERATORS
 from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_hog import oriented_gradients
 from hf_mim.modeling.targets import TARGETS
+from hf_mim.training import recipe
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -220,3 +221,23 @@ def test_token_morphing(schedule):
             wanted = expected[f"morphed_{name}_{number}"]
             means = take_tokens(groups.means(inputs[name]), groups.index)[: len(wanted)]
             torch.testing.assert_close(means, wanted, **EXACT)
+
+
+# --- first weights -----------------------------------------------------------------------------------------------
+
+
+MEASURED = json.loads((REFERENCE / "init.json").read_text())
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_recipes_draw_their_first_weights_as_released(name):
+    """Standard deviations on the base size. Two draws of n numbers differ by 1 / sqrt(n) as a rule."""
+    torch.manual_seed(0)
+    fields = recipe.resolve(name)["model"]
+    if name == "dtm":  # its teacher is not at hand
+        fields |= {"target": "pixel", "target_config": {}}
+    parameters = dict(MIMForPreTraining(MIMConfig(**fields)).named_parameters())
+    for ours, measured in MEASURED[name]["parameters"].items():
+        parameter = parameters[ours].detach()
+        tolerance = 0.02 + 3 * parameter.numel() ** -0.5
+        assert parameter.std().item() == pytest.approx(measured["std"], rel=tolerance), (ours, measured["official"])
