@@ -32,6 +32,8 @@ class DataArguments:
         max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
+        color_jitter: strength, in [0, 1], of random brightness, contrast and saturation, after the crop; 0 changes
+            nothing. For images of one or three channels.
         crop_on_device: crop and flip on the device instead of in the loader; for images of one size that are held in
             memory. Slower on a processor, and not measured on a GPU.
         max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
@@ -55,6 +57,7 @@ class DataArguments:
     max_eval_images: int | None = None
     crop_scale: list[float] | None = None
     horizontal_flip: bool = True
+    color_jitter: float = 0.0
     crop_on_device: bool = False
     max_bad_images: float = 0.01
     memory_limit_mb: int = 1024
@@ -70,6 +73,10 @@ class DataArguments:
                 "data.crop_on_device needs images that are held in memory: leave out data.streaming",
                 "data.crop_on_device",
             )
+        if not 0 <= self.color_jitter <= 1:
+            raise RecipeError(f"data.color_jitter must be in [0, 1], not {self.color_jitter}", "data.color_jitter")
+        if self.color_jitter and self.crop_on_device:
+            raise RecipeError("data.color_jitter does not go with data.crop_on_device", "data.color_jitter")
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise RecipeError(

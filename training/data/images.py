@@ -14,6 +14,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BadImageReport, BadImages
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch
+from hf_mim.training.data.color import check_jitter, jitter_colors
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoded_cache import DecodedCache
 from hf_mim.training.data.decoding import Undecodable, decode
@@ -50,6 +51,8 @@ class MIMDataset(ImageDataset):
         self.size, self.num_channels = pair(config.image_size), config.num_channels
         self.crop_scale = data.crop_scale if train else None
         self.horizontal_flip = data.horizontal_flip and train
+        self.color_jitter = data.color_jitter if train else 0.0
+        check_jitter(data.color_jitter, self.num_channels)
         self.crops_on_device = data.crop_on_device and self.crop_scale is not None
         self.labels, self.classes = read_labels(dataset, label_column, classes)
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
@@ -67,6 +70,7 @@ class MIMDataset(ImageDataset):
         """The same images, whole, sharing memory."""
         other = copy.copy(self)
         other.train, other.crop_scale, other.horizontal_flip, other.crops_on_device = False, None, False, False
+        other.color_jitter = 0.0
         other._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # training must not learn of this one's
         return other
 
@@ -97,6 +101,8 @@ class MIMDataset(ImageDataset):
             images = self._crop_equal(whole, uniforms)
         if self.horizontal_flip:
             images = flip_batch(images, uniforms[:, -1] < 0.5)
+        if self.color_jitter:
+            images = jitter_colors(images, rngs, self.color_jitter)
         return [ImageBatch(images, rngs)]
 
     def _fetch(self, indices: list[int]) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BAD_SLOTS, BadFiles, BadImageReport
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch
+from hf_mim.training.data.color import check_jitter, jitter_colors
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import decode
 from hf_mim.training.data.shards import Lane, Shards, Window
@@ -47,6 +48,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         stream = stream.take(data.max_train_images) if data.max_train_images else stream
         self.shards = Shards(stream, column, data.max_bad_images, single=bool(data.max_train_images))
         self.config, self.data, self.seed = config, data, seed
+        check_jitter(data.color_jitter, config.num_channels)
         self.start, self.lanes, self.block = 0, 0, 0
         self.batch_size, self.process, self.processes = 1, 0, 1
         # Shared with the loader's workers: which files were bad.
@@ -111,7 +113,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
     def without_augmentation(self) -> "StreamedImages":
         """The same images, whole, from the first one and for one reader."""
         other = copy.copy(self)
-        other.data = replace(self.data, crop_scale=None, horizontal_flip=False)
+        other.data = replace(self.data, crop_scale=None, horizontal_flip=False, color_jitter=0.0)
         other.start, other.lanes, other.block, other.process, other.processes = 0, 1, 1, 0, 1
         return other
 
@@ -164,4 +166,5 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
             image = resize(image, size)
         else:
             image = crop_batch(image, crop_boxes(uniforms, sizes, size, data.crop_scale), size)
-        return ImageBatch(flip_batch(image, uniforms[:, -1] < 0.5) if data.horizontal_flip else image, [rng])
+        image = flip_batch(image, uniforms[:, -1] < 0.5) if data.horizontal_flip else image
+        return ImageBatch(jitter_colors(image, [rng], data.color_jitter) if data.color_jitter else image, [rng])
