@@ -112,7 +112,7 @@ def test_a_run_leaves_everything_in_its_folder(finished, source):
     assert {path.name for path in folder.iterdir()} >= FILES and not (folder / "training_args.bin").exists()
     for name in ("confusion.png", "loss.png"):
         assert min(PIL.Image.open(folder / name).size) > 300
-    for words in (f"output folder: {folder}", "48 training images", "5 validation images (held out from train)"):
+    for words in (f"output folder: {folder}", "43 training images", "10 validation images (held out from train)"):
         assert words in printed
     assert "40 test images (split test)" in printed and "step 3 of 6, validation: loss" in printed
     assert f"# hf-mim finetune {source} {folder / 'recipe.yaml'}\n" in (folder / "recipe.yaml").read_text()
@@ -120,7 +120,7 @@ def test_a_run_leaves_everything_in_its_folder(finished, source):
 
 def test_metrics_say_what_was_measured_on_what(finished):
     metrics = json.loads((finished[0] / "metrics.json").read_text())
-    assert metrics["validation"]["from"] == "held out from train" and metrics["validation"]["images"] == 5
+    assert metrics["validation"]["from"] == "held out from train" and metrics["validation"]["images"] == 10
     assert metrics["test"]["from"] == "split test" and metrics["test"]["images"] == 40
     matrix = np.array(metrics["test"]["confusion"])
     assert matrix.shape == (10, 10) and matrix.sum() == 40
