@@ -284,11 +284,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
         (("run", f"data.dataset={one}"), "at least 2 images, and"),
         (bad, "no file or folder ./none"),
         (("run", "analyze.imags=3"), "did you mean 'images'"),
-        (("run", "model.encoder=vit"), "unknown section in the overrides 'model'"),
+        (("run", "model.encoder=vit"), "unknown section 'model'"),
         (("run", "analyze.images=1"), "analyze.images must be at least 2"),
         (("run", "analyze.measurements=[ckaa]"), "did you mean 'cka'"),
         (("run", "data.streaming=true"), "data.streaming must be false"),
-        (("run", "analyze.output_dir=old"), "old holds another report"),
+        (("run", "analyze.output_dir=old"), "old holds another run"),
     ):
         code = main(["analyze", *words])
         error = capsys.readouterr().err

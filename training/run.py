@@ -49,7 +49,6 @@ class Run:
         arguments: the section of the command itself.
         data: the section `data`.
         folder: what the command writes into.
-        model: set when the data and the checkpoint are known.
     """
 
     recipe: dict
@@ -57,7 +56,6 @@ class Run:
     data: DataArguments
     folder: Path
     console: RunConsole
-    model: nn.Module = field(init=False, repr=False)
 
     @property
     def location(self) -> str:
@@ -90,6 +88,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         paper: what the recipe's header says of it.
         remote: copies the run to a URL.
         checkpoint: to resume from.
+        model: set when the data says what its head is.
     """
 
     arguments: MIMTrainingArguments
@@ -97,6 +96,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     paper: str = ""
     remote: RemoteRun | None = None
     checkpoint: Path | None = None
+    model: nn.Module = field(init=False, repr=False)
 
     # ---- before ----------------------------------------------------------------------------------------------------
     @classmethod
@@ -318,7 +318,8 @@ def find_trace(folder: Path, traces: tuple[str, ...]) -> str | None:
 
 def name_of(source: str) -> str:
     """What to call a checkpoint: the last part of its path or id."""
-    return Path(source).name or Path(source).absolute().name
+    name = Path(source).name
+    return Path(source).resolve().name if name in ("", "..") else name
 
 
 # ---- sections, machine and versions --------------------------------------------------------------------------------
@@ -346,8 +347,7 @@ def size_title(size: Size) -> str:
 
 def best_device() -> torch.device:
     """The GPU or other accelerator, where there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:

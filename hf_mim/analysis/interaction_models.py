@@ -23,6 +23,7 @@ from hf_mim.training.console import RunConsole
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.frozen import extract_features, pixel_loader
 from hf_mim.training.evaluation.readouts import LinearProbe
+from hf_mim.training.run import best_device
 
 
 TITLE = "Interaction strength"
@@ -83,7 +84,7 @@ def measure_interactions(
     jobs = []
     with console.rich.status("interactions: fitting the classifiers"):
         for subject in subjects:
-            subject.model.to(device())
+            subject.model.to(best_device())
             images = EncoderImages(choice, subject.model.config, data, arguments.image_size)
             jobs.append(Job(subject, plan, images, arguments.batch_size, folder / "interaction"))
     console.log(estimate(jobs, plan))
@@ -111,10 +112,6 @@ def estimate(jobs: list["Job"], plan: Plan) -> str:
     return message
 
 
-def device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 class Job:
     """The interactions of one encoder.
 
@@ -126,7 +123,7 @@ class Job:
         plan = dataclasses.replace(plan, images=min(plan.images, len(images.measured)))
         self.label, self.plan, self.batch_size = subject.label, plan, max(batch_size, 64)
         pixel_values, labels = next(images.batches(plan.images))
-        self.pixel_values, self.labels = pixel_values.to(device()), labels.tolist()
+        self.pixel_values, self.labels = pixel_values.to(best_device()), labels.tolist()
         self.classify, self.classifier = classifier_of(subject.source, subject.model, images)
         self.right = accuracy_of(self.classify, images)
         digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
@@ -206,9 +203,9 @@ def classifier_of(source: str | None, model: MIMModel, images: EncoderImages):
     """
     own = None if source is None else own_classifier(source, len(images.classes))
     if own is not None:
-        own.to(device())
+        own.to(best_device())
         return (
-            lambda pixel_values: own(pixel_values.to(device())).logits.cpu()
+            lambda pixel_values: own(pixel_values.to(best_device())).logits.cpu()
         ), "classified by the checkpoint's own head"
     weight, bias, count = fit_probe(model, images)
     prefix = model.encoder.num_prefix_tokens

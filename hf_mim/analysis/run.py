@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from hf_mim.analysis import MEASUREMENTS
 from hf_mim.analysis.images import Choice, EncoderImages, choose_images
-from hf_mim.analysis.interaction_models import device, measure_interactions, plan_of
+from hf_mim.analysis.interaction_models import measure_interactions, plan_of
 from hf_mim.analysis.measurement import Measurement
 from hf_mim.analysis.report import write_report
 from hf_mim.analysis.shared_pass import measure
@@ -29,12 +29,11 @@ from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
-from hf_mim.training.errors import CheckpointError, FolderError, RecipeError
-from hf_mim.training.run import versions
+from hf_mim.training.errors import CheckpointError, RecipeError
+from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, versions
 
 
 FORMAT = 1  # of report.json
-SHIPPED = "the Fashion-MNIST subset (shipped)"
 # What of a config says which encoder is built and what it sees.
 ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
 
@@ -100,7 +99,19 @@ class Subject:
         return self.model.encoder.token_grid(*self.images.size)
 
 
-def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console | None = None) -> Path:
+@dataclass(kw_only=True)
+class Analysis(Run):
+    """An analysis that is set up."""
+
+    arguments: AnalyzeArguments
+    choice: Choice
+    subjects: list[Subject]
+
+    def write_report_json(self, results: dict) -> None:
+        self.write_json("report.json", results, indent=1, allow_nan=False)
+
+
+def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:
     """Measures encoders, always with the untrained encoder of the same config beside them, and writes a report.
 
     Args:
@@ -114,34 +125,53 @@ def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console 
     Raises:
         ValueError, OSError: a source, an override or the data is wrong; nothing has been written.
     """
-    screen, started = RunConsole(console), time.perf_counter()
-    data, arguments = recipes.read_sections(list(overrides), data=DataArguments, analyze=AnalyzeArguments)
-    folder = choose_folder(check_sources(sources), arguments.output_dir)
-    screen.log(f"output folder: {folder}")
-    choice = choose_images(data, arguments.images, arguments.prototype_images)
-    subjects = load_subjects(sources, choice, data, arguments)
-    screen.log(f"{len(choice.measured)} images, {choice.note} of {data.dataset or SHIPPED}")
-    measure_all(subjects, arguments, screen)
-    folder.mkdir(parents=True, exist_ok=True)
+    started, run = time.perf_counter(), set_up(sources, overrides, console)
+    measure_all(run.subjects, run.arguments, run.console)
+    run.folder.mkdir(parents=True, exist_ok=True)
     results = {
         "format": FORMAT,
         "command": shlex.join(["hf-mim", "analyze", *sources, *overrides]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **collect(subjects, choice, data, arguments, folder),
+        **collect(run),
     }
-    if (plan := plan_of(arguments.interaction, arguments.seed)) is not None:
-        write_json(results, folder / "report.json")  # now: this takes minutes, and may be stopped
-        for label, result in measure_interactions(subjects, plan, data, arguments, folder, screen).items():
+    if (plan := plan_of(run.arguments.interaction, run.arguments.seed)) is not None:
+        run.write_report_json(results)  # now: this takes minutes, and may be stopped
+        interactions = measure_interactions(run.subjects, plan, run.data, run.arguments, run.folder, run.console)
+        for label, result in interactions.items():
             results["encoders"][label]["results"]["interaction"] = result
     results["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(results, folder / "report.json")
-    write_report(folder, results)
-    screen.log(f"output folder: {folder}")
-    return folder
+    run.write_report_json(results)
+    write_report(run.folder, results)
+    run.log_next_steps()
+    return run.folder
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
-def check_sources(sources: list[str]) -> list[str]:
+def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunConsole | None) -> Analysis:
+    """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
+    console = RunConsole(console)
+    data, arguments = recipes.read_sections(overrides, data=DataArguments, analyze=AnalyzeArguments)
+    check_sources(sources)
+    check_local("analyze.output_dir", arguments.output_dir)
+    stem = f"analyze-{name_of(sources[0])}" + (f"-and-{len(sources) - 1}-more" if len(sources) > 1 else "")
+    # report.json alone is of a run that was stopped
+    folder = choose_folder(arguments.output_dir, stem, ("report.html",), "analyze.output_dir")
+    console.log(f"output folder: {folder}")
+    choice = choose_images(data, arguments.images, arguments.prototype_images)
+    subjects = load_subjects(sources, choice, data, arguments)
+    console.log(f"{len(choice.measured)} images, {choice.note} of {dataset_title(data)}")
+    return Analysis(
+        recipe=recipes.parse_overrides(overrides),
+        arguments=arguments,
+        data=data,
+        folder=folder,
+        console=console,
+        choice=choice,
+        subjects=subjects,
+    )
+
+
+def check_sources(sources: list[str]) -> None:
     """Raises:
     CheckpointError: there is none, or one is given twice.
     """
@@ -151,23 +181,6 @@ def check_sources(sources: list[str]) -> list[str]:
     for i, place in enumerate(places):
         if place in places[:i]:
             raise CheckpointError(f"{sources[i]} is given twice", sources[i])
-    return sources
-
-
-def choose_folder(sources: list[str], output_dir: str | None) -> Path:
-    """Raises:
-    FolderError: there is a file, or another report.
-    """
-    check_local("analyze.output_dir", output_dir)
-    name = Path(sources[0]).resolve().name if os.path.exists(sources[0]) else sources[0].rpartition("/")[2]
-    name += f"-and-{len(sources) - 1}-more" if len(sources) > 1 else ""
-    folder = Path(output_dir or f"outputs/analyze-{name}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"the output folder {folder} is a file", str(folder))
-    if (folder / "report.html").exists():  # report.json alone is of a run that was stopped, and can go on
-        message = f"{folder} holds another report; choose another analyze.output_dir, or remove it"
-        raise FolderError(message, str(folder))
-    return folder
 
 
 def labels_for(sources: list[str]) -> list[str]:
@@ -233,29 +246,29 @@ def measure_all(subjects: list[Subject], arguments: AnalyzeArguments, console: R
         task = bar.add_task("", total=sum(subject.images.passes for subject in subjects))
         for subject in subjects:
             bar.update(task, description=subject.label)
-            nn.Module.to(subject.model, device())
+            nn.Module.to(subject.model, best_device())
             advance = partial(bar.advance, task)
             subject.measured = measure(subject.model, subject.images, arguments, shared, advance)
             nn.Module.to(subject.model, "cpu")
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
-def collect(subjects: list[Subject], choice: Choice, data: DataArguments, arguments, folder: Path) -> dict:
+def collect(run: Analysis) -> dict:
     """What was measured, on what; writes the example images."""
-    first = subjects[0].images
+    first = run.subjects[0].images
     return {
         "versions": versions(),
-        "seed": arguments.seed,
+        "seed": run.arguments.seed,
         "data": {
-            "dataset": data.dataset or SHIPPED,
-            "from": choice.note,
+            "dataset": dataset_title(run.data),
+            "from": run.choice.note,
             "images": len(first.measured),
             "prototype_images": len(first.others) if first.others is not None else 0,
             "classes": first.classes,
         },
-        "examples": save_examples(first, folder, arguments.examples),
-        "encoders": {subject.label: describe(subject) for subject in subjects},
-        "between": between(subjects),
+        "examples": save_examples(first, run.folder, run.arguments.examples),
+        "encoders": {subject.label: describe(subject) for subject in run.subjects},
+        "between": between(run.subjects),
     }
 
 
@@ -305,10 +318,3 @@ def save_examples(images: EncoderImages, folder: Path, count: int) -> list[str]:
         names.append(f"example-{i}.png")
         to_pil_image(image).save(folder / names[-1])
     return names
-
-
-def write_json(results: dict, path: Path) -> None:
-    """Atomically: a report that is there is whole."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
