@@ -297,7 +297,7 @@ def check_words(name: str, *words: str) -> None:
     from hf_mim.training import recipe as recipes
 
     if name in ("pretrain", "finetune"):
-        recipe, overrides = split(list(words[name == "finetune" :]))
+        recipe, overrides = split(list(words[1:] if name == "finetune" else words))
         if recipe is not None or name == "pretrain":
             recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
             return

@@ -191,8 +191,8 @@ class TrainingRun(Run, Generic[TrainerT]):
 
         def how_to_resume() -> str:
             last = last_checkpoint(self.folder)
-            found = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
-            return f"{found}; resume with: {self.resume_command}"
+            state = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
+            return f"{state}; resume with: {self.resume_command}"
 
         return Lookout(self.arguments.world_size, how_to_resume)
 
@@ -207,10 +207,10 @@ class TrainingRun(Run, Generic[TrainerT]):
 
     @property
     def resume_command(self) -> str:
-        words = f"{self.command} {shlex.quote(self.location)} training.resume=true"
+        command = f"{self.command} {shlex.quote(self.location)} training.resume=true"
         processes = self.arguments.world_size
         launcher = f"accelerate launch --num_processes {processes} ... -m hf_mim" if processes > 1 else "hf-mim"
-        return f"{launcher} {words}"
+        return f"{launcher} {command}"
 
     def save_recipe(self, command: str) -> None:
         """Writes recipe.yaml before the first step: a run that is killed can be resumed by its folder alone.

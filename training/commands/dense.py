@@ -111,7 +111,7 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
     (layer,) = choose_layers(model.encoder, [arguments.layer])
     folder = choose_folder(arguments.output_dir, f"dense-{name_of(source)}", ("dense.json",), "probe.output_dir")
     console.log(f"output folder: {folder}")
-    splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console.rich)
+    splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console)
     return DenseProbe(
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,

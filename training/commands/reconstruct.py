@@ -10,6 +10,7 @@ from hf_mim.training.data.batches import ImageBatch, MIMCollator
 from hf_mim.training.data.decoding import Undecodable, decode
 from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.transforms import resize, sample_rng
+from hf_mim.training.errors import DataError, FolderError
 from hf_mim.training.plots import pictures
 
 
@@ -23,18 +24,19 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
         seed: of the mask.
 
     Raises:
-        ValueError, OSError: the checkpoint or the image cannot be read, or `out` cannot be written.
+        CheckpointError, DataError: the checkpoint or the image cannot be read.
+        FolderError, OSError: `out` cannot be written.
     """
     if not image.is_file():
-        raise ValueError(f"there is no image {image}")
+        raise DataError(f"there is no image {image}", str(image))
     if out.suffix.lower() not in EXTENSIONS:
-        raise ValueError(f"{out} must end in one of {', '.join(sorted(EXTENSIONS))}")
+        raise FolderError(f"{out} must end in one of {', '.join(sorted(EXTENSIONS))}", str(out))
     model = load_model(checkpoint).eval()
     size = pair(model.config.image_size)
     try:
         pixels = torch.from_numpy(decode(str(image), model.config.num_channels))[None]
     except Undecodable:
-        raise ValueError(f"{image} cannot be read as an image") from None
+        raise DataError(f"{image} cannot be read as an image", str(image)) from None
     batch = ImageBatch(resize(pixels, size), [sample_rng(seed, 0, 0)])
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def finetune_segmentation(
     encoder = load_encoder(source)
     size = input_size(encoder, image_size, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
-    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console.rich)
+    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console)
     batch = min(run.arguments.train_batch_size, len(splits.train))
     run.model = model = make_segmenter(encoder, options, splits.classes, batch)
     trainer = make_trainer(run, model, splits, size)

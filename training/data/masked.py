@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_mask_columns
 from hf_mim.training.data.masks import IGNORE
@@ -36,7 +35,7 @@ class MaskedSplits:
 
 
 def load_masked_splits(
-    data: DataArguments, num_channels: int, classes: int | list[str] | None = None, console: Console | None = None
+    data: DataArguments, num_channels: int, classes: int | list[str] | None = None, console: RunConsole | None = None
 ) -> MaskedSplits:
     """Opens the data, the composed scenes where `data.dataset` is None, and reads every mask once.
 
@@ -84,19 +83,19 @@ def open_splits(data: DataArguments) -> tuple[dict[str, datasets.Dataset], str]:
     return {name: rows[name] for name in COUNTS}, note
 
 
-def count_ids(source: MaskedSource, name: str, console: Console | None) -> np.ndarray:
+def count_ids(source: MaskedSource, name: str, console: RunConsole | None) -> np.ndarray:
     """Pixels of each class id over all masks, (highest id + 1,).
 
     Raises:
         ValueError: a mask cannot be used, or none has a labelled pixel.
     """
-    console, counts = console or Console(quiet=True), np.zeros(1, dtype=np.int64)
-    silent, message = not console.is_terminal, f"reading the {name} masks"
-    for index in track(range(len(source)), message, console=console, transient=True, disable=silent):
-        ids = source.mask(index)
-        pixels = np.bincount(ids[ids != IGNORE])
-        length = max(len(counts), len(pixels))
-        counts = np.pad(counts, (0, length - len(counts))) + np.pad(pixels, (0, length - len(pixels)))
+    counts = np.zeros(1, dtype=np.int64)
+    with (console or RunConsole(quiet=True)).progress() as bar:
+        for index in bar.track(range(len(source)), description=f"reading the {name} masks"):
+            ids = source.mask(index)
+            pixels = np.bincount(ids[ids != IGNORE])
+            length = max(len(counts), len(pixels))
+            counts = np.pad(counts, (0, length - len(counts))) + np.pad(pixels, (0, length - len(pixels)))
     if not counts.any():
         raise DataError(f"the {name} masks hold only {IGNORE}, which means that a pixel has no class")
     return counts
