@@ -82,7 +82,9 @@ def test_spark_with_its_decoder(name, mode, tmp_path):
     for i, step in enumerate((1, 1, 2, 4)):
         mine = entering[i][..., ::step, ::step]
         torch.testing.assert_close(mine, expected[f"decoder_input_{mode}_{i}"], **tolerance)
-    torch.testing.assert_close(image[..., ::4, ::4], expected[f"reconstruction_{mode}_every_fourth"], **tolerance)
+    # In evaluation the case's image hardly varies: each channel's deviation is below 1e-4.
+    close = tolerance if mode == "train" else {"rtol": 0, "atol": 1e-7}
+    torch.testing.assert_close(image[..., ::4, ::4], expected[f"reconstruction_{mode}_every_fourth"], **close)
     torch.testing.assert_close(out.loss, expected[f"loss_{mode}"], rtol=1e-5, atol=0)
     if mode == "train" and name == "spark_resnet":
         mean = model.decoder.inputs[0].norm.running_mean
