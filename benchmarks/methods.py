@@ -199,8 +199,9 @@ def run_cell(student: str, method: str, seed: int, args) -> dict:
         run = set_up(recipe, settings, Console(quiet=True))
         if NO_TOKEN in overrides:
             run.model.mim.encoder.mask_token.requires_grad_(False).zero_()
-        trainer = train(run)
-        write_results(run, trainer, time.process_time() - started)
+        with run.owning_folder():
+            trainer = train(run)
+            write_results(run, trainer, time.process_time() - started)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
         found = {"loss": last, **look(run.model, args.images)}

@@ -297,13 +297,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_the_command_prints_its_folder_first_and_last(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_its_folder_when_it_begins_and_last(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save("run")
     assert main(["analyze", "run", *FEW, "analyze.measurements=[cka]"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.fullmatch(r"output folder: outputs/analyze-run-[\d-]+", lines[0]) and lines[-1] == lines[0]
-    assert (tmp_path / lines[0].removeprefix("output folder: ") / "report.json").is_file()
+    assert re.fullmatch(r"output folder: outputs/analyze-run-[\d-]+", lines[1]) and lines[-1] == lines[1]
+    assert (tmp_path / lines[1].removeprefix("output folder: ") / "report.json").is_file()
 
 
 def test_encoders_that_cannot_be_analysed_are_refused():

@@ -7,8 +7,8 @@ import platform
 import shlex
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
@@ -19,14 +19,15 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_mim.modeling.options import Size, pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import FolderError, RecipeError
+from hf_mim.training.errors import RecipeError, UserError
+from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
 from hf_mim.training.trainer.processes import Lookout
 from hf_mim.training.trainer.remote import RemoteRun
 from hf_mim.training.trainer.saving import StopCallback, last_checkpoint
@@ -36,6 +37,8 @@ from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 SHIPPED = "Fashion-MNIST subset (shipped)"
+ResultT = TypeVar("ResultT")
+REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -48,19 +51,40 @@ class Run:
         recipe: {section: {key: value}}, checked.
         arguments: the section of the command itself.
         data: the section `data`.
-        folder: what the command writes into.
+        output: the folder that the command writes into; `owning_folder` makes it.
     """
 
     recipe: dict
     arguments: Any
     data: DataArguments
-    folder: Path
+    output: OutputFolder
     console: RunConsole
+
+    @property
+    def folder(self) -> Path:
+        return self.output.path
 
     @property
     def location(self) -> str:
         """Where people find the run: its folder, or its URL."""
         return str(self.folder)
+
+    @contextmanager
+    def owning_folder(self) -> Iterator[None]:
+        """A context in which nobody else writes into the folder, which is made and printed at its beginning.
+
+        Raises:
+            FolderError: it cannot be made, somebody else is writing into it, or it holds another run by now.
+        """
+        self.open_folder()
+        try:
+            self.console.log(f"output folder: {self.location}")
+            yield
+        finally:
+            self.output.close()
+
+    def open_folder(self) -> None:
+        self.output.open()
 
     def describe(self, **lines: str) -> None:
         """Prints what will run, a line for each keyword: `data="..."`."""
@@ -73,7 +97,7 @@ class Run:
 
     def write_json(self, name: str, results: dict, **options) -> None:
         """Writes a file of results, with options of `json.dumps`. An older one stays until the new one is complete."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.output.check()
         unfinished = self.folder / f"{name}.unfinished"
         unfinished.write_text(json.dumps(results, **{"indent": 2, **options}) + "\n", encoding="utf-8")
         unfinished.replace(self.folder / name)
@@ -103,24 +127,36 @@ class TrainingRun(Run, Generic[TrainerT]):
     def start(
         cls, recipe: dict, arguments: MIMTrainingArguments, output_dir: str | None, stem: str, console, **fields
     ) -> Self:
-        """Chooses the output folder, prints it, and seeds.
+        """Chooses the output folder, and seeds.
 
         Args:
             output_dir: what the user said; None makes a folder of `stem` and the date.
 
         Raises:
-            FolderError: it holds another run that is not to be resumed, or is no folder.
+            FolderError: it holds another run that is not to be resumed, is in use, or is no folder.
             Unreachable: the URL cannot be read.
         """
         for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
             recipe["training"].pop(key, None)
         console = RunConsole(console, quiet=arguments.process_index > 0)
         remote = RemoteRun(output_dir, console.warn) if output_dir and is_url(output_dir) else None
-        folder = choose_shared_folder(output_dir, stem, arguments.resume, remote)
-        arguments.output_dir = str(folder)
-        console.log(f"output folder: {remote.url if remote else folder}")
+        place = output_dir if remote is None else str(remote.folder)
+        output = on_main_process(lambda: choose_folder(place, stem, () if arguments.resume else TRACES, REMEDY))
+        if remote is not None and not arguments.resume and (trace := remote.traces(TRACES)) is not None:
+            raise holds_run(remote.url, trace, REMEDY)
+        accelerate.PartialState().wait_for_everyone()  # nobody may write before everybody has looked
         set_seed(arguments.seed)
-        return cls(recipe=recipe, arguments=arguments, folder=folder, console=console, remote=remote, **fields)
+        return cls(recipe=recipe, arguments=arguments, output=output, console=console, remote=remote, **fields)
+
+    def open_folder(self) -> None:
+        """Opened by the main process, for all of them. It may have another name now: somebody was quicker."""
+
+        def open_it() -> Path:
+            self.output.open()
+            return self.folder
+
+        self.output.path = on_main_process(open_it)
+        self.arguments.output_dir = str(self.folder)
 
     def find_checkpoint(self) -> None:
         """Chooses where to resume, and says so: from the beginning, where there is no complete checkpoint."""
@@ -151,7 +187,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     def execute(self, train: Callable[[], TrainerT], finish: Callable[[TrainerT, float], None]) -> Path:
         """Trains, then calls `finish(trainer, seconds of training)` in every process. Returns the folder."""
         started = time.perf_counter()
-        with self.copying():
+        with self.owning_folder(), self.copying():
             trainer = train()
             seconds = time.perf_counter() - started
             with self.watchdog():
@@ -167,6 +203,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         """
         stop = StopCallback(lambda: self.console.log("stopping after this step; saving"))
         trainer.add_callback(stop)
+        trainer.add_callback(FolderCheck(self.output))
         if self.remote is not None:
             trainer.add_callback(self.remote)
         try:
@@ -224,13 +261,13 @@ class TrainingRun(Run, Generic[TrainerT]):
         comment = "The resolved recipe of this run. To run it again:\n"
         comment += f"{command} {shlex.quote(f'{self.location}/recipe.yaml')}"
         comment += f"\n\nPaper: {self.paper}" if self.paper else ""
-        self.folder.mkdir(parents=True, exist_ok=True)
         recipes.save(self.recipe, self.folder / "recipe.yaml", comment)
         if self.remote is not None:
             self.remote.begin("recipe.yaml")
 
     def save_model(self, trainer: TrainerT) -> None:
         """Writes weights, config and processor. To be called in every process: sharded weights are gathered."""
+        self.output.check()
         trainer.save_model(str(self.folder))
         if trainer.is_world_process_zero():
             # A pickle; recipe.yaml says the same to people.
@@ -255,65 +292,33 @@ class TrainingRun(Run, Generic[TrainerT]):
         }
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------
-def choose_folder(output_dir: str | None, stem: str, traces: tuple[str, ...], key: str) -> Path:
-    """The output folder, not created yet: what the user said, else one of `stem` and the date.
+class FolderCheck(TrainerCallback):
+    """Ends a run whose folder was removed: the Trainer would make another one, with the last checkpoint alone."""
 
-    Args:
-        traces: patterns of files that say that it holds a run already.
-        key: of the recipe, such as `probe.output_dir`.
+    def __init__(self, output: OutputFolder):
+        self.output = output
 
-    Raises:
-        FolderError: it is a file, or holds another run.
-    """
-    folder = dated_folder(output_dir, stem)
-    if (trace := find_trace(folder, traces)) is not None:
-        raise FolderError(
-            f"{folder} holds another run ({trace}): choose another {key}, or remove that folder", str(folder)
-        )
-    return folder
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.output.check()
+
+    on_epoch_end = on_step_end
 
 
-def choose_shared_folder(
-    output_dir: str | None, stem: str, resume: bool = False, remote: RemoteRun | None = None
-) -> Path:
-    """As of `choose_folder`, for training: the same in every process. Of a run at a URL, where it works.
-
-    Raises:
-        FolderError: it holds another run that is not to be resumed, or is no folder.
-        Unreachable: the URL cannot be read.
-    """
-    chosen = [str(dated_folder(output_dir, stem))]
-    if accelerate.PartialState().num_processes > 1:
-        broadcast_object_list(chosen)  # of the main process: the others' clocks may be a second ahead
-    folder = Path(chosen[0]) if remote is None else remote.folder
-    location, trace = str(folder), find_trace(folder, TRACES)
-    if trace is None and remote is not None and not resume:
-        location, trace = remote.url, remote.traces(TRACES)
-    # Nobody may write before everybody has looked.
-    accelerate.PartialState().wait_for_everyone()
-    if trace is not None and not resume:
-        raise FolderError(
-            f"{location} holds another run ({trace}): choose another training.output_dir, remove that folder, or "
-            "resume the run with training.resume=true",
-            location,
-        )
-    return folder
-
-
-def dated_folder(output_dir: str | None, stem: str) -> Path:
-    return Path(output_dir or f"outputs/{stem}-{time.strftime('%Y-%m-%d-%H%M%S')}").expanduser()
-
-
-def find_trace(folder: Path, traces: tuple[str, ...]) -> str | None:
-    """The name of a file of another run; None without one.
-
-    Raises:
-        FolderError: the folder is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"the output folder {folder} is a file", str(folder))
-    return next((path.name for trace in traces for path in folder.glob(trace)), None)
+# ---- processes -----------------------------------------------------------------------------------------------------
+def on_main_process(action: Callable[[], ResultT]) -> ResultT:
+    """What `action` gives, or the `UserError` that it raises, in every process; only the main one runs it."""
+    state, outcome = accelerate.PartialState(), [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, error]
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(ResultT, outcome[0])
 
 
 def name_of(source: str) -> str:

@@ -30,10 +30,12 @@ from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, versions
+from hf_mim.training.output_folder import choose_folder
+from hf_mim.training.run import Run, best_device, dataset_title, name_of, versions
 
 
 FORMAT = 1  # of report.json
+REMEDY = "choose another analyze.output_dir, or remove that folder"
 # What of a config says which encoder is built and what it sees.
 ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
 
@@ -126,14 +128,17 @@ def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console 
         ValueError, OSError: a source, an override or the data is wrong; nothing has been written.
     """
     started, run = time.perf_counter(), set_up(sources, overrides, console)
+    command = shlex.join(["hf-mim", "analyze", *sources, *overrides])
+    with run.owning_folder():
+        measure_and_write(run, command, started)
+    run.log_next_steps()
+    return run.folder
+
+
+def measure_and_write(run: Analysis, command: str, started: float) -> None:
     measure_all(run.subjects, run.arguments, run.console)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    results = {
-        "format": FORMAT,
-        "command": shlex.join(["hf-mim", "analyze", *sources, *overrides]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **collect(run),
-    }
+    date = time.strftime("%Y-%m-%d %H:%M:%S")
+    results = {"format": FORMAT, "command": command, "date": date, **collect(run)}
     if (plan := plan_of(run.arguments.interaction, run.arguments.seed)) is not None:
         run.write_report_json(results)  # now: this takes minutes, and may be stopped
         interactions = measure_interactions(run.subjects, plan, run.data, run.arguments, run.folder, run.console)
@@ -142,8 +147,6 @@ def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console 
     results["seconds"] = round(time.perf_counter() - started, 1)
     run.write_report_json(results)
     write_report(run.folder, results)
-    run.log_next_steps()
-    return run.folder
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
@@ -155,8 +158,7 @@ def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunC
     check_local("analyze.output_dir", arguments.output_dir)
     stem = f"analyze-{name_of(sources[0])}" + (f"-and-{len(sources) - 1}-more" if len(sources) > 1 else "")
     # report.json alone is of a run that was stopped
-    folder = choose_folder(arguments.output_dir, stem, ("report.html",), "analyze.output_dir")
-    console.log(f"output folder: {folder}")
+    output = choose_folder(arguments.output_dir, stem, ("report.html",), REMEDY)
     choice = choose_images(data, arguments.images, arguments.prototype_images)
     subjects = load_subjects(sources, choice, data, arguments)
     console.log(f"{len(choice.measured)} images, {choice.note} of {dataset_title(data)}")
@@ -164,7 +166,7 @@ def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunC
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,
         data=data,
-        folder=folder,
+        output=output,
         console=console,
         choice=choice,
         subjects=subjects,

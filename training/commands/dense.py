@@ -13,6 +13,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import Size, unknown_choice
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
+from hf_mim.training.commands.probe_setup import REMEDY
 from hf_mim.training.commands.segmentation import SCENES, SHOWN, input_size
 from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
@@ -22,8 +23,9 @@ from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.dense import UNITS, DenseProbeData, dense_protocol, measure
 from hf_mim.training.evaluation.features import Features, choose_layers
 from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_intervals, score_masks
+from hf_mim.training.output_folder import choose_folder
 from hf_mim.training.plots.pictures import draw_masks
-from hf_mim.training.run import Run, best_device, choose_folder, dataset_title, name_of, on_device, size_title, versions
+from hf_mim.training.run import Run, best_device, dataset_title, name_of, on_device, size_title, versions
 from hf_mim.training.trainer.trainer import has_bf16
 
 
@@ -93,8 +95,9 @@ def probe_dense(source: str, overrides: Sequence[str] = (), console: Console | R
         f"at {size_title(images.size)}, {images.classes} classes; patches {size_title(images.grid)} an image, "
         f"{images.quota * len(images.train):,} training patches",
     )
-    results = measure(images, run.readers(), run.layer, SHOWN, run.console)
-    write(run, results, time.perf_counter() - started)
+    with run.owning_folder():
+        results = measure(images, run.readers(), run.layer, SHOWN, run.console)
+        write(run, results, time.perf_counter() - started)
     run.console.show(results_table(results, images))
     run.log_next_steps()
     return run.folder
@@ -109,14 +112,13 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
     model = load_encoder(source).float()
     size = input_size(model, arguments.image_size, data.dataset is None)
     (layer,) = choose_layers(model.encoder, [arguments.layer])
-    folder = choose_folder(arguments.output_dir, f"dense-{name_of(source)}", ("dense.json",), "probe.output_dir")
-    console.log(f"output folder: {folder}")
+    output = choose_folder(arguments.output_dir, f"dense-{name_of(source)}", ("dense.json",), REMEDY)
     splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console)
     return DenseProbe(
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,
         data=data,
-        folder=folder,
+        output=output,
         console=console,
         source=source,
         model=on_device(model, best_device()),
@@ -169,7 +171,6 @@ def write(run: DenseProbe, counted: dict, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "versions": versions(),
     }
-    run.folder.mkdir(parents=True, exist_ok=True)
     draw_examples(images, counted, run.folder / "dense.png")
     run.write_json("dense.json", results)
 

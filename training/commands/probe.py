@@ -50,14 +50,15 @@ def probe(source: str, overrides: Sequence[str] = (), console: Console | RunCons
         return probe_dense(source, overrides, console)
     run = set_up(source, overrides, console)
     started = time.perf_counter()
-    try:
-        results = measure(run)
-    except KeyboardInterrupt:
-        kept = "" if run.arguments.uncached else f"; the features so far stay in {run.cache}"
-        run.console.log(f"stopped{kept}; resume with: {run.command}")
-        raise
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    probe_report.write(results, run)
+    with run.owning_folder():
+        try:
+            results = measure(run)
+        except KeyboardInterrupt:
+            kept = "" if run.arguments.uncached else f"; the features so far stay in {run.cache}"
+            run.console.log(f"stopped{kept}; resume with: {run.command}")
+            raise
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        probe_report.write(results, run)
     run.log_next_steps()
     return run.folder
 

@@ -191,7 +191,7 @@ def examples(run: Probe, source, heads: list[Trained], groups: dict) -> dict:
 # ---- the folder ----------------------------------------------------------------------------------------------------
 def write(results: dict, run: Probe) -> None:
     """Writes probe.json and the pictures, and prints the table."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run.output.check()
     rows, poolers = pooler_rows(results), poolers_of(results)
     draw_accuracies(rows + other_rows(results), f"{run.title}, encoder frozen", len(rows), run.folder / "probe.png")
     made = ["probe.png"]

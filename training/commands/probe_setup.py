@@ -23,12 +23,14 @@ from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
-from hf_mim.training.run import Run, best_device, choose_folder, name_of, on_device
+from hf_mim.training.output_folder import choose_folder
+from hf_mim.training.run import Run, best_device, name_of, on_device
 
 
 DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")
 VIEW_SCALE = [0.2, 1.0]  # area of the random crops of further views, where data.crop_scale says nothing
 CACHE = "outputs/token-cache"
+REMEDY = "choose another probe.output_dir, or remove that folder"
 
 
 @dataclass
@@ -159,8 +161,7 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         data = replace(data, crop_scale=VIEW_SCALE)
     check_labels(data)
     model = load_encoder(source).float()
-    folder = choose_folder(arguments.output_dir, f"probe-{name_of(source)}", ("probe.json",), "probe.output_dir")
-    console.log(f"output folder: {folder}")
+    output = choose_folder(arguments.output_dir, f"probe-{name_of(source)}", ("probe.json",), REMEDY)
     choices = choose_poolers(arguments, model)
     needs_attentions = any(choice.make(model).needs_attentions for choice in choices)
     layers = choose_layers(model.encoder, arguments.layers, needs_attentions)
@@ -170,7 +171,7 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,
         data=data,
-        folder=folder,
+        output=output,
         console=console,
         source=source,
         model=on_device(model, best_device()),

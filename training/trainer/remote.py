@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_mim.training.data import urls
 from hf_mim.training.data.fetching import cached, fetch_files
+from hf_mim.training.output_folder import LOCK
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint, publish
 
 
@@ -236,7 +237,7 @@ class RemoteRun(TrainerCallback):
             self.say(f"all of it is at {self.url}, and a copy in {self.folder}")
 
 
-SCRATCH = (UNFINISHED, OUTGOING)
+SCRATCH = (UNFINISHED, OUTGOING, LOCK)
 
 
 def checkpoint_step(name: str) -> int | None:
