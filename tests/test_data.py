@@ -132,7 +132,7 @@ def test_what_is_not_there_is_said_clearly(tmp_path):
     with pytest.raises(ValueError, match="there are no images in"):
         load_splits(DataArguments(dataset=str(tmp_path)), config())
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="not a parquet file"):
+    with pytest.raises(ValueError, match="not a parquet, arrow or tar file"):
         load_splits(DataArguments(dataset=str(tmp_path / "notes.txt")), config())
     datasets.Dataset.from_dict({"text": ["no image"]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="no column holds images; the columns are text"):

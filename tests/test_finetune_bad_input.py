@@ -40,9 +40,9 @@ REFUSED = {
     "floats": (lambda f: table(f, [0.5] * 30, FLOAT), [], "column 'label' holds float32 values.*whole number or text"),
     "floats, named": (lambda f: table(f, [0.5] * 30, FLOAT), ["data.label_column=label"], "float32 values"),
     "lists": (lambda f: table(f, [[1, 2]] * 30, datasets.List(INT)), [], "several values an image"),
-    "some missing": (lambda f: table(f, ["a", "b", None] * 10, TEXT), [], "have no label in 'label'"),
-    "one class": (lambda f: table(f, ["a"] * 30, TEXT), [], "all 27 training images are of one class, 'a'"),
-    "few images": (lambda f: table(f, [i % 7 for i in range(40)], NAMES), [], "33 training images for 50 classes"),
+    "all missing": (lambda f: table(f, ["", "-1", None] * 10, TEXT), [], "no training image has a label"),
+    "one class": (lambda f: table(f, ["a"] * 30, TEXT), [], "all 30 labelled training images are of one class, 'a'"),
+    "few images": (lambda f: table(f, [i % 7 for i in range(40)], NAMES), [], "40 training images for 50 classes"),
     "all different": (lambda f: table(f, list(range(30)), INT), [], "none can be held out: no class has two images"),
     "unseen class": (
         lambda f: table(table(f, ["a", "b"] * 9, TEXT), ["a", "c", "d"], TEXT, "test"),

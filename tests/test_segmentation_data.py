@@ -61,7 +61,7 @@ def test_masks_are_read_as_the_ids_that_they_hold():
 @pytest.mark.parametrize(
     "value, message",
     [
-        (png(np.random.default_rng(0).integers(255, size=(3, 4, 3), dtype=np.uint8)), "one class id per pixel"),
+        (png(np.random.default_rng(0).integers(255, size=(3, 4, 3), dtype=np.uint8)), "holds colours and no class ids"),
         ([[0.5, 1.0]], "whole numbers"),
         ([[-1, 3]], "ids from -1 to 3; use 255"),
         (b"nothing", "cannot read mask"),

@@ -146,7 +146,7 @@ def test_wrong_urls_are_refused_in_one_sentence(flaky, monkeypatch):
     assert "no file or folder file:///no/such" in refused("file:///no/such")
     fsspec.filesystem("flaky").pipe("/text/notes.txt", b"nothing to see")
     assert "there are no images in flaky://text" in refused("flaky://text")
-    assert "flaky://text/notes.txt is a file, but not a parquet file or .tar" in refused("flaky://text/notes.txt")
+    assert "flaky://text/notes.txt is a file, but not a parquet, arrow or tar file" in refused("flaky://text/notes.txt")
     flaky.always = {"list": PermissionError("Access Denied")}
     assert refused("flaky://text") == "no permission to read flaky://text: Access Denied"
     flaky.always = {"list": RuntimeError("the net is down\nand more")}

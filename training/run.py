@@ -7,7 +7,7 @@ import platform
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +86,10 @@ class Run:
     def open_folder(self) -> None:
         self.output.open()
 
-    def describe(self, **lines: str) -> None:
-        """Prints what will run, a line for each keyword: `data="..."`."""
-        self.console.log("\n".join(f"{name.replace('_', '-')}: {line}" for name, line in lines.items()))
+    def describe(self, report: Sequence[str] = (), **lines: str) -> None:
+        """Prints what will run, a line for each keyword: `data="..."`; and what is used of the data, `report`."""
+        described = [f"{name.replace('_', '-')}: {line}" for name, line in lines.items()]
+        self.console.log("\n".join([*described, *report]))
 
     def log_next_steps(self, *lines: str) -> None:
         """Prints what to look at and what to do next, and where everything is."""

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
+import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
+from hf_mim.training.data.labels import Labels, read_labels
 from hf_mim.training.data.sources import open_dataset
-from hf_mim.training.data.splits import choose_splits
+from hf_mim.training.data.splits import choose_splits, hold_out, limit_rows
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation import frozen
 
@@ -45,26 +47,42 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
     splits = open_dataset(data)
     train_name, test_name = choose_splits(splits, data)
     train = splits[train_name]
-    _, label = find_columns(train.features, data)
+    label, labels = usable_labels(train, data)
     note = f"split {test_name or train_name}"
-    if test_name is not None:
-        test, rest = splits[test_name], train
-    elif label is None:
-        test, rest = train, None
-    else:
-        order = np.random.default_rng(0).permutation(len(train))
-        test, rest = train.select(order[: -(-len(train) // 2)]), train.select(order[-(-len(train) // 2) :])
+    test, rest = (train, None) if test_name is None else (splits[test_name], train)
+    if test_name is None and labels is not None:
+        # Half of every class of two; what has no label stays with the rest.
+        half = np.flatnonzero(labels.numbers.numpy() >= 0)
+        half = half[hold_out(labels.numbers.numpy()[half], 0.5)[1]]
+        test, rest = train.select(half), train.select(np.setdiff1d(np.arange(len(train)), half))
         note = f"half of split {train_name}"
-    measured = test.select(np.random.default_rng(0).permutation(len(test))[: min(count, data.max_eval_images or count)])
+    test_labels = read_labels(test, label, labels.classes) if labels is not None and label in test.features else None
+    if test_labels is not None and test_labels.missing and test_labels.missing < len(test):
+        note += f" without {test_labels.missing:,} images that have no label"
+        test = test.select(np.flatnonzero(test_labels.numbers.numpy() >= 0))
+    limit = min(count, data.max_eval_images or count)
+    measured = limit_rows(test, label if test_labels is not None else None, limit)
+    measured = measured.select(np.random.default_rng(0).permutation(len(measured)))
     if len(measured) < 2:
         message = f"an analysis needs at least 2 images, and {data.dataset} has {len(measured)} in its {note}"
         raise DataError(message, data.dataset or "")
-    if label is None or rest is None or label not in test.features or not len(rest):
+    if labels is None or test_labels is None or rest is None or not len(rest):
         return Choice(measured, None, None, note)
-    values = train[label][:]
-    named = isinstance(train.features[label], datasets.ClassLabel)
-    classes = None if named else sorted({str(value) for value in values if value is not None})
-    return Choice(measured, rest.select(in_turn(rest[label][:], prototypes)), classes, note)
+    others = read_labels(rest, label, labels.classes)
+    positions = in_turn(others.numbers.tolist(), prototypes)
+    return Choice(measured, rest.select(positions), labels.classes, note)
+
+
+def usable_labels(train: datasets.Dataset, data: DataArguments) -> tuple[str, Labels | None]:
+    """The label column and the labels of the training images; "" and None where they make no two classes."""
+    _, label = find_columns(train.features, data)
+    try:
+        labels = None if label is None else read_labels(train, label)
+    except DataError:
+        return "", None
+    counts = torch.bincount(labels.numbers[labels.numbers >= 0]) if labels is not None else torch.zeros(1)
+    several = bool((counts > 0).sum() > 1 and (counts > 1).any())
+    return (label or "", labels) if several else ("", None)
 
 
 def in_turn(labels: list, count: int) -> list[int]:

@@ -227,6 +227,7 @@ def describe(run: FinetuneRun, model: MIMForImageClassification, splits: Labelle
     names = ("layer_decay", "drop_path", "mixup", "cutmix", "label_smoothing", "randaugment", "random_erasing", "ema")
     used = [f"{name} {getattr(options, name)}" for name in names if getattr(options, name) != getattr(plain, name)]
     run.describe(
+        splits.report,
         data=f"{dataset_title(run.data)}, {len(splits.classes)} classes, {len(splits.train):,} training images at "
         f"{size_title(config.image_size)}, {len(splits.validation):,} validation images "
         f"({splits.notes['validation']}), {test}",

@@ -91,6 +91,7 @@ def probe_dense(source: str, overrides: Sequence[str] = (), console: Console | R
     run = set_up(source, overrides, console)
     images = run.images
     run.describe(
+        images.splits.report,
         data=f"{dataset_title(run.data, SCENES)}, {len(images.train):,} training and {len(images.test):,} test images "
         f"at {size_title(images.size)}, {images.classes} classes; patches {size_title(images.grid)} an image, "
         f"{images.quota * len(images.train):,} training patches",

@@ -43,6 +43,7 @@ def describe(run: Probe) -> None:
     arguments = run.arguments
     views = f", {arguments.views} views" if arguments.views > 1 else ""
     run.describe(
+        run.splits.report,
         data=f"{dataset_title(run.data)}, {len(run.images['train']):,} training images{views}, "
         f"{len(run.images['test']):,} test images ({run.splits.note})",
         model=f"{run.source}, {run.model.config.encoder} encoder, {run.model.num_parameters() / 1e6:.2f} M parameters",

@@ -18,7 +18,7 @@ from hf_mim.training.data.columns import find_columns, is_class
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.sources import open_dataset
-from hf_mim.training.data.splits import choose_splits, draw_subset
+from hf_mim.training.data.splits import choose_splits, draw_labelled
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
@@ -240,7 +240,8 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
     labels, test_labels = (None if split is None else split.labels for split in (splits.train_eval, splits.test))
     if splits.test is None or splits.train_eval is None or labels is None or test_labels is None:
         raise DataError(f"probing needs labelled images, some of them to test on; here: {splits.note}")
-    classes = splits.train_eval.classes
+    classes, train = splits.train_eval.classes, draw_labelled(labels.numpy()).tolist()
+    labels = labels[train]
     if len(labels.unique()) < 2:
         raise DataError(
             f"all {len(labels):,} training images are of one class, {classes[int(labels[0])]!r}: probing tells classes "
@@ -251,9 +252,9 @@ def open_images(splits: Splits, data: DataArguments, config, views: int) -> dict
             f"{len(labels):,} training images are fewer than the {len(classes):,} classes: give more images, or check "
             "data.label_column"
         )
-    test = draw_subset(test_labels.numpy(), data.max_eval_images or len(splits.test)).tolist()
+    test = draw_labelled(test_labels.numpy(), data.max_eval_images or len(splits.test)).tolist()
     augmented = splits.train if views > 1 and isinstance(splits.train, MIMDataset) else None
     return {
-        "train": ImageViews(splits.train_eval, augmented, list(range(len(labels))), config, "train"),
+        "train": ImageViews(splits.train_eval, augmented, train, config, "train"),
         "test": ImageViews(splits.test, None, test, config, "test"),
     }

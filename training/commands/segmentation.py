@@ -55,7 +55,8 @@ def finetune_segmentation(
     encoder = load_encoder(source)
     size = input_size(encoder, image_size, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
-    splits = load_masked_splits(run.data, encoder.config.num_channels, options.classes, run.console)
+    channels, seed = encoder.config.num_channels, run.arguments.seed
+    splits = load_masked_splits(run.data, channels, options.classes, run.console, seed)
     batch = min(run.arguments.train_batch_size, len(splits.train))
     run.model = model = make_segmenter(encoder, options, splits.classes, batch)
     trainer = make_trainer(run, model, splits, size)
@@ -188,6 +189,7 @@ def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tu
     background = int(splits.shares.argmax())
     counts = [f"{len(split):,}" for split in (splits.train, splits.validation, splits.test)]
     run.describe(
+        splits.report,
         data=f"{dataset_title(run.data, SCENES)}, {counts[0]} training, {counts[1]} validation, {counts[2]} test "
         f"images at {size_title(size)}, {len(splits.classes)} classes; "
         f"{100 * splits.shares[background]:.0f} percent of the pixels are {splits.classes[background]!r}",

@@ -21,15 +21,21 @@ class DataArguments:
         subset: the configuration of a Hub data set that has several.
         split: what to train on; None is `train`, else the only split there is.
         eval_split: what to test on; None is `test` or `validation`, else a tenth held out from a labelled `split`.
+        extra_splits: further splits for pretraining, such as the folder `unlabeled` beside `train`; others ignore them.
         image_column, label_column, mask_column: None finds them; masks are for segmentation.
+        mask_values: what stands for each class in a mask, in the order of the classes: grey values such as [0, 128], or
+            colours such as [[0, 0, 0], [255, 0, 0]]. A pixel becomes the class of the nearest one; what is further from
+            all than half of what they are apart has no class. None takes the values as the ids of the classes.
         streaming: read the data set as it comes instead of downloading or indexing it first; needs
             `training.max_steps`. Its shards (files; slices of a folder) are dealt to the loader's workers in all
             processes: give it several times as many as workers, of like size. The number of workers and processes
             at the beginning is part of what the order of the images follows from. See `StreamedImages`.
         shuffle_buffer: how many undecoded images of a stream are held to draw the next one from; its shards are read in
             a random order. 1 shuffles the shards only, 0 keeps the stream's own order.
-        max_train_images: train only on the first so many; of a stream, each worker then reads all of them.
-        max_eval_images: use at most so many images of either split for the scores; 0 leaves the scores out.
+        max_train_images: train only on so many, drawn at random from the seed and of every class. Of a stream the first
+            so many, after it was shuffled by `shuffle_buffer`; each worker then reads all of them.
+        max_eval_images: use at most so many images of either split for the scores, drawn at random, always the same and
+            of every class; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
         horizontal_flip: mirror half of the training images.
         color_jitter: strength, in [0, 1], of random brightness, contrast and saturation, after the crop; 0 changes
@@ -48,9 +54,11 @@ class DataArguments:
     subset: str | None = None
     split: str | None = None
     eval_split: str | None = None
+    extra_splits: list[str] | None = None
     image_column: str | None = None
     label_column: str | None = None
     mask_column: str | None = None
+    mask_values: list | None = None
     streaming: bool = False
     shuffle_buffer: int = 1000
     max_train_images: int | None = None

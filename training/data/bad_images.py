@@ -35,10 +35,12 @@ class BadImages:
         count: of the images.
         limit: `data.max_bad_images`.
         error_of: the index of a bad image -> what is wrong with it, naming the file.
+        labelled: (count,), bool: a labelled image is replaced by another one. None where none has a label.
     """
 
-    def __init__(self, count: int, limit: float, error_of: Callable[[int], str]):
+    def __init__(self, count: int, limit: float, error_of: Callable[[int], str], labelled: torch.Tensor | None = None):
         self.count, self.limit, self.error_of = count, limit, error_of
+        self.labelled = torch.zeros(count, dtype=torch.bool) if labelled is None else labelled
         self.flags = torch.zeros(count, dtype=torch.bool).share_memory_()  # the loader's workers write here too
 
     def add(self, index: int) -> None:
@@ -64,9 +66,13 @@ class BadImages:
         return [self._good(int(index)) for index in indices]
 
     def _good(self, index: int) -> int:
-        while self.flags[index]:
-            index = (index + 1) % self.count
-        return index
+        if not self.flags[index]:
+            return index
+        good = ~self.flags
+        alike = good & (self.labelled == self.labelled[index])
+        candidates = (alike if alike.any() else good).nonzero().flatten()
+        place = int(torch.searchsorted(candidates, index))
+        return int(candidates[place % len(candidates)])
 
 
 class BadFiles:

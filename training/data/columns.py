@@ -1,8 +1,8 @@
 """Which column of a data set is the image, the label and the mask. One rule for all commands:
 
 - image: `data.image_column`; else the first column of images; else the first of bytes that has one of `IMAGE_NAMES`.
-- label: `data.label_column`; else the first of `LABEL_NAMES`, in this order, that holds classes (whole numbers, text or
-  truth values); else the first column of class labels.
+- label: `data.label_column`; else the first of `LABEL_NAMES`, in this order, that holds classes (numbers, text or truth
+  values; that the numbers are whole is seen when they are read); else the first column of class labels.
 - mask: `data.mask_column`; else the first of `MASK_NAMES`, in this order, that holds images, arrays, lists or bytes;
   else the first column of images after that of the image.
 """
@@ -29,6 +29,12 @@ def find_columns(features: dict, data: DataArguments) -> tuple[str, str | None]:
     _check_names(features, data, "image_column", "label_column")
     image = data.image_column or next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     image = image or next((n for n in features if n.lower() in IMAGE_NAMES and _holds_files(features[n])), None)
+    if image is not None and not (isinstance(features[image], datasets.Image) or _can_be_image(features[image])):
+        raise DataError(
+            f"the column {image!r} holds {_kind_of(features[image])}; one image a row is needed: flatten it, or name "
+            "another column in data.image_column",
+            image,
+        )
     if image is None:
         raise DataError(
             f"no column holds images; the columns are {', '.join(features)}. If one does, name it in data.image_column"
@@ -78,9 +84,11 @@ def find_mask_columns(features: dict, data: DataArguments) -> tuple[str, str]:
 
 
 def is_class(feature) -> bool:
-    """Whether a column can hold the labels of whole images: no lists, and no measured quantities."""
+    """Whether a column can hold the labels of whole images: no lists and no bytes. Of floats it is only seen when they
+    are read whether they are whole."""
     dtype = str(feature.dtype) if isinstance(feature, datasets.Value) else ""
-    return isinstance(feature, datasets.ClassLabel) or dtype in ("string", "large_string", "bool") or "int" in dtype
+    simple = ("string", "large_string", "bool", "null")
+    return isinstance(feature, datasets.ClassLabel) or dtype in simple or "int" in dtype or "float" in dtype
 
 
 def _check_names(features: dict, data: DataArguments, *keys: str) -> None:
@@ -96,6 +104,18 @@ def _holds_bytes(feature) -> bool:
 
 def _holds_files(feature) -> bool:
     return "bytes" in feature if isinstance(feature, dict) else _holds_bytes(feature)
+
+
+def _can_be_image(feature) -> bool:
+    return _holds_files(feature) or isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _kind_of(feature) -> str:
+    if isinstance(feature, datasets.Value):
+        return f"{feature.dtype} values"
+    inner = getattr(feature, "feature", None)
+    of = "images" if isinstance(inner, datasets.Image) or inner is not None and _holds_files(inner) else "values"
+    return f"lists of {of}" if inner is not None else f"{type(feature).__name__}"
 
 
 def _is_map(feature) -> bool:

@@ -1,15 +1,51 @@
 """Which files of which kind lie in a folder or at a URL."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import PIL.features
 
 from hf_mim.training.data import urls
 from hf_mim.training.errors import DataError
 
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}
+EXTENSIONS |= {".webp"}
+# What Pillow reads only where it was built with the library.
+EXTENSIONS |= {".avif"} if PIL.features.check("avif") else set()
+EXTENSIONS |= {".j2k", ".jp2", ".jpf", ".jpx"} if PIL.features.check("jpg_2000") else set()
 ARRAYS = {".npy"}  # beside them, with any number of channels
-SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
+SHARDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+TABLES = {"metadata.csv", "metadata.jsonl"}  # of `datasets`' image folders
+BOOKKEEPING = {"dataset_info.json", "state.json", "dataset_dict.json"}  # of `datasets`' `save_to_disk`
+ENDINGS_NAMED = 5  # in a message
+
+
+@dataclass
+class Listing:
+    """The files of a data set.
+
+    Args:
+        files: images, arrays and shards.
+        tables: see `TABLES`.
+        passed_over: how many others there are of each ending; hidden ones and second links count as such.
+    """
+
+    files: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def notes(self) -> list[str]:
+        """What was passed over, for people; [] where nothing was."""
+        count = self.passed_over.total()
+        if not count:
+            return []
+        kinds = [f"{number:,} {kind}" for kind, number in self.passed_over.most_common(ENDINGS_NAMED)]
+        kinds += ["others"] if len(self.passed_over) > ENDINGS_NAMED else []
+        return [f"{count:,} of {count + len(self.files):,} files were passed over: {', '.join(kinds)}"]
 
 
 def place_of(dataset: str) -> str | None:
@@ -32,15 +68,43 @@ def place_of(dataset: str) -> str | None:
 
 
 def list_files(place: str) -> list[str]:
-    """The images, arrays and shards of a file, folder or URL, hidden ones left out.
+    """The images, arrays and shards of a file, folder or URL; as of `list_place`."""
+    return list_place(place).files
+
+
+def list_place(place: str) -> Listing:
+    """What lies in a file, folder or URL. Hidden files and folders are passed over, and so is a link to what lies there
+    too: no image counts twice.
 
     Raises:
         DataError, OSError: there is nothing, a file of another kind, or it cannot be listed.
     """
-    files = _list_url(place) if urls.is_url(place) else _list_local(place)
+    listing = Listing()
+    files = _list_url(place) if urls.is_url(place) else list(_list_local(place, listing.passed_over))
     if files == [place] and Path(place).suffix not in SHARDS:
-        raise DataError(f"{place} is a file, but not a parquet file or .tar; give a folder for images", place)
-    return [file for file in files if is_known(file)]
+        raise DataError(f"{place} is a file, but not a parquet, arrow or tar file; give a folder for images", place)
+    for file in files:
+        name, ending = file.rpartition("/")[2], os.path.splitext(file)[1]
+        if file != place and is_hidden(file[len(place) + 1 :]):
+            listing.passed_over["hidden"] += 1
+        elif name in TABLES:
+            listing.tables.append(file)
+        elif name in BOOKKEEPING or ending == ".arrow" and name.startswith("cache-"):
+            continue
+        elif ending in SHARDS or ending.lower() in EXTENSIONS | ARRAYS:
+            listing.files.append(file)
+        else:
+            listing.passed_over[ending.lower() or "without an ending"] += 1
+    return listing
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file lies in a hidden folder or is hidden itself, or is one of those that macOS puts into archives.
+
+    Args:
+        name: relative to the data set.
+    """
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part != ".")
 
 
 def _list_url(url: str) -> list[str]:
@@ -52,14 +116,35 @@ def _list_url(url: str) -> list[str]:
     return files or [url]
 
 
-def _list_local(place: str) -> list[str]:
+def _list_local(place: str, passed_over: Counter[str]) -> Iterator[str]:
+    """The files below a folder, each of them once, however many links lead to it. What is linked comes last."""
     if Path(place).is_file():
-        return [place]
-    return [f"{folder}/{file}" for folder, _, names in os.walk(place, followlinks=True) for file in names]
-
-
-def is_known(file: str) -> bool:
-    """Whether a file is an image, an array or a shard, by its ending, and not hidden."""
-    ending = os.path.splitext(file)[1]
-    known = ending in SHARDS or ending.lower() in EXTENSIONS or ending.lower() in ARRAYS
-    return known and not file.rpartition("/")[2].startswith(".")
+        yield place
+        return
+    root = os.path.realpath(place)
+    waiting, linked = [place], list[str]()
+    seen = set[str]()  # real paths
+    while waiting or linked:
+        path = waiting.pop() if waiting else linked.pop(0)
+        real = os.path.realpath(path)
+        if real in seen or f"{root}/".startswith(f"{real}/") and real != root:
+            passed_over["linked twice"] += 1
+            continue
+        seen.add(real)
+        if not os.path.isdir(real):
+            if os.path.exists(real):
+                yield path
+            else:
+                passed_over["linked to nothing"] += 1
+            continue
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_symlink():
+                    linked.append(f"{path}/{entry.name}")
+                elif entry.is_dir():
+                    waiting.append(f"{path}/{entry.name}")
+                elif f"{real}/{entry.name}" in seen:
+                    passed_over["linked twice"] += 1
+                else:
+                    seen.add(f"{real}/{entry.name}")
+                    yield f"{path}/{entry.name}"

@@ -1,42 +1,84 @@
-"""Folders of images: their splits, and their classes."""
+"""Folders of images: their splits, their classes, and what a table beside them says."""
 
 import datasets
 
-from hf_mim.training.data.files import EXTENSIONS
-from hf_mim.training.data.splits import split_of
+from hf_mim.training.data.files import EXTENSIONS, SHARDS, Listing
+from hf_mim.training.data.metadata import Metadata, read_metadata
+from hf_mim.training.data.splits import Opened, split_of
 from hf_mim.training.errors import DataError
 
 
-def open_folder(root: str, files: list[str]) -> dict[str, datasets.Dataset]:
-    """A folder of images: `train/` and `test/` (or `val/`) are splits; one folder per class makes labels, if every
-    image lies in one. Anything else is an unlabelled data set, however deep it is nested.
+LABEL = "label"  # the column with the names of the class folders
+UNLABELLED_NAMES = ("unlabeled", "unlabelled", "unsupervised", "extra")  # beside train/ they make no class of it
+
+
+def open_folder(root: str, listing: Listing) -> Opened:
+    """A folder of images. `train/` and `test/` (or `val/`) are splits, and so are the folders beside them, under their
+    own names. One folder per class makes labels, as text; so does a column of `metadata.csv` or `metadata.jsonl`.
 
     Args:
         root: a folder or URL.
-        files: the images below it.
+        listing: what lies there.
 
     Raises:
-        DataError: there is no image in it, or a class that the training images lack.
+        DataError: there is no image in it, or a table cannot be used.
     """
-    splits = _split_folders(root, files)
-    files_of = {name: [file for file in files if file.startswith(f"{path}/")] for name, path in splits.items()}
-    if not files_of["train"]:
-        raise DataError(f"there are no images in {root} (looked for {', '.join(sorted(EXTENSIONS))})", root)
-    classes_of = {name: [_class_of(file, splits[name]) for file in files_of[name]] for name in splits}
-    # Names of the classes come from the training split, so that labels mean the same in every split.
-    classes = sorted({name for name in classes_of["train"] if name is not None})
-    labelled = None not in classes_of["train"] and len(classes) > 1
-    return {name: _make_split(files_of[name], classes_of[name], classes if labelled else None) for name in splits}
+    files = sorted(file for file in listing.files if not file.endswith(tuple(SHARDS)))
+    if not files:
+        passed = "".join(f"; {note}" for note in listing.notes())
+        raise DataError(f"there are no images in {root} (looked for {', '.join(sorted(EXTENSIONS))}){passed}", root)
+    metadata = read_metadata(listing.tables, files)
+    opened = Opened(notes=[*listing.notes(), *metadata.notes])
+    folders = find_splits(_inner_root(root, files), files)
+    for name, parts in folders.items():
+        opened[name] = _make_split(parts, metadata, opened.notes, name, 1 if len(folders) > 1 else 2)
+    strays = len(files) - sum(len(found) for parts in folders.values() for _, found in parts)
+    if strays:
+        opened.notes.append(f"{strays:,} images beside the folders of the splits are left out")
+    return opened
 
 
-def _split_folders(root: str, files: list[str]) -> dict[str, str]:
-    """The folder of each split."""
-    names = [file[len(root) + 1 :] for file in files]
-    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
-    splits = {split_of(folder): f"{root}/{folder}" for folder in folders}
-    if None in splits or "train" not in splits:  # with other folders beside it, `train` may well be a class
-        return {"train": root}
-    return {name: folder for name, folder in splits.items() if name is not None}
+def find_splits(root: str, files: list[str]) -> dict[str, list[tuple[str, list[str]]]]:
+    """{split: [(folder, files below it)]}; without splits all is `train`.
+
+    A folder `train/` is a split where another split lies beside it, or where it has folders of its own, or where the
+    others are named like `unlabeled/`; else, beside `bus/` and `plane/`, it is a class.
+    """
+    tops: dict[str, list[str]] = {}
+    for file in files:
+        top, slash, _ = file[len(root) + 1 :].partition("/")
+        if slash:
+            tops.setdefault(top, []).append(file)
+    names = {top: split_of(top) for top in tops}
+    splits, others = [top for top in tops if names[top]], [top for top in tops if not names[top]]
+    nested = any("/" in file[len(root) + len(top) + 2 :] for top in splits for file in tops[top])
+    if "train" in names.values():
+        are_splits = len(set(names.values()) - {None}) > 1 or nested or _are_unlabelled(others)
+    else:  # nothing but test or validation images
+        are_splits = bool(splits) and not others
+    if not are_splits:
+        return {"train": [(root, files)]}
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for top in sorted(tops):
+        found.setdefault(names[top] or top, []).append((f"{root}/{top}", tops[top]))
+    return found
+
+
+def _are_unlabelled(folders: list[str]) -> bool:
+    return all(folder.lower().startswith(UNLABELLED_NAMES) for folder in folders)
+
+
+def _inner_root(root: str, files: list[str]) -> str:
+    """The folder that holds the splits: that of an unpacked archive may lie alone in another one."""
+    while True:
+        tops = {file[len(root) + 1 :].partition("/")[:2] for file in files}
+        (top, slash), *others = tops
+        if others or not slash or split_of(top):
+            return root
+        inner = {file[len(root) + len(top) + 2 :].partition("/")[0] for file in files}
+        if not any(map(split_of, inner)):
+            return root
+        root = f"{root}/{top}"
 
 
 def _class_of(file: str, root: str) -> str | None:
@@ -44,13 +86,20 @@ def _class_of(file: str, root: str) -> str | None:
     return first if slash else None
 
 
-def _make_split(files: list[str], names: list[str | None], classes: list[str] | None) -> datasets.Dataset:
+def _make_split(
+    parts: list[tuple[str, list[str]]], metadata: Metadata, notes: list[str], name: str, min_classes: int
+) -> datasets.Dataset:
+    files = [file for _, found in parts for file in found]
     features: dict = {"image": datasets.Image(decode=False)}
     columns: dict[str, list] = {"image": files}
-    if classes is not None:
-        for name in set(names) - set(classes):
-            raise DataError(f"class folder {name!r} is in another split but not in train")
-        features["label"] = datasets.ClassLabel(names=classes)
-        numbers = {name: number for number, name in enumerate(classes)}
-        columns["label"] = [numbers[name] for name in names if name is not None]
+    for column, (values, feature) in metadata.columns(files).items():
+        if column not in columns:
+            columns[column], features[column] = values, feature
+    classes = [_class_of(file, root) for root, found in parts for file in found]
+    strays = classes.count(None)
+    several = len(set(classes) - {None}) >= min_classes
+    if LABEL not in columns and several and 2 * strays < len(files):
+        columns[LABEL], features[LABEL] = classes, datasets.Value("string")
+    elif LABEL not in columns and several:
+        notes.append(f"split {name}: no labels, because {strays:,} of {len(files):,} images lie in no class folder")
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

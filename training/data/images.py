@@ -18,7 +18,7 @@ from hf_mim.training.data.color import check_jitter, jitter_colors
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoded_cache import DecodedCache
 from hf_mim.training.data.decoding import Undecodable, decode
-from hf_mim.training.data.labels import read_labels
+from hf_mim.training.data.labels import Labels, read_labels
 from hf_mim.training.data.transforms import UNIFORMS, crop, crop_batch, crop_boxes, flip_batch, resize, sample_rng
 from hf_mim.training.errors import DataError
 
@@ -54,10 +54,13 @@ class MIMDataset(ImageDataset):
         self.color_jitter = data.color_jitter if train else 0.0
         check_jitter(data.color_jitter, self.num_channels)
         self.crops_on_device = data.crop_on_device and self.crop_scale is not None
-        self.labels, self.classes = read_labels(dataset, label_column, classes)
+        self.label_info = _labels_or_none(dataset, label_column, classes)
+        self.labels = None if self.label_info is None else self.label_info.numbers
+        self.classes = self.label_info.classes if self.label_info else []
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of)
+        labelled = None if self.labels is None else self.labels >= 0
+        self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of, labelled)
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
         if self.images is None and self.crops_on_device:
             raise DataError(
@@ -199,3 +202,11 @@ class MIMDataset(ImageDataset):
             except Undecodable:
                 self.bad.add(index)
         raise AssertionError("BadImages raises where all are bad")
+
+
+def _labels_or_none(dataset, column: str | None, classes: list[str] | None) -> Labels | None:
+    """Pretraining goes on with a column that turns out to hold measured values; who needs labels reads them before."""
+    try:
+        return None if column is None else read_labels(dataset, column, classes)
+    except DataError:
+        return None

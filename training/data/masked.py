@@ -1,18 +1,22 @@
 """What segmentation works on: images with masks in three splits, and their classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import datasets
 import numpy as np
 
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_mask_columns
-from hf_mim.training.data.masks import IGNORE
+from hf_mim.training.data.masks import HIGHEST_ID, IGNORE, REMEDY, frequent_values, smooth_share
 from hf_mim.training.data.pairs import MaskedSource, Pairs, open_pairs
+from hf_mim.training.data.report import describe_classes, describe_columns, unused_splits
 from hf_mim.training.data.scenes import COUNTS, Scenes
-from hf_mim.training.data.splits import choose_splits, first_rows, hold_out_rows, other_test_split
+from hf_mim.training.data.splits import choose_splits, draw_scenes, hold_out_scenes, other_test_split
 from hf_mim.training.errors import DataError
+
+
+MANY_IDS = 16  # beyond so many it is looked at whether ids make areas
+EDGE_SHARE = 0.3  # of the pixels of an id that lie in areas, below which it is one of edges
 
 
 @dataclass
@@ -24,6 +28,7 @@ class MaskedSplits:
         classes: their names, by id.
         shares: of the labelled training pixels that are of each class.
         note: where `test` comes from, for people.
+        report: what is used and what is left out, a line each, for people.
     """
 
     train: MaskedSource
@@ -32,73 +37,181 @@ class MaskedSplits:
     classes: list[str]
     shares: np.ndarray
     note: str
+    report: list[str] = field(default_factory=list)
 
 
 def load_masked_splits(
-    data: DataArguments, num_channels: int, classes: int | list[str] | None = None, console: RunConsole | None = None
+    data: DataArguments,
+    num_channels: int,
+    classes: int | list[str] | None = None,
+    console: RunConsole | None = None,
+    seed: int = 0,
 ) -> MaskedSplits:
-    """Opens the data, the composed scenes where `data.dataset` is None, and reads every mask once.
+    """Opens the data, the composed scenes where `data.dataset` is None, and reads every mask once. Parts that are held
+    out, and subsets, keep the classes: see `splits`.
 
     Args:
-        classes: how many there are, or their names; None takes the ids in sight.
+        classes: how many there are, or their names; None takes the ids in sight, each of which must be in training.
+        seed: of `data.max_train_images`.
 
     Raises:
-        ValueError, OSError: missing data, no masks, masks of another size than their image, ids beyond the classes,
-            only ignored pixels.
+        ValueError, OSError: missing data, no masks, masks of another size than their image, ids beyond the classes or
+            that are none, only ignored pixels, a class without a training pixel that is not named.
     """
     limits = {"train": data.max_train_images, "validation": data.max_eval_images, "test": data.max_eval_images}
     limits = {name: count if count is None else max(1, count) for name, count in limits.items()}
-    sources: dict[str, MaskedSource] = {}
     if data.dataset is None:
-        for name, count in COUNTS.items():
-            scenes = Scenes(name, min(count, limits[name] or count), num_channels=num_channels)
-            sources[name], classes = scenes, classes or scenes.classes
-        note = "composed from the test images"
-    else:
-        rows, note = open_splits(data)
-        columns = find_mask_columns(rows["train"].features, data)
-        for name, split in rows.items():
-            sources[name] = Pairs(first_rows(split, limits[name]), *columns, num_channels)
-    counts = [count_ids(source, name, console) for name, source in sources.items()]
-    names = name_classes(classes, max(map(len, counts)))
-    train_counts = np.pad(counts[0], (0, len(names) - len(counts[0])))
-    return MaskedSplits(**sources, classes=names, shares=train_counts / train_counts.sum(), note=note)
-
-
-def open_splits(data: DataArguments) -> tuple[dict[str, datasets.Dataset], str]:
-    """The rows to train on, to choose settings by and to test on, and where the last come from."""
-    splits = open_pairs(data)
-    train, test = choose_splits(splits, data)
-    rows, note = {"train": splits[train]}, f"split {test}"
-    if (validation := other_test_split(splits, train, test)) is not None:
-        rows["validation"] = splits[validation]
-    if test is not None:
-        rows["test"] = splits[test]
+        sources: dict = {
+            name: Scenes(name, min(count, limits[name] or count), num_channels=num_channels)
+            for name, count in COUNTS.items()
+        }
+        counts = {name: IdCounts.read(source, name, console) for name, source in sources.items()}
+        names = name_classes(classes or sources["train"].classes, highest(counts))
+        return _masked_splits(sources, counts, names, "composed from the test images", [])
+    opened = open_pairs(data)
+    train, test = choose_splits(opened, data)
+    chosen = {"train": train, "validation": other_test_split(opened, train, test), "test": test}
+    columns = find_mask_columns(opened[train].features, data)
+    report = [*opened.notes, describe_columns(columns[0], None, masks=columns[1]).replace("no labels, ", "")]
+    sources, counts = {}, {}
+    for name, split in chosen.items():
+        if split is not None:
+            sources[name] = Pairs(opened[split], *columns, num_channels, data.mask_values)
+            counts[name] = IdCounts.read(sources[name], name, console)
+    names = name_classes(classes, highest(counts))
+    note = f"split {test}" if test is not None else f"held out from {train}"
     for name in ("test", "validation"):
-        if name not in rows:
-            if len(rows["train"]) < 2:
+        if name not in sources:
+            if len(sources["train"]) < 2:
                 raise DataError(f"{data.dataset} has too few images: one to train on, one to validate and one to test")
-            rows["train"], rows[name] = hold_out_rows(rows["train"], None)
-            note = f"held out from {train}" if name == "test" else note
-    return {name: rows[name] for name in COUNTS}, note
+            parts = hold_out_scenes(counts["train"].presence(len(names)))
+            whole = sources["train"], counts["train"]
+            (sources["train"], sources[name]), (counts["train"], counts[name]) = (
+                [entry.select(part) for part in parts] for entry in whole
+            )
+    for name, limit in limits.items():
+        if limit is not None and limit < len(sources[name]):
+            part = draw_scenes(counts[name].presence(len(names)), limit, seed if name == "train" else 0)
+            sources[name], counts[name] = sources[name].select(part), counts[name].select(part)
+    report += unused_splits(opened, chosen.values())
+    if classes is None:
+        check_present(counts["train"].total(len(names)), highest(counts))
+    return _masked_splits(sources, counts, names, note, report)
 
 
-def count_ids(source: MaskedSource, name: str, console: RunConsole | None) -> np.ndarray:
-    """Pixels of each class id over all masks, (highest id + 1,).
+def _masked_splits(sources: dict, counts: dict, names: list[str], note: str, report: list[str]) -> MaskedSplits:
+    totals = {name: counts[name].total(len(names)) for name in COUNTS}
+    if not totals["train"].any():
+        raise DataError(f"the train masks hold only {IGNORE}, which means that a pixel has no class")
+    report = [*report, describe_classes(names)]
+    for name, total in totals.items():
+        absent = [names[number] for number in np.flatnonzero(total == 0)]
+        line = f"{name}: {len(sources[name]):,} images"
+        if absent and name == "train":
+            line += f"; no pixel of {len(absent)} classes: {', '.join(absent[:8])}"
+        report.append(line)
+    ignored = counts["train"].ignored
+    if ignored:
+        report.append(f"{100 * ignored / (ignored + totals['train'].sum()):.1f} % of the training pixels have no class")
+    shares = totals["train"] / totals["train"].sum()
+    return MaskedSplits(
+        **{name: sources[name] for name in COUNTS}, classes=names, shares=shares, note=note, report=report
+    )
 
-    Raises:
-        ValueError: a mask cannot be used, or none has a labelled pixel.
+
+@dataclass
+class IdCounts:
+    """What the masks of a split hold.
+
+    Args:
+        images: of each (ids, pixels of each id).
+        smooth: pixels of each id that lie in an area of their id; see `smooth_share`.
+        ignored_of: pixels without a class, of each image.
     """
-    counts = np.zeros(1, dtype=np.int64)
-    with (console or RunConsole(quiet=True)).progress() as bar:
-        for index in bar.track(range(len(source)), description=f"reading the {name} masks"):
-            ids = source.mask(index)
-            pixels = np.bincount(ids[ids != IGNORE])
-            length = max(len(counts), len(pixels))
-            counts = np.pad(counts, (0, length - len(counts))) + np.pad(pixels, (0, length - len(pixels)))
-    if not counts.any():
-        raise DataError(f"the {name} masks hold only {IGNORE}, which means that a pixel has no class")
-    return counts
+
+    images: list[tuple[np.ndarray, np.ndarray]]
+    smooth: np.ndarray
+    ignored_of: list[int]
+
+    @classmethod
+    def read(cls, source: MaskedSource, name: str, console: RunConsole | None) -> "IdCounts":
+        """Reads all masks.
+
+        Raises:
+            ValueError: one cannot be used, all pixels are without a class, or the ids are none.
+        """
+        found = cls([], np.zeros(HIGHEST_ID + 1, dtype=np.int64), [])
+        with (console or RunConsole(quiet=True)).progress() as bar:
+            for index in bar.track(range(len(source)), description=f"reading the {name} masks"):
+                found.add(source.mask(index))
+        total = found.total(HIGHEST_ID + 1)
+        if not total.any():
+            raise DataError(f"the {name} masks hold only {IGNORE}, which means that a pixel has no class")
+        check_ids(total, found.smooth, name)
+        return found
+
+    def add(self, ids: np.ndarray) -> None:
+        """A mask (height, width)."""
+        pixels = np.bincount(ids.ravel(), minlength=IGNORE + 1)
+        self.ignored_of.append(int(pixels[IGNORE]))
+        self.smooth += smooth_share(ids, HIGHEST_ID + 1)
+        pixels[IGNORE] = 0
+        (present,) = pixels.nonzero()
+        self.images.append((present, pixels[present]))
+
+    @property
+    def ignored(self) -> int:
+        return sum(self.ignored_of)
+
+    def select(self, positions: np.ndarray) -> "IdCounts":
+        return IdCounts([self.images[i] for i in positions], self.smooth, [self.ignored_of[i] for i in positions])
+
+    def total(self, classes: int) -> np.ndarray:
+        """Pixels of each class, (classes,)."""
+        total = np.zeros(classes, dtype=np.int64)
+        for ids, pixels in self.images:
+            total[ids] += pixels
+        return total
+
+    def presence(self, classes: int) -> np.ndarray:
+        """Which classes an image has a pixel of: (images, classes), bool."""
+        presence = np.zeros((len(self.images), classes), dtype=bool)
+        for row, (ids, _) in zip(presence, self.images):
+            row[ids] = True
+        return presence
+
+
+def highest(counts: dict[str, IdCounts]) -> int:
+    """One more than the highest id."""
+    return 1 + max(int(ids.max()) for entry in counts.values() for ids, _ in entry.images if len(ids))
+
+
+def check_ids(total: np.ndarray, smooth: np.ndarray, name: str) -> None:
+    """Raises:
+    DataError: most of many ids make no areas: they are values between those of two classes, of resized or lossy masks.
+    """
+    present = np.flatnonzero(total)
+    edges = smooth[present] < EDGE_SHARE * total[present]
+    if len(present) > MANY_IDS and edges.mean() > 0.5:
+        raise DataError(
+            f"the {name} masks hold {len(present)} values, most of them on edges only: they were resized or lossy, "
+            f"and these are no class ids. Save masks without interpolation as PNG, or {REMEDY} value of each class, "
+            f"such as {frequent_values(total[: IGNORE + 1])}"
+        )
+
+
+def check_present(total: np.ndarray, count: int) -> None:
+    """Raises:
+    DataError: there is an id below `count` without a training pixel.
+    """
+    absent = np.flatnonzero(total[:count] == 0).tolist()
+    if absent:
+        held = np.flatnonzero(total).tolist()
+        raise DataError(
+            f"no training mask has a pixel of id {', '.join(map(str, absent[:8]))}{', ...' if len(absent) > 8 else ''} "
+            f"(they hold {', '.join(map(str, held[:12]))}): name all classes in the option classes, or {REMEDY} value "
+            f"of each class, such as {held[:12]}"
+        )
 
 
 def name_classes(classes: int | list[str] | None, count: int) -> list[str]:
@@ -113,5 +226,8 @@ def name_classes(classes: int | list[str] | None, count: int) -> list[str]:
             f"the masks hold ids up to {count - 1}, but there are {len(names)} classes: 0 to {len(names) - 1}"
         )
     if len(names) < 2:
-        raise DataError(f"the masks hold one class only, id 0 ({IGNORE} means that a pixel has no class)")
+        raise DataError(
+            f"the masks hold one class only, id 0 ({IGNORE} means that a pixel has no class; if it is one here, "
+            f"set data.mask_values=[0,{IGNORE}])"
+        )
     return names

@@ -8,10 +8,10 @@ import numpy as np
 
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoding import decode
-from hf_mim.training.data.files import SHARDS, list_files, place_of
+from hf_mim.training.data.files import SHARDS, Listing, list_place, place_of
 from hf_mim.training.data.masks import BadMask, decode_mask, size_of
 from hf_mim.training.data.sources import open_dataset
-from hf_mim.training.data.splits import split_of
+from hf_mim.training.data.splits import Opened, split_of
 from hf_mim.training.errors import DataError
 
 
@@ -41,12 +41,19 @@ class Pairs:
         ValueError: the image cannot be decoded into `num_channels`.
     """
 
-    def __init__(self, dataset, image_column: str, mask_column: str, num_channels: int):
+    def __init__(
+        self, dataset, image_column: str, mask_column: str, num_channels: int, mask_values: list | None = None
+    ):
         dataset = dataset.select_columns([image_column, mask_column])
         for column in (image_column, mask_column):
             if isinstance(dataset.features[column], datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset, self.columns, self.num_channels = dataset, (image_column, mask_column), num_channels
+        self.mask_values = mask_values
+
+    def select(self, positions: np.ndarray) -> "Pairs":
+        """Some of them."""
+        return Pairs(self.dataset.select(positions), *self.columns, self.num_channels, self.mask_values)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,14 +61,14 @@ class Pairs:
     def mask(self, index: int) -> np.ndarray:
         """The class ids (height, width) alone; of the image the size is read, as far as its header says it."""
         image, mask = (self.dataset[index][column] for column in self.columns)
-        ids = decode_mask(mask, f"{index}")
+        ids = decode_mask(mask, f"{index}", self.mask_values)
         self._check_size(index, image, size_of(image) or ids.shape, ids.shape)
         return ids
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
         image, mask = (self.dataset[index][column] for column in self.columns)
-        pixels, ids = decode(image, self.num_channels), decode_mask(mask, f"{index}")
+        pixels, ids = decode(image, self.num_channels), decode_mask(mask, f"{index}", self.mask_values)
         self._check_size(index, image, pixels.shape[1:], ids.shape)
         return pixels, ids
 
@@ -73,7 +80,7 @@ class Pairs:
             raise BadMask(f"the mask of {name} is {sizes[0]} pixels, the image {sizes[1]}")
 
 
-def open_pairs(data: DataArguments) -> dict[str, datasets.Dataset]:
+def open_pairs(data: DataArguments) -> Opened:
     """The splits of the user's data, with a column of images and one of masks; nothing is decoded.
 
     Raises:
@@ -82,9 +89,10 @@ def open_pairs(data: DataArguments) -> dict[str, datasets.Dataset]:
     if data.streaming:
         raise DataError("segmentation reads images and masks by their number: data.streaming must be false")
     place = place_of(data.dataset) if data.dataset else None
-    files = list_files(place) if place else []
-    if place and files and not any(file.endswith(tuple(SHARDS)) for file in files):
-        return {name: _pair_split(pairs) for name, pairs in find_pairs(place, files).items()}
+    listing = list_place(place) if place else Listing()
+    if place and listing.files and not any(file.endswith(tuple(SHARDS)) for file in listing.files):
+        splits = {name: _pair_split(pairs) for name, pairs in find_pairs(place, listing.files).items()}
+        return Opened(splits, listing.notes())
     return open_dataset(data)
 
 

@@ -1,6 +1,7 @@
 """Opening a data set: the shipped one, the Hub, folders, parquet files and WebDataset shards, here or at the URLs of
 fsspec."""
 
+import re
 import tarfile
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -10,72 +11,89 @@ import pyarrow.parquet
 
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.files import SHARDS, list_files, place_of
+from hf_mim.training.data.files import SHARDS, list_files, list_place, place_of
 from hf_mim.training.data.folders import open_folder
-from hf_mim.training.data.splits import split_of
+from hf_mim.training.data.splits import Opened, split_of
+from hf_mim.training.data.tars import open_tars
 from hf_mim.training.errors import DataError
 
 
 SHIPPED = Path(str(package_files("hf_mim"))) / "data" / "fashion_mnist"
+NUMBERING = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # of one of several files
 FOLDER_SHARDS = 256  # of a folder that is streamed: opening one takes as long as decoding an image
 
 
-def open_dataset(data: DataArguments) -> dict[str, datasets.Dataset]:
+def open_dataset(data: DataArguments) -> Opened:
     """The splits of a data set, by name; images are not decoded.
 
     Raises:
         DataError, OSError: it is missing, empty, or in an unknown form.
     """
     if data.dataset is None:
-        return open_files(sorted(list_files(str(SHIPPED))), data.streaming)
+        return open_files(str(SHIPPED), sorted(list_files(str(SHIPPED))), data.streaming)
     place = place_of(data.dataset)
     if place is None:
         return open_hub(data)
-    files = list_files(place)
-    by_kind = ([file for file in files if file.endswith(ending)] for ending in SHARDS)
+    listing = list_place(place)
+    by_kind = ([file for file in listing.files if file.endswith(ending)] for ending in SHARDS)
     if shards := next(filter(None, by_kind), None):
-        return open_files(sorted(shards, key=lambda file: file.split("/")), data.streaming)
-    splits = open_folder(place, sorted(files))
-    if not data.streaming:
-        return splits
-    return {name: split.to_iterable_dataset(min(len(split), FOLDER_SHARDS)) for name, split in splits.items()}
+        opened = open_files(place, sorted(shards, key=lambda file: file.split("/")), data.streaming)
+        for file in set(listing.files) - set(shards):
+            listing.passed_over[f"{Path(file).suffix.lower()} beside {Path(shards[0]).suffix}"] += 1
+        listing.files = shards
+        opened.notes[:0] = listing.notes()
+        return opened
+    opened = open_folder(place, listing)
+    if data.streaming:
+        for name, split in opened.items():
+            opened[name] = split.to_iterable_dataset(min(len(split), FOLDER_SHARDS))
+    return opened
 
 
-def open_hub(data: DataArguments) -> dict[str, datasets.Dataset]:
+def open_hub(data: DataArguments) -> Opened:
     """A data set on the Hub, with every split."""
     try:
-        return dict(datasets.load_dataset(data.dataset, data.subset, streaming=data.streaming))
+        return Opened(datasets.load_dataset(data.dataset, data.subset, streaming=data.streaming))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         message = f"{data.dataset!r} was not found, locally or on the Hub: {reason}"
         raise DataError(message, data.dataset or "") from None
 
 
-def open_files(files: list[str], streaming: bool = False) -> dict[str, datasets.Dataset]:
-    """Parquet files, or WebDataset shards, here or at URLs; a file or its folder whose name begins with a split's name
-    belongs to that split. Shards that are not streamed are copied into the cache of `datasets`.
+def open_files(place: str, files: list[str], streaming: bool = False) -> Opened:
+    """Parquet or arrow files, or WebDataset shards, here or at URLs. A file or its folder whose name begins with a
+    split's name belongs to that split; beside such ones, others are splits of their own name.
+
+    Args:
+        place: what they lie in.
 
     Raises:
         ValueError: one cannot be read.
     """
     kind, remote = SHARDS[Path(files[0]).suffix], urls.is_url(files[0])
-    splits: dict[str, list[str]] = {}
     # Of a stream from elsewhere the first must do: each takes several round trips. What is copied is read then.
     for file in files[: int(streaming)] if remote else files:
         check_file(file, kind)
-    for file in files:
-        named = [name for name in (split_of(Path(file).stem), split_of(Path(file).parent.name)) if name]
-        splits.setdefault(named[0] if named else "train", []).append(file)
+    splits = name_splits(place, files)
     bars = not datasets.are_progress_bars_disabled()
     if not remote:
         datasets.disable_progress_bars()  # nothing is downloaded
     try:
+        if kind == "webdataset":
+            return Opened({name: open_tars(paths, streaming) for name, paths in splits.items()})
         if kind == "parquet" and not streaming and not remote:
-            return {name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()}
-        return dict(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
-    except (datasets.exceptions.DatasetGenerationError, tarfile.TarError) as error:
-        where = files[0].rpartition("/")[0]
-        raise DataError(f"cannot read {where} as {kind}: {error.__cause__ or error}", where) from None
+            return Opened({name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()})
+        if kind == "arrow" and not streaming and not remote:
+            return Opened({name: _open_arrow(paths) for name, paths in splits.items()})
+        return Opened(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise _unreadable(files[0], kind, error.__cause__ or error) from None
+    except tarfile.TarError as error:
+        raise _unreadable(files[0], kind, error) from None
+    except (DataError, urls.Unreachable):
+        raise
     except Exception as error:
         if not remote:
             raise
@@ -83,6 +101,28 @@ def open_files(files: list[str], streaming: bool = False) -> dict[str, datasets.
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def name_splits(place: str, files: list[str]) -> dict[str, list[str]]:
+    """{split: files}."""
+    named = {file: split_of(Path(file).stem) or split_of(Path(file).parent.name) for file in files}
+    splits: dict[str, list[str]] = {}
+    for file, name in named.items():
+        if name is None and any(named.values()):
+            parent = file.rpartition("/")[0]
+            name = NUMBERING.sub("", Path(file).stem) if parent == place else Path(parent).name
+            name = re.sub(r"\W+", "_", name).strip("_")
+        splits.setdefault(name or "train", []).append(file)
+    return splits
+
+
+def _open_arrow(files: list[str]) -> datasets.Dataset:
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+def _unreadable(file: str, kind: str, error: BaseException) -> DataError:
+    where = file.rpartition("/")[0]
+    return DataError(f"cannot read {where} as {kind}: {error}".partition("\n")[0], where)
 
 
 def check_file(file: str, kind: str) -> None:
@@ -93,6 +133,8 @@ def check_file(file: str, kind: str) -> None:
         with urls.open_file(file) as opened:
             if kind == "parquet":
                 pyarrow.parquet.read_schema(opened)
+            elif kind == "arrow":
+                pyarrow.ipc.open_stream(opened).close()
             else:
                 tarfile.open(fileobj=opened).close()
     except urls.Unreachable:

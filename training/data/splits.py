@@ -6,12 +6,14 @@ class, as long as there is room for one image of each; a part held out (`hold_ou
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import datasets
 import numpy as np
 
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.labels import read_labels
 from hf_mim.training.errors import DataError
 
 
@@ -22,6 +24,18 @@ HELD_OUT = 0.1  # share of a data set without a test split that is held out
 HELD_OUT_LIMIT = 5000  # images; where there are more classes, it is one of each
 
 Labels = Sequence | np.ndarray | int
+
+
+class Opened(dict[str, datasets.Dataset]):
+    """The splits of a data set, by name.
+
+    Attributes:
+        notes: what was left out when it was opened, and why, for people.
+    """
+
+    def __init__(self, splits: dict[str, datasets.Dataset] | None = None, notes: Iterable[str] = ()):
+        super().__init__(splits or {})
+        self.notes = list(notes)
 
 
 # ---- splits that there are -----------------------------------------------------------------------------------------
@@ -96,16 +110,72 @@ def hold_out(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def draw_labelled(labels: np.ndarray, count: int | None = None, seed: int = 0) -> np.ndarray:
+    """Positions as of `draw_subset`, among the images that have a label; without a count all of them.
+
+    Args:
+        labels: (images,), -1 without a label.
+    """
+    positions = np.flatnonzero(np.asarray(labels) >= 0)
+    return positions if count is None else positions[draw_subset(np.asarray(labels)[positions], count, seed)]
+
+
 def hold_out_rows(dataset: datasets.Dataset, label_column: str | None) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """A data set without a test split in two, to train and to test on: always the same, whatever a run's seed is."""
-    labels = len(dataset) if label_column is None else dataset[label_column][:]
-    train, held = hold_out(labels, limit=HELD_OUT_LIMIT)
+    """A data set without a test split in two, to train and to test on: always the same, whatever a run's seed is.
+    With labels, no image that lacks one is held out."""
+    if label_column is None:
+        train, held = hold_out(len(dataset), limit=HELD_OUT_LIMIT)
+    else:
+        numbers = read_labels(dataset, label_column).numbers.numpy()
+        labelled = np.flatnonzero(numbers >= 0)
+        held = labelled[hold_out(numbers[labelled], limit=HELD_OUT_LIMIT)[1]]
+        train = np.setdiff1d(np.arange(len(dataset)), held)
     return dataset.select(train), dataset.select(held)
 
 
-def first_rows(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    """The first `count` rows; None is all."""
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+def limit_rows(dataset: datasets.Dataset, label_column: str | None, count: int | None, seed: int = 0):
+    """`count` rows as of `draw_subset`; None is all."""
+    if count is None or count >= len(dataset):
+        return dataset
+    labels: Labels = len(dataset)
+    if label_column is not None:
+        with suppress(DataError):  # measured values
+            labels = read_labels(dataset, label_column).numbers.numpy()
+    return dataset.select(draw_subset(labels, count, seed))
+
+
+def draw_scenes(presence: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Positions of images with masks, drawn at random, in order: together they have every class, if there is room.
+
+    Args:
+        presence: (images, classes), bool: which classes an image has a pixel of.
+    """
+    order = np.random.default_rng(seed).permutation(len(presence))
+    chosen, covered = list[int](), np.zeros(presence.shape[1], dtype=bool)
+    for number in np.argsort(presence.sum(axis=0), kind="stable"):  # the rarest class first
+        members = order[presence[order, number]]
+        if len(members) and not covered[number] and len(chosen) < count:
+            chosen.append(int(members[0]))
+            covered |= presence[members[0]]
+    rest = order[~np.isin(order, chosen)].tolist()
+    return np.sort([*chosen, *rest[: max(0, count - len(chosen))]]).astype(np.int64)
+
+
+def hold_out_scenes(presence: np.ndarray, share: float = HELD_OUT, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of images with masks to train on, and of `share` of them, at least one, held out: at random, but every
+    class stays to train on, unless every image is the only one of some class.
+
+    Args: as of `draw_scenes`; at least two images.
+    """
+    count = max(1, min(len(presence) - 1, round(share * len(presence)), HELD_OUT_LIMIT))
+    order = np.random.default_rng(seed).permutation(len(presence))
+    remaining, held = presence.sum(axis=0), list[int]()
+    for index in order.tolist():
+        if len(held) < count and (remaining[presence[index]] > 1).all():
+            held.append(index)
+            remaining = remaining - presence[index]
+    held = held or order[:count].tolist()
+    return np.setdiff1d(np.arange(len(presence)), held), np.sort(held)
 
 
 def _random_ranks(classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

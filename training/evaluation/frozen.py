@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
-from hf_mim.training.data.splits import draw_subset
+from hf_mim.training.data.splits import draw_labelled
 from hf_mim.training.evaluation.metrics import READOUTS, frozen_scores, readout_protocol
 from hf_mim.training.evaluation.readouts import percent
 
@@ -25,7 +25,7 @@ def frozen_protocol() -> dict[str, str]:
 
 def subset(dataset, most: int):
     """The data set, or `most` images of it drawn with a fixed seed; and their labels (count,)."""
-    chosen = draw_subset(dataset.labels.numpy(), most).tolist()
+    chosen = draw_labelled(dataset.labels.numpy(), most).tolist()
     return torch.utils.data.Subset(dataset, chosen), dataset.labels[chosen]
 
 

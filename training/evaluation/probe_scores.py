@@ -36,7 +36,7 @@ def pooled_vectors(source, images: ImageViews, layer: int, model, most: int) -> 
     Returns:
         {"mean", "cls"}: (images, dim), without "cls" where there is no class token; and their labels (images,).
     """
-    positions, encoder = torch.from_numpy(draw_subset(len(images), most)), model.encoder
+    positions, encoder = torch.from_numpy(draw_subset(images.labels.numpy(), most)), model.encoder
     vectors: dict[str, list[Tensor]] = {name: [] for name in POOLINGS if name != "cls" or encoder.has_cls_token}
     for chosen in positions.split(256):
         features = source.fetch(0, chosen)
@@ -111,7 +111,7 @@ def score_raw_pixels(images: dict[str, ImageViews]) -> dict:
     """k-NN and linear probe of the normalised pixels themselves: {"knn": entry, "linear": entry}."""
     sides = []
     for split, most in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
-        positions = torch.from_numpy(draw_subset(len(images[split]), most))
+        positions = torch.from_numpy(draw_subset(images[split].labels.numpy(), most))
         pixels = raw_pixels(images[split].fetch(0, chosen) for chosen in positions.split(256))
         sides += [pixels, images[split].labels[positions]]
     return score_readouts(*sides)

@@ -13,7 +13,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits
-from hf_mim.training.data.splits import draw_subset
+from hf_mim.training.data.splits import draw_labelled, draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import (
@@ -210,7 +210,7 @@ def example_batches(splits: Splits):
 
 def fetch(dataset: MIMDataset, most: int) -> tuple[list, Tensor]:
     """Batches of at most so many images, always the same, and their labels (count,)."""
-    indices = draw_subset(len(dataset) if dataset.labels is None else dataset.labels.numpy(), most).tolist()
+    indices = draw_labelled(dataset.labels.numpy(), most).tolist()
     batches = [dataset.__getitems__(indices[i : i + BATCH])[0] for i in range(0, len(indices), BATCH)]
     return batches, dataset.true_labels(indices)
 

@@ -1,0 +1,106 @@
+"""`metadata.csv` and `metadata.jsonl` of `datasets`' image folders: a table beside images, a row for each of them."""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import datasets
+
+from hf_mim.training.data import urls
+from hf_mim.training.data.decoding import read_file
+from hf_mim.training.errors import DataError
+
+
+FILE_NAME = "file_name"  # the column that names the image, relative to the table; `mask_file_name` names another file
+
+
+@dataclass
+class Metadata:
+    """What tables say of images.
+
+    Args:
+        rows: by file, its values by column.
+        notes: which rows could not be used, for people.
+    """
+
+    rows: dict[str, dict] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def columns(self, files: list[str]) -> dict[str, tuple[list, object]]:
+        """{column: (a value for each file, feature)}; None for files that no table names. Of numbers and truth values
+        the type stays; what is mixed becomes text, and lists are left out."""
+        rows = [self.rows.get(file, {}) for file in files]
+        found = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row.get(name) for row in rows]
+            if name.endswith(f"_{FILE_NAME}"):
+                found[name.removesuffix(f"_{FILE_NAME}")] = values, datasets.Image(decode=False)
+            elif (feature := _feature(values)) is not None:
+                text = feature == datasets.Value("string")
+                found[name] = [str(v) if text and v is not None else v for v in values], feature
+        return found
+
+
+def read_metadata(tables: Iterable[str], files: list[str]) -> Metadata:
+    """Reads the tables of a folder.
+
+    Args:
+        tables: files `metadata.csv` or `metadata.jsonl`.
+        files: the images.
+
+    Raises:
+        DataError, OSError: one cannot be read, or says two things of one image.
+    """
+    metadata, known = Metadata(), set(files)
+    for table in tables:
+        rows, missing = _read_rows(table), 0
+        if rows and not any(FILE_NAME in row for row in rows):
+            columns = ", ".join(map(str, rows[0]))
+            metadata.notes.append(f"{table} is not used: it has no column {FILE_NAME}; its columns are {columns}")
+            continue
+        for row in rows:
+            file = _beside(table, row.pop(FILE_NAME, None))
+            row = {k: _beside(table, v) if str(k).endswith(f"_{FILE_NAME}") else v for k, v in row.items()}
+            if file not in known:
+                missing += 1
+            elif metadata.rows.setdefault(file, row) != row:
+                raise DataError(f"{table} has two rows of different values for {file}", table)
+        if missing:
+            metadata.notes.append(f"{missing:,} of {len(rows):,} rows of {table} name no image that is there")
+    return metadata
+
+
+def _read_rows(table: str) -> list[dict]:
+    try:
+        text = read_file(table).decode("utf-8-sig")
+        if table.endswith(".csv"):
+            rows = [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(io.StringIO(text))]
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {table}: {error}".partition("\n")[0], table) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f'cannot read {table}: every line must be an object like {{"{FILE_NAME}": "a.png"}}', table)
+    return rows
+
+
+def _beside(table: str, name) -> str | None:
+    """The file that a table names, of which `./` and `../` are resolved."""
+    folder = table.rpartition("/")[0]
+    if not name:
+        return None
+    return f"{folder}/{name}" if urls.is_url(table) else posixpath.normpath(f"{folder}/{name}")
+
+
+def _feature(values: list) -> datasets.Value | None:
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds or not kinds <= {bool, int, float, str}:
+        return None
+    if kinds == {bool}:
+        return datasets.Value("bool")
+    if kinds == {int} and all(abs(value) < 2**63 for value in values if value is not None):
+        return datasets.Value("int64")
+    return datasets.Value("float64" if kinds <= {int, float} else "string")
