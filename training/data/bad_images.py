@@ -19,6 +19,18 @@ class TooManyBadImages(DataError):
     """More files than `data.max_bad_images` allows cannot be used."""
 
 
+def name_file(file, name: str) -> dict:
+    """An image of a data set as {"bytes", "path"}, for messages: with a name where it has no path."""
+    if file is None:
+        return {"bytes": b"", "path": name}
+    return {**file, "path": name} if isinstance(file, dict) and file.get("path") is None else file
+
+
+def row_name(dataset, index: int) -> str:
+    """The row of a table that a part of it has at `index`, counted from 0."""
+    return f"row {index if dataset._indices is None else dataset._indices.column(0)[index].as_py()}"
+
+
 @dataclass(frozen=True)
 class BadImageReport:
     """How many images could not be used, as far as they were looked at, and what is wrong with the first in the data

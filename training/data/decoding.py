@@ -50,9 +50,13 @@ def decode(value, num_channels: int) -> np.ndarray:
     name = "an image"
     if isinstance(value, dict):
         name = value.get("path") or name
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str | Path):
         name = str(value)
+    if value is None or isinstance(value, bytes) and not value:
+        raise Undecodable(f"{name} is missing", name)
+    if not isinstance(value, bytes | str | Path | PIL.Image.Image):
+        raise Undecodable(f"{name} is no image but of the type {type(value).__name__}", name)
     try:
         if isinstance(value, PIL.Image.Image):
             pixels = _from_pillow(value, num_channels)

@@ -11,7 +11,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.bad_images import BadImageReport, BadImages
+from hf_mim.training.data.bad_images import BadImageReport, BadImages, name_file, row_name
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch
 from hf_mim.training.data.color import check_jitter, jitter_colors
@@ -127,7 +127,8 @@ class MIMDataset(ImageDataset):
 
     def _error_of(self, index: int) -> str:
         try:
-            decode(self.files[index][self.image_column], self.num_channels)
+            name = row_name(self.files, index)
+            decode(name_file(self.files[index][self.image_column], name), self.num_channels)
         except ValueError as error:
             return str(error)
         return f"image {index}"

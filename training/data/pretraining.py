@@ -52,7 +52,8 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
     train = opened[train_name]
     if isinstance(train, datasets.IterableDataset):
         images = StreamedImages(train, config, data, seed)
-        return Splits(images, None, None, "streaming data has no test split", opened.notes)
+        report = [*opened.notes, describe_columns(*find_columns(train.features or {}, data))]
+        return Splits(images, None, None, "streaming data has no test split", report)
     image_column, label_column = find_columns(train.features, data)
     labels, note = labels_or_reason(train, label_column)
     test = None
@@ -66,9 +67,10 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
     report = [*opened.notes, describe_columns(image_column, label_column)]
     report += [describe_classes(labels.classes)] if labels is not None else []
     report += [describe_part("training", len(training), labels)]
-    report += unused_splits(opened, used, "; data.extra_splits adds it to pretraining")
-    if test is None:
-        return Splits(training, None, None, note, report)
+    report += unused_splits(opened, used, "; pretraining takes it by data.extra_splits")
+    if test is None or data.max_eval_images == 0:
+        note = note if test is None else "data.max_eval_images is 0"
+        return Splits(training, None, None, note, [*report, f"Not evaluated: {note}"])
     testing = MIMDataset(test, config, data, False, seed, training.classes)
     report.append(describe_part("test", len(testing), testing.label_info, note))
     if test_name is not None and len(testing) < len(opened[test_name]):

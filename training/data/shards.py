@@ -17,7 +17,7 @@ import pyarrow
 import torch
 
 from hf_mim.training.data import urls
-from hf_mim.training.data.bad_images import allowed
+from hf_mim.training.data.bad_images import allowed, name_file
 from hf_mim.training.errors import DataError
 
 
@@ -75,7 +75,9 @@ class Shards:
             if not files:
                 break
             for file in files[: length - number] if length >= 0 else files:
-                yield file
+                # Without a path its place is its name: in messages, and where bad files are counted.
+                named = file is not None and file.get("path") is not None
+                yield file if named else name_file(file, f"row {number} of {self.name(index)}")
                 number += 1
         if number < length:
             raise UnreadableShard(f"{self.name(index)} had {length} images before and has {number} now: restore it")
