@@ -61,7 +61,7 @@ class Shards:
         Raises:
             UnreadableShard: see above.
         """
-        length, number = int(self.lengths[index]), 0
+        length, number, name = int(self.lengths[index]), 0, f"shard {index + 1} of {self.count}"
         rows = self._rest(index, 0) if self.damaged[index] else self._open(index).iter(batch_size=READ)
         while number != length:
             try:
@@ -77,7 +77,7 @@ class Shards:
             for file in files[: length - number] if length >= 0 else files:
                 # Without a path its place is its name: in messages, and where bad files are counted.
                 named = file is not None and file.get("path") is not None
-                yield file if named else name_file(file, f"row {number} of {self.name(index)}")
+                yield file if named else name_file(file, f"row {number} of {name}")
                 number += 1
         if number < length:
             raise UnreadableShard(f"{self.name(index)} had {length} images before and has {number} now: restore it")
