@@ -212,12 +212,17 @@ def convert(
     timm_name: Annotated[
         str | None, typer.Option(help="timm model name, for ConvNets other than ResNet and ConvNeXt.")
     ] = None,
+    decoder_heads: Annotated[int | None, typer.Option(help="Attention heads of MAE's decoder, if not 32 wide.")] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="The encoder's file, for a pooling head that lies alone.")
+    ] = None,
 ):
     """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
     from hf_mim.conversion import convert as run
     from hf_mim.conversion.reading import size_of
 
-    for line in run(source, out, heads=heads, image_size=size_of(image_size), timm_name=timm_name):
+    size = size_of(image_size)
+    for line in run(source, out, heads, size, timm_name, decoder_heads=decoder_heads, encoder=encoder):
         typer.echo(line)
 
 

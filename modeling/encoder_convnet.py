@@ -46,6 +46,12 @@ class ConvNetEncoder(Encoder):
             `sparse` computes on visible positions only (SparK).
         mask_stage: the stage, counted from 0, before which the token acts; its input is the mask grid. With `sparse`
             the mask grid is that of the last stage.
+        mask_after_downsampling: whether the token acts behind the downsampling with which that stage begins, in its
+            width and on its grid (A2MIM for ConvNeXt); ConvNeXts of transformers only.
+        mask_token_std: of the token's first values (0 in the released A2MIM for ConvNeXt); None is the config's
+            `initializer_range`.
+        final_norm: whether the last norm of a ConvNeXt of transformers acts at every position of the last map, before
+            the decoder and the pooling (A2MIM), and not after the pooling.
         mask_scale_init_value: with `add`, hidden cells keep their features times a learned factor per channel that
             starts here (1e-6 in the released A2MIM configs for ConvNets); None keeps them as they are.
         pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
@@ -63,29 +69,39 @@ class ConvNetEncoder(Encoder):
         model_type: str = "resnet",
         mask_style: str = "add",
         mask_stage: int = 3,
+        mask_after_downsampling: bool = False,
+        mask_token_std: float | None = None,
         mask_scale_init_value: float | None = 1e-6,
+        final_norm: bool = False,
         pixel_fill: str = "mean",
         **options,
     ):
         super().__init__()
         self.mask_style = choose("mask_style", mask_style, ("add", "token", "sparse"))
         self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
-        self.std = config.initializer_range
+        self.std = config.initializer_range if mask_token_std is None else mask_token_std
         is_timm = choose("model_type", model_type, MODEL_TYPES) == "timm"
         self.export_formats = ("timm", "onnx") if is_timm else ("transformers", "timm", "onnx")
         build = timm_stages if is_timm else native_stages
         self.network, self.strides, self.num_features = build(config, model_type, options)
         self.norm_eps = getattr(getattr(self.network, "layernorm", None), "eps", None)
         if self.norm_eps is not None:
-            self.network.layernorm = nn.Identity()  # it acts after pooling: see `pooled_norm`
+            # It acts after pooling: see `pooled_norm`.
+            self.final_norm = self.network.layernorm if final_norm else self.final_norm
+            self.network.layernorm = nn.Identity()
         depth = len(self.strides) - 1
         if not 0 <= mask_stage < depth:
             raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
-        self.mask_stage = mask_stage
+        for name, value in (("mask_after_downsampling", mask_after_downsampling), ("final_norm", final_norm)):
+            if value and (self.norm_eps is None or mask_style == "sparse"):
+                raise ValueError(f"{name} needs model_type convnext or convnextv2 and a mask_style that is not sparse")
+        self.norm_eps = None if final_norm else self.norm_eps
+        self.mask_stage, self.mask_after_downsampling = mask_stage, mask_after_downsampling
+        self.mask_level = len(self.strides) - 1 if mask_style == "sparse" else mask_stage + mask_after_downsampling
         self.hidden_size = self.num_features[-1]
         self._name_stages(self.num_features)
         self.base_grid = self.token_grid(*pair(config.image_size))
-        width = self.num_features[mask_stage]
+        width = self.num_features[self.mask_level]
         self.sparse_mask = SparseMask()
         if mask_style == "sparse":
             make_sparse(self.network, self.sparse_mask)
@@ -97,7 +113,7 @@ class ConvNetEncoder(Encoder):
 
     def init_parameters(self):
         if self.mask_token is not None:
-            init.trunc_normal_(self.mask_token, std=self.std)
+            init.trunc_normal_(self.mask_token, std=self.std) if self.std > 0 else init.zeros_(self.mask_token)
         if self.mask_scale is not None:
             init.constant_(self.mask_scale, self.initial_scale)
 
@@ -108,7 +124,7 @@ class ConvNetEncoder(Encoder):
         return nn.Identity() if self.norm_eps is None else nn.LayerNorm(self.hidden_size, eps=self.norm_eps)
 
     def mask_grid(self, height: int, width: int) -> Grid:
-        stride = self.strides[-1 if self.mask_style == "sparse" else self.mask_stage]
+        stride = self.strides[self.mask_level]
         self.token_grid(height, width)
         return grid_size((height, width), (stride, stride), "stride at the masked stage")
 
@@ -145,10 +161,12 @@ class ConvNetEncoder(Encoder):
         stem, stages = split_network(self.network)
         maps = [stem(pixel_values)]
         for i, stage in enumerate(stages):
-            entering = maps[-1]
+            features, layers = maps[-1], [stage]
             if i == self.mask_stage and bool_masked_pos is not None and self.mask_style != "sparse":
-                entering = self._hide(entering, bool_masked_pos)
-            maps.append(stage(entering))
+                if self.mask_after_downsampling:
+                    features, layers = run(stage.downsampling_layer, features), stage.layers
+                features = self._hide(features, bool_masked_pos)
+            maps.append(run(layers, features))
         return maps
 
     def _hide(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -160,6 +178,12 @@ class ConvNetEncoder(Encoder):
             kept = features if self.mask_scale is None else features * self.mask_scale.to(features.dtype)[:, None, None]
             token = kept + token
         return torch.where(hidden, token, features)
+
+
+def run(layers: Any, features: Tensor) -> Tensor:
+    for layer in layers:
+        features = layer(features)
+    return features
 
 
 def native_stages(config: MIMConfigBase, model_type: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
@@ -238,7 +262,7 @@ def timm_stages(config: MIMConfigBase, model_type: str, options: dict) -> tuple[
     return network, network.strides, network.widths
 
 
-def split_network(network: Any) -> tuple[nn.Module, list[nn.Module]]:
+def split_network(network: Any) -> tuple[nn.Module, list[Any]]:
     """-> the stem and the stages, each a module from map to map."""
     if isinstance(network, TimmStages):
         return network.parts[0], list(network.parts[1:])

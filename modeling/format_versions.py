@@ -22,6 +22,8 @@ def upgrade(fields: dict) -> dict:
 
 
 def _target_of_version_1(name: str, options: dict) -> dict:
+    if name == "frequency":
+        return {"average_spectra": False, **options}
     if name == "hog":
         return {"window": True, "angle_from": "horizontal", **options}
     if name == "moving_average":

@@ -17,6 +17,12 @@ def focal_l1(predicted: Tensor, target: Tensor) -> Tensor:
     return error * (2 * torch.sigmoid(0.2 * error) - 1)
 
 
+# What stands for the visible pixels before the transform: predicted (without gradient), target -> that.
+REPLACEMENTS: dict[str, Distance] = {
+    "mixed": lambda predicted, target: (predicted + target) / 2,
+    "prediction": lambda predicted, target: predicted,
+    "target": lambda predicted, target: target,
+}
 SPATIAL_LOSSES: dict[str, Distance] = {"l1": lambda predicted, target: (predicted - target).abs(), "focal_l1": focal_l1}
 
 
@@ -26,7 +32,7 @@ def focal_frequency_loss(
     alpha: float = 1.0,
     log_weight: bool = True,
     batch_weight: bool = True,
-    average_spectra: bool = False,
+    average_spectra: bool = True,
 ) -> Tensor:
     """The mean over frequencies of w |F(predicted) - F(target)|^2, F the orthonormal 2-D Fourier transform, of images
     (batch, channels, height, width) (Focal Frequency Loss, 2012.12821).
@@ -34,7 +40,7 @@ def focal_frequency_loss(
     The weight w = |F(predicted) - F(target)|^alpha has no gradient; `log_weight` takes ln(1 + w); it is scaled to a
     maximum of 1 over each channel's spectrum, or with `batch_weight` over the whole batch. `alpha` 0 and no log give
     w = 1, and the loss is the mean squared error of the pixels (Parseval). `average_spectra` averages over the batch
-    before comparing, as the released A2MIM configurations do: errors that cancel over the batch then cost nothing.
+    before comparing, as the released A2MIM does: errors that cancel over the batch then cost nothing.
     """
     spectrum, reference = (torch.fft.fft2(image.float(), norm="ortho") for image in (predicted, target))
     if average_spectra:
@@ -56,11 +62,12 @@ class FrequencyTarget(Target):
             former, so that `weight` means more beside it.
         weight: of the frequency loss (0.1 for ViTs, 0.5 for ResNet-50, 0 for ConvNeXt in the released configurations).
         replace: what stands for the visible patches before the transform: `mixed`, half the prediction without
-            gradient and half the image (released code), or `prediction`, the prediction without gradient (paper, as
-            remembered: unverified).
-        alpha, log_weight, batch_weight, average_spectra: see `focal_frequency_loss`. The released code averages
-            spectra; the default here does not, because then only the mean image of a batch is compared (unverified
-            which of the two the paper's results used).
+            gradient and half the image (as released); `prediction`, without gradient (paper, as remembered:
+            unverified); or `target`.
+        visible_share: how much of the prediction itself, with its gradient, is mixed into the visible patches (0.001
+            in the released configuration for ResNet-50).
+        alpha, log_weight, batch_weight, average_spectra: see `focal_frequency_loss`; defaults as released. Without
+            `average_spectra`, a variant of this project, each image is compared with its own spectrum.
     """
 
     scope = "all"
@@ -78,10 +85,11 @@ class FrequencyTarget(Target):
         loss: str = "l1",
         weight: float = 0.1,
         replace: str = "mixed",
+        visible_share: float = 0.0,
         alpha: float = 1.0,
         log_weight: bool = True,
         batch_weight: bool = True,
-        average_spectra: bool = False,
+        average_spectra: bool = True,
     ):
         super().__init__()
         size = pair(config.image_size)
@@ -89,8 +97,8 @@ class FrequencyTarget(Target):
         self.patch = (size[0] // rows, size[1] // cols)
         self.outputs = {"patches": self.patch[0] * self.patch[1] * config.num_channels}
         self.spatial = SPATIAL_LOSSES[choose("loss of target 'frequency'", loss, SPATIAL_LOSSES)]
-        self.replace = choose("replace of target 'frequency'", replace, ("mixed", "prediction"))
-        self.weight = weight
+        self.replace = REPLACEMENTS[choose("replace of target 'frequency'", replace, REPLACEMENTS)]
+        self.weight, self.visible_share = weight, visible_share
         self.frequency = partial(
             focal_frequency_loss,
             alpha=alpha,
@@ -114,8 +122,7 @@ class FrequencyTarget(Target):
 
     def frequency_loss(self, predicted: Tensor, target: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
         """predicted, target (batch, tokens, values), hidden (batch, tokens, 1) in {0, 1}."""
-        detached = predicted.detach()
-        visible = detached if self.replace == "prediction" else (detached + target) / 2
+        visible = torch.lerp(self.replace(predicted.detach(), target), predicted, self.visible_share)
         height, width = (tokens * length for tokens, length in zip(grid, self.patch))
         image = unpatchify(torch.where(hidden > 0, predicted, visible), grid, height, width)
         return self.frequency(image, unpatchify(target, grid, height, width))

@@ -18,6 +18,7 @@ from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMM
 from hf_mim.cli import main
 from hf_mim.conversion import convert
 from hf_mim.conversion.convert import model_class, own_names
+from hf_mim.conversion.convnets import dense_kernels
 from hf_mim.conversion.official import Hints, convert_state
 from hf_mim.modeling.layers import sincos_2d
 
@@ -374,6 +375,16 @@ def test_weights_of_an_unknown_variant_are_refused(tmp_path):
     path = save(peer.state_dict(), tmp_path / "clip.pth")
     with pytest.raises(ValueError, match="variant that is not known here: blocks.0.attn.norm"):
         convert(str(path), tmp_path / "out", heads=4)
+
+
+def test_sparse_kernels_of_fcmae_count_places_by_column():
+    """As ConvNeXt V2's own `remap_checkpoint_keys` turns them."""
+    kernels = {"stages.0.0.dwconv.kernel": torch.randn(49, 5), "downsample_layers.1.1.kernel": torch.randn(4, 3, 5)}
+    depthwise, plain = dense_kernels(kernels).values()
+    assert depthwise.shape == (5, 1, 7, 7) and plain.shape == (5, 3, 2, 2)
+    for row, column in ((0, 0), (1, 4), (6, 2)):
+        assert torch.equal(depthwise[:, 0, row, column], kernels["stages.0.0.dwconv.kernel"][7 * column + row])
+    assert torch.equal(plain[:, :, 1, 0], kernels["downsample_layers.1.1.kernel"][1].T)
 
 
 OFFICIAL = sorted((Path(__file__).parent / "fixtures" / "official_keys").glob("*.json"))

@@ -1,6 +1,7 @@
 """A checkpoint of another project, or a model of transformers or timm, as one of ours."""
 
 import json
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -12,13 +13,23 @@ from .official import Converted, Hints, convert_state
 from .reading import SUFFIXES, read_file
 
 
-def convert(source: str, out: str | Path, heads: int | None = None, image_size=None, timm_name: str | None = None):
+def convert(
+    source: str,
+    out: str | Path,
+    heads: int | None = None,
+    image_size=None,
+    timm_name: str | None = None,
+    decoder_heads: int | None = None,
+    encoder: str | Path | None = None,
+):
     """Converts a file, a folder or a model on the Hub into a checkpoint in `out`.
 
     Args:
         heads: attention heads, where the weights do not say and they are not 64 channels wide.
         image_size: pixels, where the weights do not say.
         timm_name: of a ConvNet of timm that is no plain ResNet or ConvNeXt.
+        decoder_heads: attention heads of MAE's decoder, where they are not 32 channels wide.
+        encoder: the file of the encoder, where `source` holds a pooling head alone (Beyond [cls]).
 
     Returns:
         the report, line by line.
@@ -32,9 +43,11 @@ def convert(source: str, out: str | Path, heads: int | None = None, image_size=N
     from .libraries import convert_folder
 
     path = Path(source)
-    hints = Hints(heads, image_size, timm_name)
+    hints = Hints(heads, image_size, timm_name, decoder_heads=decoder_heads)
     if path.is_file():
         tensors, hints.arguments, notes = read_file(path)
+        if encoder is not None:
+            tensors = with_encoder(tensors, Path(encoder))
         found = convert_state(tensors, hints)
         found.notes[:0] = notes
         if not found.fields.get("image_mean"):
@@ -49,6 +62,23 @@ def convert(source: str, out: str | Path, heads: int | None = None, image_size=N
     lines = report(found, source, model)
     (Path(out) / "conversion.json").write_text(json.dumps(summary(found), indent=2) + "\n")
     return lines
+
+
+def with_encoder(head: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A head of Beyond [cls] that was saved alone, and the weights of its encoder's file, under the names that they
+    have in one file.
+
+    Raises:
+        ValueError: the head's file has other weights, or the encoder's is none.
+    """
+    if not all(re.match(r"\d+\.", name) for name in head):
+        raise ValueError("--encoder goes with a pooling head of Beyond [cls] that was saved alone")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    # Pretraining files have a decoder, fine-tuned ones a classifier, which would be taken for what the file is about.
+    unused = r"(fc_norm|head|lm_head|decoder\w*)\.|mask_token|decoder_pos_embed"
+    kept = {name: value for name, value in read_file(path)[0].items() if not re.match(unused, name)}
+    return kept | {f"head.{name}": value for name, value in head.items()}
 
 
 def own_names(found: Converted) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Plain ResNets and ConvNeXts become the models of transformers; any other ConvNet of timm keeps timm's own code.
 """
 
+import math
 import re
 
 import timm
@@ -24,6 +25,8 @@ FROM_OFFICIAL = (
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"\.(dwconv|depthwise_conv)\.", ".conv_dw."),
     (r"\.(?:pwconv|pointwise_conv)(\d)\.", r".mlp.fc\1."),
+    (r"\.(?:ln|linear)\.(weight|bias)$", r".\1"),  # of FCMAE's sparse layers
+    (r"\.kernel$", ".weight"),
     (r"\.grn\.gamma$", ".mlp.grn.weight"),
     (r"\.grn\.beta$", ".mlp.grn.bias"),
     (r"^norm3?\.", "head.norm."),
@@ -159,6 +162,20 @@ def timm_convnet(weights: Weights, name: str, image_size) -> tuple[dict, dict[st
     return fields, state, []
 
 
+def dense_kernels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sparse layers of FCMAE's encoder (Minkowski's) in the shapes of dense ones. Their kernels are (places, inputs,
+    outputs), or (places, channels) where depthwise, and count places column by column."""
+    dense = {}
+    for name, value in tensors.items():
+        if name.endswith(".kernel"):
+            square = value.unflatten(0, (math.isqrt(len(value)), -1)).transpose(0, 1)
+            value = (square[:, :, None] if value.ndim == 2 else square).permute(3, 2, 0, 1)
+        elif re.search(r"(dwconv|downsample_layers\.\d\.1)\.bias$", name):
+            value = value.flatten()
+        dense[name] = value
+    return dense
+
+
 def mask_parts(weights: Weights, fields: dict, state: dict) -> bool:
     """Takes A2MIM's token, and the factor of what it is added to, where the stage it acts before can be told.
     -> whether it could."""
@@ -166,11 +183,14 @@ def mask_parts(weights: Weights, fields: dict, state: dict) -> bool:
     if token is None:
         return False
     with torch.device("meta"):
-        entering = MIMModel(MIMConfig(**fields)).encoder.num_features[:-1]
+        widths = MIMModel(MIMConfig(**fields)).encoder.num_features
+    options = fields["encoder_config"]
+    after = options["model_type"] == "convnext"  # A2MIM's acts behind the downsampling of a stage
+    entering = widths[1:] if after else widths[:-1]
     if entering.count(token.numel()) != 1:
         return False
-    options = fields["encoder_config"]
     options |= {"mask_style": "add", "mask_stage": entering.index(token.numel()), "mask_scale_init_value": None}
+    options |= {"mask_after_downsampling": True, "mask_token_std": 0.0} if after else {}
     state["encoder.mask_token"] = weights.take("mask_token").flatten()
     scale = weights.maybe("mask_gamma")
     if scale is not None:

@@ -177,8 +177,10 @@ def convnet_state(model: MIMModel) -> dict[str, Tensor]:
 def convnet_model(model: MIMModel) -> nn.Module:
     options = {**model.config.encoder_config}
     model_type = options.pop("model_type", "resnet")
-    for ours in ("mask_style", "mask_stage", "mask_scale_init_value", "pixel_fill"):
-        options.pop(ours, None)
+    if options.pop("final_norm", False):
+        raise ValueError("transformers' ConvNeXt has its last norm after pooling, this model before: export to timm")
+    for ours in [name for name in options if name.startswith("mask_") or name == "pixel_fill"]:
+        options.pop(ours)
     native = native_config(model.config, model_type, options)
     network = MODEL_MAPPING[type(native)](native)
     network.load_state_dict(convnet_state(model))

@@ -104,7 +104,8 @@ def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
             head, _, number = flat.rpartition("_")  # timm writes stages.0 as stages_0 where it cuts a network
             state[f"{head}.{number}.{rest}" if number.isdecimal() and head else f"{flat}.{rest}"] = value
         own = {k: v for k, v in options.items() if k not in ("model_type", "model_name") and "mask" not in k}
-        own.pop("pixel_fill", None)
+        for ours in ("pixel_fill", "final_norm"):
+            own.pop(ours, None)
         return options.get("model_name", "resnet18"), {**own, **channels}, state
     network = model.encoder.network.config
     state = {timm_name(kind, name): value for name, value in model.encoder.network.state_dict().items()}
@@ -113,8 +114,9 @@ def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
         sizes = {"layers": network.depths, "channels": [width if basic else width // 4 for width in widths]}
         return "resnet18" if basic else "resnet50", {**sizes, **channels}, state
     state = {name: value.flatten() if ".grn." in name else value for name, value in state.items()}
-    state |= named("head.norm", model.pooled_norm)
+    first = options.get("final_norm", False)  # timm has both orders of norm and pooling
+    state |= named("norm_pre", model.encoder.final_norm) if first else named("head.norm", model.pooled_norm)
     sizes = {"depths": network.depths, "dims": network.hidden_sizes, "patch_size": network.patch_size}
     scale = getattr(network, "layer_scale_init_value", 0) or None
-    sizes |= {"ls_init_value": scale if kind == "convnext" else None}
+    sizes |= {"head_norm_first": first, "ls_init_value": scale if kind == "convnext" else None}
     return f"{kind}_tiny", {**sizes, **channels}, state

@@ -12,15 +12,18 @@ from hf_mim.modeling.options import pair
 
 from . import data2vec
 from . import vit_family as vit
-from .convnets import FROM_OFFICIAL, NEW_POOLED_NORM, PARTS, convnext, mask_parts, resnet, timm_convnet
+from .convnets import FROM_OFFICIAL, NEW_POOLED_NORM, PARTS, convnext, dense_kernels, mask_parts, resnet, timm_convnet
 from .data2vec import data2vec_decoder, is_data2vec
 from .pooling_heads import abmilp_classifier
 from .reading import Weights
 from .spark import spark_decoder
+from .swin import NAMES as SWIN
+from .swin import is_swin, swin_encoder, swin_mask_token
 
 
 KINDS = (
-    "MAE, SimMIM (ViT), BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM, SparK, data2vec 2.0 as their authors save them",
+    "MAE, SimMIM, BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM, SparK, data2vec 2.0 and the encoders of Swin, "
+    "ConvNeXt V2 and FCMAE as their authors save them",
     "state dicts of timm's ViTs, ResNets and ConvNeXts (others with --timm-name)",
     "folders and Hub ids of vision models of transformers",
 )
@@ -79,6 +82,8 @@ def recognise(tensors: dict[str, Tensor], hints: Hints):
     inner = {name.removeprefix("encoder.") for name in names}
     if hints.timm_name:
         return read_convnet
+    if is_swin(tensors):
+        return read_swin
     if is_data2vec(tensors) or "layers.0.ln1.weight" in inner or "blocks.0.norm1.weight" in inner:
         return read_vit
     if {"layer1.0.conv1.weight", "conv1.weight"} <= inner or "downsample_layers.0.0.weight" in inner:
@@ -88,7 +93,7 @@ def recognise(tensors: dict[str, Tensor], hints: Hints):
     if any("attention_predictor." in name for name in names):
         raise ValueError(
             f"the file holds a pooling head of Beyond [cls] without its encoder ({', '.join(list(tensors)[:4])}): give "
-            "the file that has both"
+            "the encoder's file beside it, --encoder FILE"
         )
     if any("embeddings.patch_embeddings" in name or "embedder.embedder" in name for name in names):
         raise ValueError(
@@ -176,6 +181,9 @@ def with_abmilp_head(found: Converted, hints: Hints) -> Converted:
         return found
     if "abmilp_cond" not in hints.arguments:
         found.notes.append("the file does not say whether its pooling head reads positions: assumed that it does not")
+    if hints.arguments.get("return_block"):
+        block = hints.arguments["return_block"]
+        found.notes.append(f"the head was trained on block {block} of the encoder, and reads the last one here")
     found.notes.append("the batch norm before the classifier is folded into it: the same in evaluation")
     found.fields |= fields
     found.state |= state
@@ -190,6 +198,9 @@ def with_mae_decoder(found: Converted, hints: Hints) -> Converted:
     except ValueError as error:
         found.notes.append(f"{error}: only the encoder is converted")
         return found
+    if hints.decoder_heads is None:
+        number = fields["decoder_config"]["num_attention_heads"]
+        found.notes.append(f"{number} attention heads of the decoder are assumed: --decoder-heads says otherwise")
     normalize = hints.arguments.get("norm_pix_loss")
     if normalize is None:
         found.notes.append("the file does not say whether the targets were normalised per patch: assumed")
@@ -200,12 +211,24 @@ def with_mae_decoder(found: Converted, hints: Hints) -> Converted:
     return found
 
 
+# A2MIM's losses, which differ by architecture and are not in the weights: those of the released configurations.
+A2MIM_LOSSES = {
+    "vit": {"loss": "l1", "weight": 0.1},
+    "resnet": {"loss": "focal_l1", "weight": 0.5, "visible_share": 0.001},
+    "convnext": {"loss": "focal_l1", "weight": 0.0},
+}
+
+
 def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
     """SimMIM's and A2MIM's head, where it is one 1x1 convolution and the token that it goes with is there."""
     weights, fields, options = found.weights, found.fields, found.fields["encoder_config"]
     found.kind = kind
-    a2mim = kind == "A2MIM"
-    if fields["encoder"] == "vit":
+    a2mim, unit = kind == "A2MIM", 2
+    if fields["encoder"] == "native":
+        token = swin_mask_token(weights)
+        found.state |= token
+        complete, unit = bool(token), 2 ** (len(options["depths"]) - 1)
+    elif fields["encoder"] == "vit":
         token = weights.maybe("mask_token")
         if token is not None:
             found.state["encoder.mask_token"] = token.flatten()
@@ -213,15 +236,18 @@ def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
         complete = token is not None
     else:
         complete = mask_parts(weights, fields, found.state)
-    fields |= {"masking": "random", "masking_config": {"ratio": 0.6, "unit": 2}, "decoder": "linear"}
-    loss = {"loss": "l1" if fields["encoder"] == "vit" else "focal_l1"}
-    fields |= {"target": "frequency", "target_config": loss} if a2mim else {"target": "pixel"}
-    if not a2mim:
-        fields["target_config"] = {"normalize": False, "loss": "l1"}
+        unit = 1 if options.get("mask_after_downsampling") else 2
+    fields |= {"masking": "random", "masking_config": {"ratio": 0.6, "unit": unit}, "decoder": "linear"}
+    if a2mim:
+        loss = A2MIM_LOSSES[options.get("model_type", fields["encoder"])]
+        fields |= {"target": "frequency", "target_config": dict(loss)}
+        found.notes.append("the file does not say its losses: those of the released configurations assumed")
+    else:
+        fields |= {"target": "pixel", "target_config": {"normalize": False, "loss": "l1"}}
     if not complete or weights.tensors[f"{head}.weight"].shape[2:] != (1, 1):
         found.notes.append("the head is not the one that goes with our linear decoder: only the encoder is converted")
-        found.state.pop("encoder.mask_token", None)
-        found.state.pop("encoder.mask_scale", None)
+        for name in ("encoder.mask_token", "encoder.mask_scale", "encoder.network.embeddings.mask_token"):
+            found.state.pop(name, None)
         return found
     with torch.device("meta"):
         decoder = MIMForPreTraining(MIMConfig(**fields)).decoder
@@ -234,9 +260,19 @@ def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
     return found
 
 
+def read_swin(tensors: dict[str, Tensor], hints: Hints) -> Converted:
+    """SimMIM's, with its head, or a fine-tuned one without."""
+    weights = Weights(tensors, vit.renamer(SWIN))
+    fields, state, notes = swin_encoder(weights, hints.image_size, eps=1e-5)
+    found = Converted("Swin", fields, state, weights, notes)
+    if "decoder.0.weight" in weights:
+        return with_pixel_head(found, "decoder.0", "SimMIM")
+    return found
+
+
 def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     """A ResNet or ConvNeXt of timm, torchvision, SparK or A2MIM, or the ConvNet of timm that is named."""
-    weights = Weights(tensors, vit.renamer(FROM_OFFICIAL))
+    weights = Weights(dense_kernels(tensors), vit.renamer(FROM_OFFICIAL))
     if hints.timm_name:
         parts = timm_convnet(weights, hints.timm_name, hints.image_size)
         return Converted(f"timm's {hints.timm_name}", *parts[:2], weights, parts[2])
@@ -251,14 +287,21 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         if "dense_decoder.proj.weight" in weights:
             with_spark_decoder(found)
     elif "neck.decoder_pred.0.weight" in weights:
-        # Among OpenMixup's norms those before a change of width have the epsilon 1e-5, ours 1e-6.
         if not is_resnet:
-            notes.append("OpenMixup's ConvNeXt has norms with epsilon 1e-5, ours 1e-6: outputs differ slightly")
+            norm_every_position(found)
         found = with_pixel_head(found, "neck.decoder_pred.0", "A2MIM")
         if found.pretraining:
             leave_pooled_norm(found)
         found.kind = f"A2MIM, {name}"
     return found
+
+
+def norm_every_position(found: Converted) -> None:
+    """A2MIM's ConvNeXt norms the last map, not what is pooled of it."""
+    if NEW_POOLED_NORM not in found.notes:
+        found.fields["encoder_config"]["final_norm"] = True
+        for suffix in ("weight", "bias"):
+            found.state[f"encoder.final_norm.{suffix}"] = found.state.pop(f"pooled_norm.{suffix}")
 
 
 def with_spark_decoder(found: Converted) -> None:

@@ -1,14 +1,14 @@
 """Reading files that others wrote: without running what they hold, and without losing a key."""
 
 import argparse
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .unpickling import unpickle
 
 
 SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".safetensors")
@@ -74,32 +74,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict, list[str]]:
             return load_file(path), {}, []
         except SafetensorError as error:
             raise ValueError(f"{path.name} is no safetensors file: {error}") from error
-    content = unpickle(path)
+    content, foreign = unpickle(path)
     weights, notes = unwrap(content)
+    if foreign:
+        notes.append(f"passed over, as types that are not known here: {', '.join(foreign)}")
     arguments = content.get("args") if isinstance(content, dict) else None
     return weights, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}, notes
-
-
-def unpickle(path: Path):
-    """The content of a file of torch.save, with tensors, plain values and `argparse.Namespace` alone.
-
-    Raises:
-        ValueError: it holds another type, which is named and not made, or is no such file.
-    """
-    try:
-        # A namespace is attributes and nothing else: making one runs no code of the file's choice.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|Unsupported (?:global|class):?(?: GLOBAL)?) `?([\w.]+)", str(error))
-        if named is None:
-            raise ValueError(f"{path.name} is no file of torch.save: {str(error).splitlines()[0]}") from None
-        raise ValueError(
-            f"{path.name} holds the type {named[1]}, which is refused: reading it could run code. "
-            "Only tensors, plain values and argparse.Namespace are read"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:  # a file of another kind
-        raise ValueError(f"{path.name} is no file of torch.save: {type(error).__name__}") from error
 
 
 def unwrap(content) -> tuple[dict[str, Tensor], list[str]]:
