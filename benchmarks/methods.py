@@ -59,16 +59,17 @@ def morphed(teacher: str, more: str = "") -> list[str]:
 
 A2MIM, UNSCALED = "a2mim_resnet18_small", "model.encoder_config.mask_scale_init_value=null"
 SPATIAL = "model.target_config.weight=0"
-NORM = "model.encoder_config.final_norm=true"  # what `a2mim_vit_small` had until its ablation was known
+NO_NORM = "model.encoder_config.final_norm=false"
+PER_IMAGE = "model.target_config.average_spectra=false"
 # student -> method -> (recipe, overrides); None is the encoder as it is drawn
 STUDENTS = {
     "vit": {
         "untrained": ("quick", None),
         "mae": ("quick", []),
-        "simmim": ("maskfeat_small", [*PIXELS, "model.encoder_config.final_norm=false"]),
+        "simmim": ("maskfeat_small", PIXELS),
         "hog": ("maskfeat_small", []),
-        "a2mim": ("a2mim_vit_small", [SPATIAL, NORM]),
-        "a2mim+frequency": ("a2mim_vit_small", [NORM]),
+        "a2mim": ("a2mim_vit_small", [SPATIAL]),
+        "a2mim+frequency": ("a2mim_vit_small", []),
         "distillation": ("maskdistill_small", features(VIT)),
         "distillation, mae teacher": ("maskdistill_small", features(MAE)),
         "img2vec, resnet teacher": ("img2vec_small", features(RESNET)),
@@ -95,15 +96,15 @@ STUDENTS = {
 # One thing changed of a method above; with the first seed only.
 ABLATIONS = {
     "vit": {
-        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL]),
-        "a2mim+frequency, batch spectra": ("a2mim_vit_small", [NORM, "model.target_config.average_spectra=true"]),
+        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL, NO_NORM]),
+        "a2mim+frequency, spectra per image": ("a2mim_vit_small", [PER_IMAGE]),
         "dtm, fixed schedule": ("dtm_small", morphed(VIT, ", num_merged: 24, num_iterations: 7")),
         "dtm, random merging": ("dtm_small", morphed(VIT, ", matching: random")),
     },
     "resnet": {
         "zero fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN, "model.encoder_config.pixel_fill=zero"]),
         "mean fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN]),
-        "a2mim+frequency, batch spectra": (A2MIM, ["model.target_config.average_spectra=true"]),
+        "a2mim+frequency, spectra per image": (A2MIM, [PER_IMAGE]),
     },
 }
 STEPS = {"vit": 1000, "resnet": 250}

@@ -213,9 +213,7 @@ def convert(
         str | None, typer.Option(help="timm model name, for ConvNets other than ResNet and ConvNeXt.")
     ] = None,
     decoder_heads: Annotated[int | None, typer.Option(help="Attention heads of MAE's decoder, if not 32 wide.")] = None,
-    encoder: Annotated[
-        Path | None, typer.Option(help="The encoder's file, for a pooling head that lies alone.")
-    ] = None,
+    encoder: Annotated[Path | None, typer.Option(help="The encoder's file, for a pooling head alone.")] = None,
 ):
     """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
     from hf_mim.conversion import convert as run

@@ -28,12 +28,29 @@ def test_the_rate_follows_the_batch_or_its_root(tmp_path):
         ({"lr_scaling": "cubic"}, "lr_scaling"),
         ({"optimizer": "lion"}, "training.optimizer"),
         ({"weight_decay": 0.0, "weight_decay_end": 0.2}, "weight_decay above 0"),
+        ({"lr_scales": {"mask_token": -1}}, "lr_scales.mask_token"),
         ({"base_batch_size": 0}, "base_batch_size"),
     ],
 )
 def test_what_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
+
+
+def test_rates_by_the_name_of_a_parameter(tmp_path):
+    """The token's own group follows the schedule at a tenth, and nothing else changes."""
+    trainer = make(tmp_path, lr_scales={"mask_token": 0.1})
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    token = [p for name, p in trainer.model.named_parameters() if name.endswith("mask_token")]
+    groups = trainer.optimizer.param_groups
+    (own,) = [group for group in groups if group["params"] and group["params"][0] is token[0]]
+    assert own["params"] == token and own["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
+    for _ in range(3):
+        trainer.lr_scheduler.step()
+        assert own["lr"] == pytest.approx(groups[0]["lr"] / 10) and own["lr"] > 0
+    with pytest.raises(ValueError, match="no parameter of the model ends in that name"):
+        make(tmp_path, lr_scales={"mask_tokens": 0.1}).create_optimizer()
 
 
 class Recorder(TrainerCallback):

@@ -62,6 +62,20 @@ def test_every_recipe_of_another_command_is_valid_and_says_what_it_is(name, tmp_
     assert header["command"].startswith("hf-mim finetune ") and name in header["command"].split()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_says_where_its_learning_rate_ends(name):
+    training = recipes.read(name)["training"]
+    kind, floor = training.get("lr_scheduler_type"), training.get("lr_scheduler_kwargs") or {}
+    has_floor = kind == "cosine_with_min_lr" and len(floor.keys() & {"min_lr", "min_lr_rate"}) == 1
+    assert training.get("lr_drops") or kind in ("cosine", "linear") or has_floor
+
+
+def test_a_floor_that_is_not_given_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs.min_lr_rate"):
+        MIMTrainingArguments(output_dir=str(tmp_path), lr_scheduler_type="cosine_with_min_lr")
+    assert MIMTrainingArguments(output_dir=str(tmp_path)).lr_scheduler_type == "cosine"
+
+
 @pytest.mark.parametrize(("size", "dim", "depth"), [("small", 384, 12), ("large", 1024, 24), ("huge", 1280, 32)])
 def test_mae_takes_other_sizes_by_one_override(size, dim, depth):
     model = build(recipes.resolve("mae", [f"model.encoder_config.size={size}"])["model"])

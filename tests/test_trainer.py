@@ -80,13 +80,16 @@ def test_bf16_is_on_where_the_machine_has_it(tmp_path, monkeypatch):
         arguments(tmp_path, bf16="always")
 
 
-def test_cosine_has_warm_up_and_a_floor(tmp_path):
-    trainer = make(tmp_path, max_steps=100, learning_rate=1.0, warmup_steps=0.1)
+def test_cosine_has_warm_up_and_ends_at_0_or_the_floor(tmp_path):
+    options = {"max_steps": 100, "learning_rate": 1.0, "warmup_steps": 0.1}
+    assert schedule(make(tmp_path, **options), 100)[-1] == 0
+    floor = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01}}
+    trainer = make(tmp_path, **options, **floor)
     rates = schedule(trainer, 100)
     assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == 1 and rates[-1] == pytest.approx(0.01)
     middle = 0.01 + 0.99 * (1 + np.cos(np.pi * 45 / 90)) / 2
     assert rates[55] == pytest.approx(middle)
-    other = make(tmp_path, max_steps=100, learning_rate=1.0, warmup_steps=0.1, lr_scheduler_type="linear")
+    other = make(tmp_path, **options, lr_scheduler_type="linear")
     assert schedule(other, 100)[-1] == 0
 
 

@@ -163,8 +163,8 @@ def timm_convnet(weights: Weights, name: str, image_size) -> tuple[dict, dict[st
 
 
 def dense_kernels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sparse layers of FCMAE's encoder (Minkowski's) in the shapes of dense ones. Their kernels are (places, inputs,
-    outputs), or (places, channels) where depthwise, and count places column by column."""
+    """The sparse layers of FCMAE's encoder (Minkowski's) in the shapes of dense ones. Their kernels are (places,
+    inputs, outputs), or (places, channels) where depthwise, and count places column by column."""
     dense = {}
     for name, value in tensors.items():
         if name.endswith(".kernel"):

@@ -13,6 +13,8 @@ import torch
 DICTS = ("CfgNode", "ConfigDict", "DictConfig", "EasyDict", "AttrDict", "defaultdict")
 # Of files in torch's format from before 1.6, whose types cannot be listed before they are read.
 KNOWN = ("yacs.config.CfgNode", "pathlib.PosixPath", "pathlib.WindowsPath")
+# Whoever wants functions of these modules is up to something.
+RUNNERS = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "shutil")
 
 
 class Unread:
@@ -69,8 +71,6 @@ def foreign_types(path: Path) -> list[str]:
         return list(KNOWN)
     names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}
     for name in sorted(names):
-        if name.split(".")[0] in ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "importlib"):
-            raise ValueError(
-                f"{path.name} holds {name}, which is refused: no checkpoint needs it, and it could run code"
-            )
+        if name.split(".")[0] in RUNNERS:
+            raise ValueError(f"{path.name} holds {name}, which is refused: it could run code, and no weights need it")
     return sorted(names)

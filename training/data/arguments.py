@@ -37,6 +37,8 @@ class DataArguments:
         max_eval_images: use at most so many images of either split for the scores, drawn at random, always the same and
             of every class; 0 leaves the scores out.
         crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
+        interpolation: how random crops are resized, bicubic or bilinear (SimMIM, A2MIM); whole images are always
+            resized by bicubic interpolation.
         horizontal_flip: mirror half of the training images.
         color_jitter: strength, in [0, 1], of random brightness, contrast and saturation, after the crop; 0 changes
             nothing. For images of one or three channels.
@@ -64,6 +66,7 @@ class DataArguments:
     max_train_images: int | None = None
     max_eval_images: int | None = None
     crop_scale: list[float] | None = None
+    interpolation: str = "bicubic"
     horizontal_flip: bool = True
     color_jitter: float = 0.0
     crop_on_device: bool = False
@@ -81,6 +84,11 @@ class DataArguments:
                 "data.crop_on_device needs images that are held in memory: leave out data.streaming",
                 "data.crop_on_device",
             )
+        if self.interpolation not in ("bicubic", "bilinear"):
+            message = f"data.interpolation must be bicubic or bilinear, not {self.interpolation!r}"
+            raise RecipeError(message, "data.interpolation")
+        if self.interpolation != "bicubic" and self.crop_on_device:
+            raise RecipeError("data.crop_on_device is bicubic: leave data.interpolation out", "data.interpolation")
         if not 0 <= self.color_jitter <= 1:
             raise RecipeError(f"data.color_jitter must be in [0, 1], not {self.color_jitter}", "data.color_jitter")
         if self.color_jitter and self.crop_on_device:

@@ -50,6 +50,7 @@ class MIMDataset(ImageDataset):
         self.image_column, self.seed, self.train = image_column, seed, train
         self.size, self.num_channels = pair(config.image_size), config.num_channels
         self.crop_scale = data.crop_scale if train else None
+        self.interpolation = data.interpolation
         self.horizontal_flip = data.horizontal_flip and train
         self.color_jitter = data.color_jitter if train else 0.0
         check_jitter(data.color_jitter, self.num_channels)
@@ -148,7 +149,7 @@ class MIMDataset(ImageDataset):
         boxes = crop_boxes(uniforms, np.array([image.shape[-2:] for image in images]), self.size, self.crop_scale)
         batch = torch.empty((len(images), self.num_channels, *self.size), dtype=torch.uint8)
         for cropped, image, box in zip(batch, images, boxes):
-            cropped.copy_(crop(image, box, self.size))
+            cropped.copy_(crop(image, box, self.size, self.interpolation))
         return batch
 
     def _crops(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
@@ -160,7 +161,8 @@ class MIMDataset(ImageDataset):
         if self.crop_scale is None:
             return resize(images, self.size)
         sizes = np.tile(images.shape[-2:], (len(images), 1))
-        return crop_batch(images, crop_boxes(uniforms, sizes, self.size, self.crop_scale), self.size)
+        boxes = crop_boxes(uniforms, sizes, self.size, self.crop_scale)
+        return crop_batch(images, boxes, self.size, self.interpolation)
 
     def _open_cache(self, data: DataArguments) -> DecodedCache:
         def read_image(index: int) -> np.ndarray:

@@ -165,6 +165,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         if data.crop_scale is None:
             image = resize(image, size)
         else:
-            image = crop_batch(image, crop_boxes(uniforms, sizes, size, data.crop_scale), size)
+            boxes = crop_boxes(uniforms, sizes, size, data.crop_scale)
+            image = crop_batch(image, boxes, size, data.interpolation)
         image = flip_batch(image, uniforms[:, -1] < 0.5) if data.horizontal_flip else image
         return ImageBatch(jitter_colors(image, [rng], data.color_jitter) if data.color_jitter else image, [rng])

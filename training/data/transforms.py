@@ -53,13 +53,14 @@ def _centred(sizes: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.stack([(heights - crop_h) // 2, (widths - crop_w) // 2, crop_h, crop_w], axis=-1)
 
 
-def resize(image: torch.Tensor, size: tuple[int, int], box=None) -> torch.Tensor:
-    """Bicubic with antialiasing, as `processor_for` does it.
+def resize(image: torch.Tensor, size: tuple[int, int], box=None, interpolation: str = "bicubic") -> torch.Tensor:
+    """With antialiasing; bicubic as `processor_for` does it.
 
     Args:
         image: (..., channels, height, width), uint8; fastest where the channels lie innermost in memory, as a decoded
             file's do.
         box: top, left, height, width of the part to keep; None is all of it.
+        interpolation: one of `INTERPOLATIONS`.
     """
     if box is not None:
         top, left, height, width = map(int, box)
@@ -68,12 +69,24 @@ def resize(image: torch.Tensor, size: tuple[int, int], box=None) -> torch.Tensor
         return image
     # torchvision's resize ends in the same call, but takes half as long again.
     batch = image[None] if image.ndim == 3 else image
-    resized = F.interpolate(batch, size=tuple(size), mode="bicubic", antialias=True)
+    resized = F.interpolate(batch, size=tuple(size), mode=interpolation, antialias=True)
     return resized[0] if image.ndim == 3 else resized
 
 
-def resample_matrix(starts: torch.Tensor, lengths: torch.Tensor, source: int, out: int) -> torch.Tensor:
-    """Weights of antialiased bicubic resampling of an interval to `out` pixels, one matrix per image.
+def cubic(x: torch.Tensor) -> torch.Tensor:
+    """Keys' kernel with a = -0.5, which PIL and torchvision use where they antialias, of distances of at least 0."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, far) * (x < 2)
+
+
+INTERPOLATIONS = {"bicubic": cubic, "bilinear": lambda x: (1 - x).clamp(min=0)}
+
+
+def resample_matrix(
+    starts: torch.Tensor, lengths: torch.Tensor, source: int, out: int, interpolation: str = "bicubic"
+) -> torch.Tensor:
+    """Weights of antialiased resampling of an interval to `out` pixels, one matrix per image.
 
     Args:
         starts, lengths: (batch,), the intervals in pixels, within [0, source).
@@ -87,21 +100,20 @@ def resample_matrix(starts: torch.Tensor, lengths: torch.Tensor, source: int, ou
     centres = (torch.arange(out, device=starts.device)[:, None] + 0.5) * step
     pixels = torch.arange(source, device=starts.device) - starts
     x = ((pixels + 0.5 - centres) / widen).abs()
-    # Keys' cubic with a = -0.5, which PIL and torchvision use where they antialias.
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, far) * ((x < 2) & (pixels >= 0) & (pixels < lengths))
+    weights = INTERPOLATIONS[interpolation](x) * ((pixels >= 0) & (pixels < lengths))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def crop(image: torch.Tensor, box: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def crop(image: torch.Tensor, box: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> torch.Tensor:
     """`crop_batch` of one image (channels, height, width)."""
     if max(*image.shape[-2:], *size) > SMALL:
-        return resize(image, size, box)
-    return crop_batch(image[None], box[None], size)[0]
+        return resize(image, size, box, interpolation)
+    return crop_batch(image[None], box[None], size, interpolation)[0]
 
 
-def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def crop_batch(
+    images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic"
+) -> torch.Tensor:
     """Crops and resizes images of one size, each with its own box.
 
     Args:
@@ -113,14 +125,17 @@ def crop_batch(images: torch.Tensor, boxes: np.ndarray, size: tuple[int, int]) -
     """
     height, width = images.shape[-2:]
     if max(height, width, *size) > SMALL:
-        return torch.stack([resize(image, size, box) for image, box in zip(images, boxes, strict=True)])
-    return resample(images, torch.from_numpy(boxes), size)
+        pairs = zip(images, boxes, strict=True)
+        return torch.stack([resize(image, size, box, interpolation) for image, box in pairs])
+    return resample(images, torch.from_numpy(boxes), size, interpolation)
 
 
-def resample(images: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resample(
+    images: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], interpolation: str = "bicubic"
+) -> torch.Tensor:
     """`crop_batch` by two matrix products, on the device of images and boxes, which nobody waits for."""
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[-2], size[0])
-    columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[-1], size[1])
+    rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[-2], size[0], interpolation)
+    columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[-1], size[1], interpolation)
     # Rounded between the passes as well, as torchvision and PIL do.
     resized = (images.float() @ columns[:, None].mT).round_().clamp_(0, 255)
     return (rows[:, None] @ resized).round_().clamp_(0, 255).to(torch.uint8)

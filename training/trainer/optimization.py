@@ -23,6 +23,7 @@ class OptimizationArguments(TrainingArguments):
         lr_scaling: how the learning rate follows the total batch, which is that of one device times devices,
             processes and accumulation steps: linear, or sqrt (DTM).
         optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips), or None for that of `optim`.
+        lr_scales: factors of the learning rate by the last name of a parameter, such as {"mask_token": 0.1} (A2MIM).
         weight_decay_end: where `weight_decay` moves to along half a cosine over the whole training (SparK); None: it
             stays.
     """
@@ -33,6 +34,7 @@ class OptimizationArguments(TrainingArguments):
     base_batch_size: int = field(default=256, metadata={"help": "Images that base_learning_rate is for."})
     lr_scaling: str = field(default="linear", metadata={"help": "How the rate follows the batch: linear or sqrt."})
     optimizer: str | None = field(default=None, metadata={"help": "lamb, or None for that of optim."})
+    lr_scales: dict | None = field(default=None, metadata={"help": "Factors of the learning rate by parameter name."})
     weight_decay_end: float | None = field(default=None, metadata={"help": "What weight_decay moves to."})
 
     def check_optimization(self) -> None:
@@ -45,6 +47,9 @@ class OptimizationArguments(TrainingArguments):
             raise ValueError(f"training.base_batch_size must be at least 1, not {self.base_batch_size}")
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise unknown_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        for name, scale in (self.lr_scales or {}).items():
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+                raise ValueError(f"training.lr_scales.{name} must be a number of at least 0, not {scale!r}")
         if self.weight_decay_end is not None and not (self.weight_decay > 0 and self.weight_decay_end >= 0):
             raise ValueError(
                 "training.weight_decay_end, at least 0, needs a weight_decay above 0 to start from: "
@@ -60,6 +65,26 @@ def lamb(args: TrainingArguments) -> tuple[type, dict]:
     """-> the class and its settings."""
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "max_grad_norm": None}
     return Lamb, settings
+
+
+def scale_rates(optimizer, parameters: dict, scales: dict[str, float]) -> None:
+    """Gives the parameters that `scales` names groups of their own, with that share of the learning rate.
+
+    Args:
+        parameters: by name.
+
+    Raises:
+        ValueError: no parameter has one of the names.
+    """
+    for last, scale in scales.items():
+        chosen = {id(p) for name, p in parameters.items() if name.rsplit(".", 1)[-1] == last}
+        if not chosen:
+            raise ValueError(f"training.lr_scales names {last!r}, and no parameter of the model ends in that name")
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in chosen]
+            if moved:
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
 
 
 class WeightDecayCallback(TrainerCallback):

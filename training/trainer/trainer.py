@@ -22,7 +22,7 @@ from hf_mim.training.data.base import FollowsEpochs, ImageDataset
 from hf_mim.training.data.batches import normalize_batch
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.foreign_errors import is_lost_worker
-from hf_mim.training.trainer.optimization import OptimizationArguments, WeightDecayCallback, lamb
+from hf_mim.training.trainer.optimization import OptimizationArguments, WeightDecayCallback, lamb, scale_rates
 from hf_mim.training.trainer.pushing import PushMixin, check_hub_strategy
 from hf_mim.training.trainer.saving import SafeCheckpointMixin, handle_children, lost_worker, outlive_sigterm
 from hf_mim.training.trainer.throughput import Throughput, flops_per_image, peak_flops
@@ -51,6 +51,8 @@ class MIMTrainingArguments(OptimizationArguments):
     Args:
         learning_rate: wins over `base_learning_rate` where it is given.
         bf16: "auto" turns it on where the machine has the instructions.
+        lr_scheduler_type: half a cosine to 0 by default; `cosine_with_min_lr` ends at the floor that
+            `lr_scheduler_kwargs` must name, `min_lr` or, as a share of the peak, `min_lr_rate`.
         lr_drops: shares of the training, in (0, 1), after which the learning rate falls to a tenth; it replaces
             `lr_scheduler_type` where it is given, and is constant but for that and the warm-up.
         resume: go on in `output_dir` from its last complete checkpoint, exactly as if there had been no break; from
@@ -68,8 +70,7 @@ class MIMTrainingArguments(OptimizationArguments):
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
-    lr_scheduler_type: SchedulerType | str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict | str | None = None
+    lr_scheduler_type: SchedulerType | str = "cosine"
     warmup_steps: float = 0.05
     logging_steps: float = 10
     save_strategy: SaveStrategy | str = "epoch"
@@ -94,7 +95,10 @@ class MIMTrainingArguments(OptimizationArguments):
         if self.bf16 == "auto":
             self.bf16 = has_bf16() and not self.fp16
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
+            raise ValueError(
+                "training.lr_scheduler_type=cosine_with_min_lr needs its floor: set "
+                "training.lr_scheduler_kwargs.min_lr_rate, a share of the learning rate such as 0.01, or .min_lr"
+            )
         # TrainingArguments refuses bf16 without a GPU, unless the CPU was asked for.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -263,6 +267,13 @@ class MIMTrainer(SafeCheckpointMixin, PushMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def create_optimizer(self, model=None):
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if is_new and getattr(self.args, "lr_scales", None):
+            named = (self.model if model is None else model).named_parameters()
+            scale_rates(optimizer, {WRAPPERS.sub("", name): p for name, p in named}, self.args.lr_scales)
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
