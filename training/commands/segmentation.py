@@ -167,16 +167,17 @@ def choose_stages(encoder: MIMModel, factors: list[float] | None) -> tuple[list[
     names, widths = encoder.encoder.stage_names, encoder.encoder.num_features
     if len(set(widths)) > 1 or encoder.encoder.strides is not None:
         if factors is not None:
-            raise ValueError("finetune.pyramid is for encoders of one stride; the stages of this one have several")
+            message = "finetune.pyramid is for encoders of one stride; the stages of this one have several"
+            raise RecipeError(message, "finetune.pyramid")
         last = [name for name, width, after in zip(names, widths, [*widths[1:], None]) if width != after][-4:]
         if len(last) < 2:
-            raise ValueError("this encoder has a single map, of one stride; UperNet needs maps of several")
+            raise CheckpointError("this encoder has a single map, of one stride; UperNet needs maps of several")
         return last, None
     depth = len(names) - 1
     chosen = sorted({round(depth * share) for share in DEPTHS})
     chosen = chosen if len(chosen) == 4 else list(range(depth + 1))[-4:]
     if len(chosen) < 4:
-        raise ValueError(f"UperNet takes the maps of four blocks, and this encoder has {depth} blocks; 3 would do")
+        raise CheckpointError(f"UperNet takes the maps of four blocks, and this encoder has {depth} blocks; 3 would do")
     if factors is None:
         cell = pair(encoder.config.image_size)[0] / encoder.encoder.token_grid(*pair(encoder.config.image_size))[0]
         finest = 2.0 ** round(math.log2(cell / 4))
