@@ -36,7 +36,7 @@ from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import token_diversity
 from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
-from hf_mim.training.trainer.trainer import has_bf16
+from hf_mim.training.trainer.arguments import has_bf16
 
 
 PIXELS = ["model.target=pixel", "model.target_config={normalize: false, loss: l1}"]

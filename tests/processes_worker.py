@@ -23,8 +23,9 @@ from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.commands.teacher import fit_codebook
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.pretraining import Splits
-from hf_mim.training.trainer.monitor import Watch
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.monitor import TrainingMonitor
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 BATCH, STEPS = 8, 6  # images of all processes together
@@ -59,7 +60,7 @@ def train(folder: Path, data, resume=False, watched=False, **changes) -> tuple[M
     if watched:
         plain = data.without_augmentation()
         plain.labels = torch.arange(len(data)) % 3
-        trainer.add_callback(Watch(trainer, Splits(data, plain, plain, ""), folder, 3, lambda text: None))
+        trainer.add_callback(TrainingMonitor(trainer, Splits(data, plain, plain, ""), folder, 3, lambda text: None))
     seen = {"masks": [], "seeds": []}
 
     def note(module, args, inputs):

@@ -77,7 +77,7 @@ def test_two_processes_are_one_with_the_doubled_batch_and_go_on_after_one_was_ki
     _, errors = launch(killed, *words, command=(str(ROOT / "tests" / "killed_worker.py"), "pretrain"), code=1)
     (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     again = f"accelerate launch --num_processes 2 ... -m hf_mim pretrain {killed} training.resume=true"
-    assert "process 1 of 2 (pid " in message and "is gone" in message
+    assert "process 1 of 2 (pid " in message and "was killed" in message
     assert f"the last complete checkpoint is {killed / 'checkpoint-3'}; resume with: {again}" in message
     assert "hf_mim/training" not in errors  # no traceback of ours
     printed, _ = launch(killed, *words, "training.resume=true")

@@ -227,7 +227,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
     options = {"streamed": True, "dataloader_num_workers": 2, "save_steps": 2}
     whole = finish(tmp_path / "whole", **options)
     kill_a_worker(monkeypatch, 5)
-    words = r"a worker of the loader is gone after step \d \(.*\); go on from .*checkpoint-[46] with training.resume"
+    words = r"a data loader worker was killed after step \d \(.*\); resume from .*checkpoint-[46] with training.resume"
     with pytest.raises(ChildProcessError, match=words):
         trainer(tmp_path / "run", **options).train()
     assert not multiprocessing.active_children()  # nor is the other one left
@@ -256,10 +256,10 @@ def test_on_the_command_line_a_killed_worker_is_one_sentence(tmp_path, monkeypat
     capsys.readouterr()
     assert cli.main([*words, f"training.output_dir={tmp_path / 'run'}"]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
-    assert printed[-1].startswith("error: a worker of the loader is gone after step 1")
+    assert printed[-1].startswith("error: a data loader worker was killed after step 1")
     last = last_checkpoint(tmp_path / "run")
     assert last.name in ("checkpoint-10", "checkpoint-15")
-    assert f"go on from {last} with training.resume=true" in printed[-1]
+    assert f"resume from {last} with training.resume=true" in printed[-1]
     assert not any("Traceback" in line for line in printed)
     assert cli.main(["pretrain", str(tmp_path / "run"), "training.resume=true"]) == 0
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))

@@ -20,10 +20,10 @@ from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation import classification as evaluation
 from hf_mim.training.evaluation.metrics import score_classes
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 from hf_mim.training.trainer.layer_decay import layer_of_parameters
-from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 CLASSES = 3

@@ -17,7 +17,7 @@ from hf_mim.hub.errors import explain
 from hf_mim.hub.files import weight_files
 from hf_mim.hub.push import push
 from hf_mim.training.checkpoint import load_model
-from hf_mim.training.trainer.trainer import MIMTrainingArguments
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "checkpoint_v1"

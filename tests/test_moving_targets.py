@@ -6,8 +6,9 @@ from torch.utils.data import Dataset
 
 from hf_mim import MIMForPreTraining
 from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.saving import MOVING_STATE
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments, seed_of
+from hf_mim.training.trainer.trainer import MIMTrainer, seed_of
 
 
 class Noise(Dataset):

@@ -8,7 +8,7 @@ from test_trainer import make
 from timm.optim import Lamb
 from transformers import TrainerCallback
 
-from hf_mim.training.trainer.trainer import MIMTrainingArguments
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 
 def arguments(folder, **options) -> MIMTrainingArguments:

@@ -1,4 +1,4 @@
-"""Two processes are one with the doubled batch, whatever the target; and what is said where one of them is gone."""
+"""Two processes are one with the doubled batch, whatever the target; what is printed when one of them was killed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from test_pretrain import ROOT, equal, weights
 
 from hf_mim.training.checkpoint import load_encoder, load_model
 from hf_mim.training.trainer import processes
-from hf_mim.training.trainer.processes import Lookout
+from hf_mim.training.trainer.processes import PeerWatchdog
 from hf_mim.training.trainer.saving import last_checkpoint
 
 
@@ -137,7 +137,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     a_run_that_saves_shards_ends_whole_can_be_resumed_and_merged(two)
 
 
-# ---- when one is gone ----------------------------------------------------------------------------------------------
+# ---- when one was killed --------------------------------------------------------------------------------------------
 @pytest.fixture
 def child():
     """A process beside this one."""
@@ -147,44 +147,44 @@ def child():
     process.wait()
 
 
-def lookout(monkeypatch, child, store=None, other=None) -> Lookout:
+def watchdog(monkeypatch, child, store=None, other=None) -> PeerWatchdog:
     """That of process 0 of two, the other of which is `child`, here or at another place."""
     store = store or torch.distributed.HashStore()
     monkeypatch.setattr(processes, "store", lambda: store)
     monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, (other or processes.place(), child.pid)])
+    monkeypatch.setattr(
+        processes, "gather_object", lambda mine: [*mine, (other or processes.pid_namespace(), child.pid)]
+    )
     monkeypatch.setattr(processes, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(processes, "PATIENCE", 0.1)
     monkeypatch.setattr(processes, "SETTLE", 0.2)
-    return Lookout(2, lambda: "go on with: this")
+    return PeerWatchdog(2, lambda: "resume with: this")
 
 
 def test_a_process_that_waits_in_vain_ends_with_one_message(monkeypatch, child, capsys):
     ended = threading.Event()
     monkeypatch.setattr(processes.os, "_exit", lambda code: ended.set())
-    with lookout(monkeypatch, child) as watching:
+    with watchdog(monkeypatch, child) as watching:
         assert not ended.wait(0.3) and watching.gone() == []
         child.kill()  # not waited for: its entry stays, as that of a process whose launcher is busy
         assert ended.wait(10) and watching.gone() == [1]
     error = capsys.readouterr().err
-    assert (
-        error == f"error: process 1 of 2 (pid {child.pid}) is gone: killed, for want of memory say; go on with: this\n"
-    )
+    assert error == f"error: process 1 of 2 (pid {child.pid}) was killed (out of memory?); resume with: this\n"
 
 
 def test_a_broken_connection_is_put_into_words_and_other_errors_are_not(monkeypatch, child, capsys):
     broken = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer")
-    with pytest.raises(SystemExit) as end, lookout(monkeypatch, child, other=("elsewhere", "")):
+    with pytest.raises(SystemExit) as end, watchdog(monkeypatch, child, other=("elsewhere", "")):
         raise broken
     assert end.value.code == 1
     error = capsys.readouterr().err
-    assert "one of 2 processes, on another machine perhaps, is gone or does not answer" in error
+    assert "one of 2 processes, perhaps on another machine, was killed or does not answer" in error
     assert "Connection closed by peer" in error and error.count("\n") == 1
     for other in (ValueError("a bad word"), RuntimeError("a mistake of ours")):
         store = torch.distributed.HashStore()
-        with pytest.raises(type(other), match=str(other)), lookout(monkeypatch, child, store):
+        with pytest.raises(type(other), match=str(other)), watchdog(monkeypatch, child, store):
             raise other
-        with pytest.raises(SystemExit) as end, lookout(monkeypatch, child, store):  # what another has said by now
+        with pytest.raises(SystemExit) as end, watchdog(monkeypatch, child, store):  # what another has said by now
             raise other
     assert end.value.code == 1 and capsys.readouterr().err == ""
 
@@ -192,7 +192,7 @@ def test_a_broken_connection_is_put_into_words_and_other_errors_are_not(monkeypa
 def test_an_error_on_another_machine_ends_those_who_wait_here(monkeypatch, child, capsys):
     store, codes = torch.distributed.HashStore(), []
     monkeypatch.setattr(processes.os, "_exit", codes.append)
-    with lookout(monkeypatch, child, store):
+    with watchdog(monkeypatch, child, store):
         store.add(processes.CLAIM, 1)  # it has been said there
         until = time.monotonic() + 10
         while not codes and time.monotonic() < until:
@@ -201,6 +201,6 @@ def test_an_error_on_another_machine_ends_those_who_wait_here(monkeypatch, child
 
 
 def test_one_process_alone_is_left_alone():
-    with pytest.raises(RuntimeError, match="gloo"), Lookout(1, lambda: ""):
+    with pytest.raises(RuntimeError, match="gloo"), PeerWatchdog(1, lambda: ""):
         raise RuntimeError("/gloo/")
     assert processes.is_alive(psutil.Process(os.getpid()))

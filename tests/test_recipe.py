@@ -19,8 +19,8 @@ from hf_mim.training.commands.finetune import training_arguments
 from hf_mim.training.commands.probe_setup import ProbeArguments
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.errors import RecipeError
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
-from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 NAMES = sorted(recipes.recipe_files())

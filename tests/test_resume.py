@@ -27,9 +27,10 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.trainer import saving
+from hf_mim.training.trainer import saving, stopping
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 # Two passes of 22 images in batches of 4 with 2 accumulated: 3 steps an epoch, the last of two batches, one of them
@@ -113,6 +114,17 @@ def test_after_a_resume_in_the_middle_of_an_epoch_the_epoch_is_exact(tmp_path, m
     assert fetched[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_complete_run_takes_no_further_step(tmp_path, streamed):
+    whole, losses = finish(tmp_path, streamed, save_steps=STEPS)  # in the middle of the third epoch
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+    for options in ({"save_steps": STEPS}, {"save_strategy": "epoch"}):
+        again, logged = finish(tmp_path, streamed, **options)
+        assert equal({name: whole[name] for name in again}, again) and logged == losses
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == after
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 def test_a_checkpoint_appears_when_it_is_complete(tmp_path, monkeypatch):
     seen, publish = [], saving.publish
@@ -142,7 +154,7 @@ def test_what_is_half_written_is_not_picked_up(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_own_state", "save_model"])
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_extra_state", "save_model"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, part):
     write = getattr(MIMTrainer, part)
 
@@ -201,14 +213,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, monkey
 
     folder = f"training.output_dir={tmp_path / 'run'}"
     run(*RUN, f"training.output_dir={tmp_path / 'whole'}")
-    handlers = [signal.getsignal(number) for number in saving.StopCallback.SIGNALS]
+    handlers = [signal.getsignal(number) for number in stopping.StopCallback.SIGNALS]
     monkeypatch.setattr(commands.MIMTrainer, "training_step", signalled)
     out = io.StringIO()
     with pytest.raises(error) as caught:
         pretrain("quick", [*RUN, folder], Console(file=out, width=400))
     if number == signal.SIGTERM:
         assert caught.value.code == 143
-    assert handlers == [signal.getsignal(number) for number in saving.StopCallback.SIGNALS]
+    assert handlers == [signal.getsignal(number) for number in stopping.StopCallback.SIGNALS]
     last = out.getvalue().strip().splitlines()[-1]
     assert last == f"stopped at step 5 of 12; resume with: hf-mim pretrain {tmp_path / 'run'} training.resume=true"
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-5"

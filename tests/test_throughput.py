@@ -84,4 +84,4 @@ def test_a_run_logs_how_fast_it_is_and_where_the_time_goes(tmp_path):
     assert str(tmp_path / "profile" / "summary.md") in said[0]
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:
         assert json.load(file)["traceEvents"]
-    assert "forward" not in vars(trainer.model.decoder) and "values" not in vars(trainer.model.target)
+    assert "forward" not in vars(trainer.model.decoder) and "targets" not in vars(trainer.model.target)

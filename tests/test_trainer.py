@@ -12,11 +12,13 @@ from helpers import tiny_config
 from rich.console import Console
 
 from hf_mim import MIMForPreTraining
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
-from hf_mim.training.trainer import trainer as trainers
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.trainer import arguments as training_arguments
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 def model(seed=0, **changes) -> MIMForPreTraining:
@@ -43,7 +45,7 @@ def make(folder, network=None, data=None, console=None, **options) -> MIMTrainer
         args=arguments(folder, **options),
         train_dataset=data or dataset(),
         data_collator=MIMCollator(network.config, network.mask_grid(16, 16)),
-        console=console,
+        console=console and RunConsole(console),
     )
 
 
@@ -73,7 +75,7 @@ def test_the_learning_rate_follows_the_total_batch(tmp_path):
 
 def test_bf16_is_on_where_the_machine_has_it(tmp_path, monkeypatch):
     for has in (True, False):
-        monkeypatch.setattr(trainers, "has_bf16", lambda has=has: has)
+        monkeypatch.setattr(training_arguments, "has_bf16", lambda has=has: has)
         assert MIMTrainingArguments(output_dir=str(tmp_path)).bf16 is has
     assert arguments(tmp_path, bf16=True).bf16 is True
     with pytest.raises(ValueError, match="true, false or auto"):

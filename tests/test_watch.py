@@ -100,7 +100,7 @@ def watched(folder, network, **options) -> list[str]:
     """The warnings of a short run."""
     said, data = [], dataset(32)
     trainer = make(folder, network, data=data, logging_steps=1, **options)
-    trainer.add_callback(watch.Watch(trainer, Splits(data, None, None, ""), folder, 0.25, said.append))
+    trainer.add_callback(watch.TrainingMonitor(trainer, Splits(data, None, None, ""), folder, 0.25, said.append))
     trainer.train()
     return said
 
@@ -129,7 +129,7 @@ def test_a_loss_that_learns_nothing_is_named_and_one_that_learns_is_not(tmp_path
 
 @pytest.mark.parametrize("broken", ["loss", "weights"])
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys, broken):
-    step = saving.SafeCheckpointMixin.get_batch_samples
+    step = saving.CheckpointingTrainer.get_batch_samples
 
     def spoil(self, *args, **kwargs):
         if self.state.global_step == 4:
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path, monkeypat
                 parameter[0].fill_(float("nan"))
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(saving.SafeCheckpointMixin, "get_batch_samples", spoil)
+    monkeypatch.setattr(saving.CheckpointingTrainer, "get_batch_samples", spoil)
     folder = tmp_path / "run"
     words = [*TINY, "training.per_device_train_batch_size=16", f"training.output_dir={folder}"]
     words += ["training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=1"]

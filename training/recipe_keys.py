@@ -23,7 +23,7 @@ SECTIONS = {
     "data": (("hf_mim.training.data.arguments", "DataArguments"),),
     "training": (
         ("transformers.training_args", "TrainingArguments"),
-        ("hf_mim.training.trainer.trainer", "MIMTrainingArguments"),
+        ("hf_mim.training.trainer.arguments", "MIMTrainingArguments"),
     ),
     "finetune": (("hf_mim.training.trainer.finetune_arguments", "FinetuneArguments"),),
 }

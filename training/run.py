@@ -28,10 +28,12 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError, UserError
 from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
-from hf_mim.training.trainer.processes import Lookout
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.processes import PeerWatchdog
 from hf_mim.training.trainer.remote import RemoteRun
-from hf_mim.training.trainer.saving import StopCallback, last_checkpoint
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.trainer.saving import last_checkpoint
+from hf_mim.training.trainer.stopping import StopCallback
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 # Any of these in a folder says that it holds a run already.
@@ -224,7 +226,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         """Around what writes into the folder: at its end the URL has all of it, where there is one."""
         return self.remote or nullcontext()
 
-    def watchdog(self) -> Lookout:
+    def watchdog(self) -> PeerWatchdog:
         """A context in which the loss of another process ends the run with what is needed to resume."""
 
         def how_to_resume() -> str:
@@ -232,7 +234,7 @@ class TrainingRun(Run, Generic[TrainerT]):
             state = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
             return f"{state}; resume with: {self.resume_command}"
 
-        return Lookout(self.arguments.world_size, how_to_resume)
+        return PeerWatchdog(self.arguments.world_size, how_to_resume)
 
     def _log_stopped(self, trainer: TrainerT) -> None:
         step, steps = trainer.state.global_step, trainer.state.max_steps

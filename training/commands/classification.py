@@ -77,7 +77,7 @@ def make_trainer(
         compute_metrics=lambda output: score_classes(output.predictions, output.label_ids),
         options=run.options,
         encoder=encoder,
-        console=run.console.rich,
+        console=run.console,
     )
 
 

@@ -26,7 +26,7 @@ from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_inte
 from hf_mim.training.output_folder import choose_folder
 from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import Run, best_device, dataset_title, name_of, on_device, size_title, versions
-from hf_mim.training.trainer.trainer import has_bf16
+from hf_mim.training.trainer.arguments import has_bf16
 
 
 @dataclass

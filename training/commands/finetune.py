@@ -16,9 +16,9 @@ from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.plots import charts
 from hf_mim.training.run import TrainingRun, which_run
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
-from hf_mim.training.trainer.trainer import MIMTrainingArguments
 
 
 DEFAULTS = {"classification": "finetune_small", "segmentation": "segmentation_small"}  # recipes, by task

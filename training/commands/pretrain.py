@@ -33,10 +33,11 @@ from hf_mim.training.evaluation.metrics import frozen_scores
 from hf_mim.training.plots import pictures
 from hf_mim.training.plots.charts import draw_loss
 from hf_mim.training.run import TrainingRun, dataset_title, on_device, size_title, which_run
-from hf_mim.training.trainer.monitor import TeacherWatch, Watch
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.monitor import TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.throughput import mean_throughput
-from hf_mim.training.trainer.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 @dataclass(kw_only=True)
@@ -151,14 +152,16 @@ def train(run: PretrainRun) -> MIMTrainer:
         train_dataset=run.splits.train,
         data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size)), normalized=False),
         processing_class=processor_for(config),
-        console=run.console.rich,
+        console=run.console,
     )
-    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a look at sharded weights takes them all
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a check needs whole weights
     if run.arguments.watch_every and whole:
-        trainer.add_callback(Watch(trainer, run.splits, run.folder, run.arguments.watch_every, run.console.warn))
+        trainer.add_callback(
+            TrainingMonitor(trainer, run.splits, run.folder, run.arguments.watch_every, run.console.warn)
+        )
     if trainer.is_world_process_zero():
         if teacher_of(run.model.target) is not None:
-            trainer.add_callback(TeacherWatch(trainer, run.splits, run.console.log))
+            trainer.add_callback(TeacherMonitor(trainer, run.splits, run.console.log))
         if run.arguments.profile:
             trainer.add_callback(ProfileCallback(trainer, run.folder, run.console.log))
         run.save_recipe("hf-mim pretrain")
@@ -172,7 +175,7 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
     run.save_model(trainer)
     if not trainer.is_world_process_zero():
         return
-    if trainer.has_shares:
+    if trainer.is_sharded:
         moving = run.model.target.moving_state()
         run.model = on_device(load_model(str(run.folder)), run.arguments.device)
         run.model.target.load_moving_state(moving)
@@ -220,8 +223,8 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
     if isinstance(run.splits.train, StreamedImages):
         results["damaged_shards"] = run.splits.train.damaged_shards()
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TeacherWatch):
-            results["teacher"] = callback.found
+        if isinstance(callback, TeacherMonitor):
+            results["teacher"] = callback.diversity
     run.write_json("metrics.json", results)
     if (bad := results["bad_images"])["count"]:
         first = f"; the first: {bad['first']}" if bad["first"] else ""

@@ -28,7 +28,7 @@ from hf_mim.training.evaluation.features import (
 from hf_mim.training.evaluation.heads import Group, Trained, test_heads, train_heads
 from hf_mim.training.evaluation.metrics import POOLINGS
 from hf_mim.training.run import on_device
-from hf_mim.training.trainer.trainer import has_bf16
+from hf_mim.training.trainer.arguments import has_bf16
 
 
 def probe(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:

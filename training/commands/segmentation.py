@@ -240,7 +240,7 @@ def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size
         data_collator=SegmentationCollator(config),
         compute_metrics=lambda output: score_masks(output.predictions),
         processing_class=segmentation_processor(config, size),
-        console=run.console.rich,
+        console=run.console,
     )
 
 

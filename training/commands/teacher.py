@@ -27,7 +27,7 @@ from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
 from hf_mim.training.run import size_title
-from hf_mim.training.trainer.processes import Lookout
+from hf_mim.training.trainer.processes import PeerWatchdog
 
 
 IMAGES = 256  # on which a teacher is described
@@ -119,7 +119,7 @@ def fit_codebook(
         ValueError, OSError: the teacher or the data cannot be loaded, or there are fewer tokens than codes.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    with Lookout(processes.num_processes, lambda: "there is no codebook: start again"):
+    with PeerWatchdog(processes.num_processes, lambda: "there is no codebook: start again"):
         try:
             if not processes.is_main_process:
                 return {}

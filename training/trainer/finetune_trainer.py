@@ -7,16 +7,17 @@ from typing import cast
 import numpy as np
 import timm.optim
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.modeling.modeling_mim import MIMPreTrainedModel
+from hf_mim.training.console import RunConsole
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.layer_decay import layer_of_parameters, parameter_groups
-from hf_mim.training.trainer.trainer import WRAPPERS, MIMTrainer
+from hf_mim.training.trainer.optimization import unwrapped_name
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 AVERAGED = "ema.safetensors"  # beside the Trainer's own files in a checkpoint
@@ -33,10 +34,13 @@ class FinetuneTrainer(MIMTrainer):
         ValueError: `options.ema` where weights are sharded, or the encoder's layers cannot be told apart.
     """
 
-    def __init__(self, *args, options: FinetuneArguments, encoder: Encoder, console: Console | None = None, **kwargs):
+    def __init__(
+        self, *args, options: FinetuneArguments, encoder: Encoder, console: RunConsole | None = None, **kwargs
+    ):
         super().__init__(*args, console=console, **kwargs)
-        self.options, self.encoder, self.average = options, encoder, None
-        self.layers = layer_of_parameters(self.model, encoder) if options.layer_decay < 1 else None
+        self.options, self.encoder = options, encoder
+        self.average: AveragedModel | None = None
+        self.layers = layer_of_parameters(self.bare_model, encoder) if options.layer_decay < 1 else None
         if options.freeze:
             encoder.freeze()
         if options.ema:
@@ -44,8 +48,10 @@ class FinetuneTrainer(MIMTrainer):
                 raise ValueError(
                     "finetune.ema needs whole weights in every process: it does not go with FSDP, DeepSpeed"
                 )
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
-            self.average.update_parameters(self.model)  # the first one copies: the average starts from these weights
+            self.average = AveragedModel(
+                self.bare_model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
+            )
+            self.average.update_parameters(self.bare_model)  # the first copies: the average starts from these weights
         self.add_callback(FinetuneCallback(self, console if self.is_world_process_zero() else None))
 
     # ---- rates -----------------------------------------------------------------------------------------------------
@@ -54,7 +60,7 @@ class FinetuneTrainer(MIMTrainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
             weights = {name: self.args.weight_decay * (name in decayed) for name, _ in model.named_parameters()}
-            names = [WRAPPERS.sub("", name) for name, _ in model.named_parameters()]
+            names = [unwrapped_name(name) for name, _ in model.named_parameters()]
             layers, head = self.layers or (dict.fromkeys(names, 0), 0)
             rate = self.args.learning_rate
             groups = parameter_groups(model, layers, head, self.options.layer_decay, rate, weights)
@@ -63,6 +69,7 @@ class FinetuneTrainer(MIMTrainer):
                 kind = timm.optim.Lamb
                 settings = {"lr": rate, "betas": (self.args.adam_beta1, self.args.adam_beta2)}
             self.optimizer = kind(groups, **settings)
+            self._scale_rates(self.optimizer, model)
         return self.optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -85,15 +92,15 @@ class FinetuneTrainer(MIMTrainer):
         if self.average is None:
             yield
             return
-        own = [tensor.detach().clone() for tensor in tensors(self.model)]
+        weights = [tensor.detach().clone() for tensor in tensors(self.model)]
         copy(tensors(self.average.module), tensors(self.model))
         try:
             yield
         finally:
-            copy(own, tensors(self.model))
+            copy(weights, tensors(self.model))
 
-    def _save_own_state(self, folder: Path) -> None:
-        super()._save_own_state(folder)
+    def _save_extra_state(self, folder: Path) -> None:
+        super()._save_extra_state(folder)
         if self.average is not None:
             state = {name: value.contiguous() for name, value in self.average.module.state_dict().items()}
             save_file(state, folder / AVERAGED)
@@ -105,9 +112,9 @@ class FinetuneTrainer(MIMTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        best = Path(self.state.best_model_checkpoint) / AVERAGED
-        if self.average is not None and best.is_file():
-            self.average.module.load_state_dict(load_file(best))
+        best = self.state.best_model_checkpoint
+        if self.average is not None and best is not None and (Path(best) / AVERAGED).is_file():
+            self.average.module.load_state_dict(load_file(Path(best) / AVERAGED))
 
 
 def tensors(model) -> list[torch.Tensor]:
@@ -122,9 +129,9 @@ def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
 
 
 class FinetuneCallback(TrainerCallback):
-    """Moves the average after each optimizer step, and says what every evaluation found."""
+    """Moves the average after each optimizer step, and logs the results of every evaluation."""
 
-    def __init__(self, trainer: FinetuneTrainer, console: Console | None):
+    def __init__(self, trainer: FinetuneTrainer, console: RunConsole | None):
         self.trainer, self.console = trainer, console
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -146,9 +153,9 @@ class FinetuneCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.console is None or not metrics:
             return
-        words = [f"loss {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
+        results = [f"loss {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
         name = args.metric_for_best_model
         if name and f"eval_{name}" in metrics:
-            words.append(f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.2f}")
+            results.append(f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.2f}")
         step = f"step {state.global_step:,} of {state.max_steps:,}"
-        self.console.print(f"{step}, validation: {', '.join(words)}", highlight=False)
+        self.console.log(f"{step}, validation: {', '.join(results)}")

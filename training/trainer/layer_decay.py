@@ -3,7 +3,7 @@
 from torch import nn
 
 from hf_mim.modeling.encoder_base import Encoder
-from hf_mim.training.trainer.trainer import WRAPPERS
+from hf_mim.training.trainer.optimization import unwrapped_name
 
 
 def layer_of_parameters(model: nn.Module, encoder: Encoder) -> tuple[dict[str, int], int]:
@@ -27,7 +27,7 @@ def layer_of_parameters(model: nn.Module, encoder: Encoder) -> tuple[dict[str, i
     for parameter in encoder.parameters():
         before = before and layers.get(id(parameter)) is None
         layers.setdefault(id(parameter), 0 if before and id(parameter) not in late else head)
-    names = {WRAPPERS.sub("", name): layers.get(id(p), head) for name, p in model.named_parameters()}
+    names = {unwrapped_name(name): layers.get(id(p), head) for name, p in model.named_parameters()}
     return names, head
 
 
@@ -40,10 +40,10 @@ def parameter_groups(model, layers: dict[str, int], head: int, decay: float, lr:
         decay: rates of layer l are lr * decay^(head - l).
         weight_decay: by the name of a parameter.
     """
-    groups = {}
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            layer = layers[WRAPPERS.sub("", name)]
+            layer = layers[unwrapped_name(name)]
             groups.setdefault((-layer, weight_decay[name]), []).append(parameter)
     return [
         {"params": parameters, "lr": lr * decay ** (head + minus_layer), "weight_decay": weight}

@@ -27,10 +27,10 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
     """
     encoder = model.mim.encoder
     inside = {id(module) for block in encoder.blocks() for part in block for module in part.modules()}
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
-    names = sorted({name.rpartition(".")[2] for name in found})
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    names = sorted({name.rpartition(".")[2] for name in linear})
     if not names:
-        kind = model.config.encoder_config.get("model_type", model.config.encoder)
+        kind = (model.config.encoder_config or {}).get("model_type", model.config.encoder)
         raise ValueError(
             f"LoRA adds to linear layers, and the blocks of this encoder ({kind}) have none: set finetune.lora=false, "
             "or finetune.freeze=true to train pooler and head only"
@@ -38,7 +38,7 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
     for name in options.lora_layers or ():
         if name not in names:
             raise unknown_choice("layer in finetune.lora_layers", name, names)
-    chosen = [name for name in found if name.rpartition(".")[2] in (options.lora_layers or names)]
+    chosen = [name for name in linear if name.rpartition(".")[2] in (options.lora_layers or names)]
     trained = ["classifier", "mim.pooler", "mim.pooled_norm"]
     config = LoraConfig(
         r=options.lora_rank,
@@ -56,5 +56,5 @@ def add_lora(model: MIMForImageClassification, options: FinetuneArguments, sourc
 
 def save_adapted(model: PeftModel, folder: Path) -> None:
     """Writes the adapter into `folder/adapter`, and the model with the additions multiplied out into `folder`."""
-    model.save_pretrained(folder / ADAPTER)
+    model.save_pretrained(str(folder / ADAPTER))
     copy.deepcopy(model).merge_and_unload().save_pretrained(folder)

@@ -1,16 +1,21 @@
-"""Looking at a run while it trains: pictures, online k-NN, and warnings that name the sign and the remedy."""
+"""Checks of a run while it trains: pictures, online k-NN, and warnings that name the sign and the remedy."""
 
 import copy
 import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
-from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.base import ImageDataset
+from hf_mim.training.data.batches import ImageBatch, MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits
 from hf_mim.training.data.splits import draw_labelled, draw_subset
@@ -24,6 +29,7 @@ from hf_mim.training.evaluation.feature_statistics import (
 )
 from hf_mim.training.evaluation.readouts import NearestNeighbours
 from hf_mim.training.plots import pictures
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 KNN_TRAIN, KNN_TEST = 500, 250  # images of the online k-NN: they are decoded once and kept, as uint8
@@ -34,31 +40,35 @@ COLLAPSED_SPREAD = 1e-3  # of the features around their mean, as a share of its 
 PLATEAU, PATIENCE = 0.97, 0.2  # the loss over that of the mean, from that share of the training on
 
 
-class Watch(TrainerCallback):
+class TrainingMonitor(TrainerCallback):
     """Every so often: a picture of reconstructions in `watch/`, online k-NN where there are labels, the effective rank
-    of the features, the loss of predicting the mean and what the target has to say (how its codes are used), logged as
-    `watch_*`, and what is wrong, said once.
+    of the features, the loss of predicting the mean and the target's own metrics (how its codes are used), logged as
+    `watch_*`; and a warning of what is wrong, once.
 
-    Nothing that training depends on changes: neither random states nor epochs nor modes. Between looks it does not
-    touch the device. Of several processes the first looks, with one whole model; the others hand in what they counted.
+    Nothing that training depends on changes: neither random states nor epochs nor modes. Between two checks it does not
+    touch the device. Of several processes the first checks, with one whole model; the others send what they counted.
 
     Args:
         trainer: a `MIMTrainer` of a `MIMForPreTraining`.
         splits: what it trains on.
         folder: of the run.
         every: steps, or a share of the training below 1.
-        say: is told the warnings.
+        warn: prints a warning.
     """
 
-    def __init__(self, trainer, splits: Splits, folder: Path, every: float, say=print):
-        self.trainer, self.splits, self.folder, self.every, self.say = trainer, splits, folder, every, say
-        self.model = trainer.accelerator.unwrap_model(trainer.model)
-        self.warned, self.mean_loss, self.last = set(), None, 0
-        self.looks = trainer.is_world_process_zero()
+    def __init__(
+        self, trainer: MIMTrainer, splits: Splits, folder: Path, every: float, warn: Callable[[str], None] = print
+    ):
+        self.trainer, self.splits, self.folder, self.every, self.warn = trainer, splits, folder, every, warn
+        self.model = cast(MIMForPreTraining, trainer.bare_model)
+        self.warned: set[str] = set()
+        self.mean_loss: float | None = None
+        self.last = 0  # step of the last check
+        self.checks = trainer.is_world_process_zero()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = int(self.every) if self.every >= 1 else max(1, round(self.every * state.max_steps))
-        if not self.looks:
+        if not self.checks:
             return
         self.last = state.global_step
         config = self.model.config
@@ -69,54 +79,55 @@ class Watch(TrainerCallback):
             self.labelled = [
                 fetch(d, n) for d, n in ((self.splits.train_eval, KNN_TRAIN), (self.splits.test, KNN_TEST))
             ]
-        self._quietly(lambda: self._look_at_target(self._inputs()))
+        self._without_traces(lambda: self._measure_target(self._inputs()))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps and state.global_step != state.max_steps:
             return
         self.model.target.reduce_metrics()
-        if self.looks:
-            wanted = control.should_log  # logging below clears it, and the loss is still to be logged
-            self._quietly(lambda: self._look(state))
-            control.should_log, self.last = wanted, state.global_step
+        if self.checks:
+            should_log = control.should_log  # logging below clears it, and the loss is still to be logged
+            self._without_traces(lambda: self._check(state))
+            control.should_log, self.last = should_log, state.global_step
 
-    def _quietly(self, look) -> None:
+    def _without_traces(self, check: Callable[[], None]) -> None:
         training = self.model.training
         with torch.random.fork_rng(), torch.no_grad():
             self.model.eval()
             try:
-                look()
+                check()
             finally:
                 self.model.train(training)
 
     def _inputs(self) -> dict[str, Tensor]:
-        # A copy of the generators: drawing a mask moves them, and every look is to hide the same patches.
+        # A copy of the generators: drawing a mask moves them, and every check is to hide the same patches.
         return {name: value.to(self.model.device) for name, value in self.collate(copy.deepcopy(self.batches)).items()}
 
-    def _look(self, state) -> None:
-        inputs, found = self._inputs(), {}
+    def _check(self, state) -> None:
+        inputs, results = self._inputs(), {}
         if self.target_moves:
-            self._look_at_target(inputs)
-        shown = self.model.reconstruct(*(value[: pictures.EXAMPLES] for value in inputs.values()), with_target=True)
+            self._measure_target(inputs)
+        examples = {name: value[: pictures.EXAMPLES] for name, value in inputs.items()}
+        shown = self.model.reconstruct(**examples, with_target=True)
         picture = pictures.draw_reconstructions(shown)
         (self.folder / "watch").mkdir(parents=True, exist_ok=True)
         path = self.folder / "watch" / f"step-{state.global_step:06}.png"
         picture.save(path)
-        bf16 = self.trainer.args.bf16
+        bf16 = bool(self.trainer.args.bf16)
         if self.labelled is None:
             features = frozen.extract_features(self.model.mim, inputs["pixel_values"].split(BATCH), bf16)["mean"]
         else:
             (train, train_labels), (test, labels) = ((self._features(b, bf16), y) for b, y in self.labelled)
-            found["watch_knn"] = frozen.readout_accuracy(NearestNeighbours, train, train_labels, test, labels)
+            results["watch_knn"] = frozen.readout_accuracy(NearestNeighbours, train, train_labels, test, labels)
             features = test
         rank, spread = effective_rank(features)
-        found |= {"watch_effective_rank": rank, "watch_spread": spread}
+        results |= {"watch_effective_rank": rank, "watch_spread": spread}
         if self.mean_loss is not None:
-            found["watch_mean_loss"] = self.mean_loss
-        found |= {f"watch_{name}": value for name, value in self.model.target.log_metrics().items()}
-        self._warn_of_codes(found)
-        self._warn(state, rank, spread, features.shape[1])
-        self.trainer.log(found)
+            results["watch_mean_loss"] = self.mean_loss
+        results |= {f"watch_{name}": value for name, value in self.model.target.log_metrics().items()}
+        self._warn_of_codes(results)
+        self._warn_of_collapse(state, rank, spread, features.shape[1])
+        self.trainer.log(results)
         show_picture(self.trainer, picture, path, state.global_step)
 
     def _features(self, batches: list[Tensor], bf16: bool) -> Tensor:
@@ -128,79 +139,78 @@ class Watch(TrainerCallback):
     def target_moves(self) -> bool:
         return bool(self.model.target.moving_state())
 
-    def _look_at_target(self, inputs: dict[str, Tensor]) -> None:
+    def _measure_target(self, inputs: dict[str, Tensor]) -> None:
         self.mean_loss = loss_of_the_mean(self.model, **inputs)
 
-    def _warn(self, state, rank: float, spread: float, dim: int) -> None:
+    def _warn_of_collapse(self, state, rank: float, spread: float, dim: int) -> None:
         if rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD:
             what = f"effective rank {rank:.1f} of {dim}" if spread >= COLLAPSED_SPREAD else "all images have the same"
             remedy = "lower training.base_learning_rate or lengthen training.warmup_steps"
             if self.target_moves:
                 remedy += ", or let the target move more slowly (decay in model.target_config)"
-            self._once("collapse", f"the features have collapsed at step {state.global_step} ({what}): {remedy}")
+            self._warn_once("collapse", f"the features have collapsed at step {state.global_step} ({what}): {remedy}")
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
         late = state.global_step >= PATIENCE * state.max_steps
         if late and losses and self.mean_loss is not None and np.mean(losses) > PLATEAU * self.mean_loss:
-            self._once(
+            self._warn_once(
                 "plateau",
                 f"the loss, {np.mean(losses):.4g} at step {state.global_step}, is no better than always predicting the "
                 f"mean ({self.mean_loss:.4g}): nothing is learned of the images yet. Raise training.base_learning_rate "
                 "or train longer; if that does not help, lower model.masking_config.ratio and look at the pictures",
             )
 
-    def _warn_of_codes(self, found: dict) -> None:
-        dead = found.get("watch_dead_codes", 0)
+    def _warn_of_codes(self, results: dict) -> None:
+        dead = results.get("watch_dead_codes", 0)
         codes = self.model.target.outputs["patches"]
         if dead > DEAD_SHARE * codes:
-            self._once(
+            self._warn_once(
                 "codes",
                 f"{dead} of {codes} codes are never used: fit a codebook with fewer codes, or on more images, with "
                 "hf-mim codebook",
             )
 
-    def _once(self, sign: str, text: str) -> None:
+    def _warn_once(self, sign: str, text: str) -> None:
         if sign not in self.warned:
             self.warned.add(sign)
-            self.say(f"warning: {text}")
+            self.warn(f"warning: {text}")
 
 
-class TeacherWatch(TrainerCallback):
-    """At the start of a run with a teacher: how different its tokens are within an image (Img2Vec), logged and said.
+class TeacherMonitor(TrainerCallback):
+    """At the start of a run with a teacher: how different its tokens are within an image (Img2Vec), logged and printed.
 
     Attributes:
-        found: as of `teacher_diversity`; None before.
+        diversity: as of `teacher_diversity`; None before.
     """
 
-    def __init__(self, trainer, splits: Splits, say=print):
-        self.trainer, self.splits, self.say, self.found = trainer, splits, say, None
-        self.model = trainer.accelerator.unwrap_model(trainer.model)
+    def __init__(self, trainer: MIMTrainer, splits: Splits, log: Callable[[str], None] = print):
+        self.trainer, self.splits, self.log = trainer, splits, log
+        self.diversity: list[dict] | None = None
+        self.model = cast(MIMForPreTraining, trainer.bare_model)
 
     def on_train_begin(self, args, state, control, **kwargs):
         batches = list(example_batches(self.splits))
         if not batches:
             return
         pixel_values = MIMCollator(self.model.config)(batches)["pixel_values"].to(self.model.device)
-        self.found = teacher_diversity(self.model, pixel_values)
-        for row in self.found:
+        self.diversity = teacher_diversity(self.model, pixel_values)
+        for row in self.diversity:
             rows, cols = row["grid"]
-            self.say(
+            self.log(
                 f"teacher {row['teacher']}, {row['layer']}: token diversity {row['raw']:.3f}, centred "
                 f"{row['centred']:.3f}, on {rows}x{cols} tokens of {len(pixel_values)} images"
             )
         names = {"raw": "teacher_diversity", "centred": "teacher_diversity_centred"}
-        self.trainer.log({f"{name}_{row['layer']}": row[key] for row in self.found for key, name in names.items()})
+        self.trainer.log({f"{name}_{row['layer']}": row[key] for row in self.diversity for key, name in names.items()})
 
 
-# ---- what is looked at ---------------------------------------------------------------------------------------------
-def example_batches(splits: Splits):
+# ---- what is measured ----------------------------------------------------------------------------------------------
+def example_batches(splits: Splits) -> Iterator[ImageBatch]:
     """Up to `IMAGES` images, whole; those that the picture shows come first."""
-    dataset = splits.test
-    if dataset is None and not isinstance(splits.train, MIMDataset):
-        if not isinstance(splits.train, StreamedImages):
-            return
-        yield from itertools.islice(splits.train.without_augmentation(), IMAGES)
+    dataset: ImageDataset = splits.train.without_augmentation() if splits.test is None else splits.test
+    if isinstance(dataset, StreamedImages):
+        yield from itertools.islice(dataset, IMAGES)
+    if not isinstance(dataset, MIMDataset):
         return
-    dataset = splits.train.without_augmentation() if dataset is None else dataset
     shown = pictures.examples(dataset)
     others = [i for i in draw_subset(len(dataset), IMAGES).tolist() if i not in shown]
     for indices in (shown, others[: IMAGES - len(shown)]):
@@ -208,14 +218,15 @@ def example_batches(splits: Splits):
             yield from dataset.__getitems__(indices)
 
 
-def fetch(dataset: MIMDataset, most: int) -> tuple[list, Tensor]:
-    """Batches of at most so many images, always the same, and their labels (count,)."""
-    indices = draw_labelled(dataset.labels.numpy(), most).tolist()
+def fetch(dataset: MIMDataset, count: int) -> tuple[list, Tensor]:
+    """Batches of at most `count` images, always the same, and their labels (images,)."""
+    assert dataset.labels is not None
+    indices = draw_labelled(dataset.labels.numpy(), count).tolist()
     batches = [dataset.__getitems__(indices[i : i + BATCH])[0] for i in range(0, len(indices), BATCH)]
     return batches, dataset.true_labels(indices)
 
 
-def show_picture(trainer, picture, path: Path, step: int) -> None:
+def show_picture(trainer: MIMTrainer, picture: Image, path: Path, step: int) -> None:
     """Hands a picture to TensorBoard and Trackio, if the run reports there."""
     for callback in trainer.callback_handler.callbacks:
         if getattr(callback, "tb_writer", None) is not None:

@@ -1,6 +1,7 @@
 """Optimizers, and rates and decays that follow the batch or the step, as the released code of the methods has them."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from timm.optim import Lamb
@@ -9,6 +10,8 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_mim.modeling.options import unknown_choice
 
 
+# What wrappers put before a parameter's name.
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OPTIMIZERS = ("lamb",)
 SCALINGS = {"linear": lambda share: share, "sqrt": math.sqrt}
 
@@ -59,6 +62,11 @@ class OptimizationArguments(TrainingArguments):
     def scaled_learning_rate(self, batch_size: int) -> float:
         """For this many images per optimizer step."""
         return self.base_learning_rate * SCALINGS[self.lr_scaling](batch_size / self.base_batch_size)
+
+
+def unwrapped_name(name: str) -> str:
+    """What a parameter of a wrapped model is called in the model itself."""
+    return WRAPPERS.sub("", name)
 
 
 def lamb(args: TrainingArguments) -> tuple[type, dict]:

@@ -1,4 +1,4 @@
-"""Several processes: when one of them is gone, the others say so once, and end."""
+"""Several processes: when one of them was killed, one of the others prints it, and all end."""
 
 import os
 import socket
@@ -16,47 +16,47 @@ from hf_mim.training.foreign_errors import is_lost_peer
 
 
 LOOK_EVERY = 1.0  # seconds between two looks at the other processes
-PATIENCE = 5.0  # seconds in which a process may find out itself: its own words are better, and GPUs only wait
+PATIENCE = 5.0  # seconds in which a process may find out itself: its own error is better, and GPUs only wait
 SETTLE = 2.0  # seconds between a broken connection and the end of who broke it
 CLAIM = "hf_mim/lost"
 
 
-class Lookout:
+class PeerWatchdog:
     """A context around what several processes do together. Where one of them is killed, the others would wait for it:
     until the connection breaks with gloo, for `training.ddp_timeout` on GPUs. They end with exit code 1 instead, and
-    the first to notice says what is known. An error that all of them meet is left to one of them, too.
+    the first to notice prints what is known. An error that all of them meet is left to one of them, too.
 
-    A process on the same machine is seen to end; of one on another machine it is known when those beside it end.
+    A process on the same machine is seen to end. That one on another machine did is known when those beside it end.
 
     Args:
         processes: how many there are; with one, nothing is done.
-        how_to_go_on: gives the rest of the message.
+        how_to_resume: gives the rest of the message.
 
     Raises:
         SystemExit: with code 1, at the end of the context, in place of the error that a lost process causes.
     """
 
-    def __init__(self, processes: int, how_to_go_on: Callable[[], str]):
-        self.processes, self.how_to_go_on, self.over = processes, how_to_go_on, threading.Event()
+    def __init__(self, processes: int, how_to_resume: Callable[[], str]):
+        self.processes, self.how_to_resume, self.finished = processes, how_to_resume, threading.Event()
         self.siblings: dict[int, psutil.Process] = {}
 
     def __enter__(self):
         if self.processes > 1:
             self.rank = dist.get_rank()
-            everyone = gather_object([(place(), os.getpid())])
-            here = [rank for rank, (where, _) in enumerate(everyone) if where == place() and rank != self.rank]
+            everyone = gather_object([(pid_namespace(), os.getpid())])
+            here = [rank for rank, (where, _) in enumerate(everyone) if where == pid_namespace() and rank != self.rank]
             self.siblings = {rank: psutil.Process(everyone[rank][1]) for rank in here}
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.over.set()
+        self.finished.set()
         if self.processes == 1 or not isinstance(error, Exception):
             return
         if not self._claim():
             raise SystemExit(1) from None
         if is_lost(error):
-            self._say(self._wait_for_gone(), str(error))
+            self._report(self._wait_for_gone(), str(error))
             raise SystemExit(1) from None
 
     def gone(self) -> list[int]:
@@ -64,13 +64,13 @@ class Lookout:
         return [rank for rank, process in self.siblings.items() if not is_alive(process)]
 
     def _watch(self) -> None:
-        while not self.over.wait(LOOK_EVERY):
+        while not self.finished.wait(LOOK_EVERY):
             gone = self.gone()
             if not gone and not self._claimed():
                 continue
-            if not self.over.wait(PATIENCE):
+            if not self.finished.wait(PATIENCE):
                 if self._claim():
-                    self._say(gone, "")
+                    self._report(gone, "")
                 # The main thread cannot be reached: it waits, in C, for what will not come.
                 os._exit(1)
             return
@@ -81,13 +81,13 @@ class Lookout:
             time.sleep(0.02)
         return self.gone()
 
-    def _say(self, gone: list[int], reason: str) -> None:
-        words = [f"process {rank} of {self.processes} (pid {self.siblings[rank].pid})" for rank in gone]
-        what = f"{', '.join(words)} is gone: killed, for want of memory say"
+    def _report(self, gone: list[int], reason: str) -> None:
+        processes = [f"process {rank} of {self.processes} (pid {self.siblings[rank].pid})" for rank in gone]
+        message = f"{', '.join(processes)} was killed (out of memory?)"
         if not gone:
-            what = f"one of {self.processes} processes, on another machine perhaps, is gone or does not answer"
-            what += f" ({reason.splitlines()[0]})" if reason else ""
-        print(f"error: {what}; {self.how_to_go_on()}", file=sys.stderr, flush=True)
+            message = f"one of {self.processes} processes, perhaps on another machine, was killed or does not answer"
+            message += f" ({reason.splitlines()[0]})" if reason else ""
+        print(f"error: {message}; {self.how_to_resume()}", file=sys.stderr, flush=True)
 
     def _claim(self) -> bool:
         """Whether this process is the first to have met an error."""
@@ -108,8 +108,8 @@ def store():
     return dist.distributed_c10d._get_default_store()
 
 
-def place() -> tuple[str, str]:
-    """In which numbers of processes mean the same: a machine, and on Linux a container."""
+def pid_namespace() -> tuple[str, str]:
+    """Where process ids mean the same: a machine, and on Linux a container."""
     namespace = Path("/proc/self/ns/pid")
     return socket.gethostname(), os.readlink(namespace) if namespace.is_symlink() else ""
 

@@ -1,11 +1,16 @@
 """Where the time of a training step goes: `training.profile=true`."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial, wraps
 from pathlib import Path
+from typing import cast
 
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
+
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.training.trainer.trainer import MIMTrainer
 
 
 WARM_UP, STEPS, OPERATIONS = 5, 5, 15
@@ -19,17 +24,20 @@ class ProfileCallback(TrainerCallback):
     Args:
         trainer: whose model is a `MIMForPreTraining`.
         folder: of the run.
-        say: is told where the files are.
+        log: prints where the files are.
     """
 
-    def __init__(self, trainer, folder: Path, say=print):
-        self.trainer, self.folder, self.say = trainer, folder / "profile", say
-        self.first, self.profiler, self.parts = None, None, ExitStack()
+    def __init__(self, trainer: MIMTrainer, folder: Path, log: Callable[[str], None] = print):
+        self.trainer, self.folder, self.log = trainer, folder / "profile", log
+        self.first = -1  # the step after which it records; -1 before training
+        self.profiler: profile | None = None
+        self.parts = ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first = state.global_step + WARM_UP
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.first is None:
-            self.first = state.global_step + WARM_UP
-        if state.global_step == self.first and self.profiler is None:
+        if state.global_step == self.first:
             self._name_parts()
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if args.device.type == "cuda" else []
@@ -39,19 +47,19 @@ class ProfileCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.profiler is not None and state.global_step == self.first + STEPS:
-            self._finish(state.global_step)
+            self._write(self.profiler, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.profiler is not None and self.parts is not None:
-            self._finish(state.global_step)
+        if self.profiler is not None:
+            self._write(self.profiler, state.global_step)
 
     def _name_parts(self):
         """Puts a name on the parts of the step, for as long as they are recorded."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = cast(MIMForPreTraining, self.trainer.bare_model)
         for owner, method, part in (
             (model.mim.encoder, "forward", "encoder"),
             (model.decoder, "forward", "decoder"),
-            (model.target, "values", "target"),
+            (model.target, "targets", "target"),
             (model.target, "loss", "loss"),
             (self.trainer.accelerator, "backward", "backward"),
             (self.trainer.optimizer, "step", "optimizer"),
@@ -67,20 +75,19 @@ class ProfileCallback(TrainerCallback):
         else:
             setattr(owner, method, before)
 
-    def _finish(self, step: int):
-        self.profiler.stop()
+    def _write(self, profiler: profile, step: int) -> None:
+        profiler.stop()
+        self.profiler = None
         self.parts.close()
-        self.parts = None
         speed = self.trainer.throughput.read(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        text = summary(self.profiler.key_averages(), max(1, step - self.first), speed)
+        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        text = summary(profiler.key_averages(), max(1, step - self.first), speed)
         (self.folder / "summary.md").write_text(text, encoding="utf-8")
-        self.say(f"profile of {max(1, step - self.first)} steps: {self.folder / 'summary.md'}")
-        self.profiler = None
+        self.log(f"profile of {max(1, step - self.first)} steps: {self.folder / 'summary.md'}")
 
 
-def named(function, part: str):
+def named(function: Callable, part: str) -> Callable:
     @wraps(function)
     def call(*args, **kwargs):
         with record_function(part):

@@ -3,14 +3,18 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers.trainer import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_mim.modeling import configuration_mim
 from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 
 MODELING = Path(configuration_mim.__file__).resolve().parent
@@ -44,25 +48,23 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def check_hub_strategy(strategy: HubStrategy | str) -> None:
-    """Raises:
-    ValueError: it would send the states of optimizer and random numbers, which are pickles.
-    """
-    strategy = HubStrategy(strategy)
-    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise ValueError(
-            f"training.hub_strategy={strategy.value} would send the optimizer's state to the Hub, which is a pickle; "
-            "choose every_save or end, and resume from the checkpoints in the output folder"
-        )
-
-
-class PushMixin:
-    """For a `Trainer` (before it in the bases). Its own pushes lack the code that loads the weights at checkpoints,
-    hold a pickle with the arguments, and a card that calls every model "fine-tuned". Whatever `hub_strategy` says, no
+class PushingTrainer(Trainer):
+    """Pushes models that load. `Trainer`'s own pushes lack the code that loads the weights at checkpoints, hold a
+    pickle with the arguments, and a card that calls every model "fine-tuned". Whatever `hub_strategy` says, no
     optimizer's state is sent: it is a pickle."""
 
+    args: MIMTrainingArguments
+    # A name and a `PushInProgress`, once there are any; `Trainer` is annotated as if they were always None.
+    hub_model_id: Any
+    push_in_progress: Any
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(cast(str, self.args.output_dir))
+
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **_
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
         """As in `Trainer`; the keywords for its model card are ignored, since `hf-mim push` writes one."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -72,31 +74,32 @@ class PushMixin:
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        return self._upload(commit_message, token, revision, run_as_future=not blocking)
+        return self._upload(commit_message, token, revision, in_background=not blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         names = [path for pattern in published_names() for path in Path(checkpoint_folder).glob(pattern)]
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        current = self.push_in_progress
+        if current is not None and current.is_done():
+            current = None
+        if current is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # From a copy: the checkpoint may be removed before the upload in the background is through.
         for path in names:
-            shutil.copy(path, self.args.output_dir)
-        job = self._upload(f"Training in progress, step {self.state.global_step}", run_as_future=True)
-        if busy:
-            self.push_in_progress.jobs.append(job)
+            shutil.copy(path, self.folder)
+        job = self._upload(f"Training in progress, step {self.state.global_step}", in_background=True)
+        if current is not None:
+            current.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # annotated as one job
 
-    def _upload(self, message: str, token: str | None = None, revision: str | None = None, run_as_future: bool = False):
+    def _upload(self, message: str, token: str | None = None, revision: str | None = None, in_background: bool = False):
         api, revision = HfApi(token=token), revision or self.args.hub_revision
-        files = published_files(Path(self.args.output_dir))
+        files = published_files(self.folder)
         old = [name for name in api.list_repo_files(self.hub_model_id, revision=revision) if is_weights(name)]
         operations: list = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
         operations += [CommitOperationDelete(name) for name in old if name not in files]
-        return api.create_commit(
-            self.hub_model_id, operations, commit_message=message, revision=revision, run_as_future=run_as_future
-        )
+        commit = partial(api.create_commit, self.hub_model_id, operations, commit_message=message, revision=revision)
+        return api.run_as_future(commit) if in_background else commit()

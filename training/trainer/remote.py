@@ -26,12 +26,12 @@ LEFT_OUT = "training_args.bin"  # a pickle; recipe.yaml says the same to people
 
 class RemoteRun(TrainerCallback):
     """Copies a run to a URL: complete checkpoints in the background while it trains, all other files at its end, when
-    the context that it is is left. Only the main process copies. What fails is said, and tried again at the next save
-    and at the end; it never ends the run.
+    the context that it is is left. Only the main process copies. What fails is logged, and tried again at the next
+    save and at the end; it never ends the run.
 
     Args:
         url: of the run.
-        say: prints a line.
+        log: prints a line.
 
     Attributes:
         folder: where the run works.
@@ -40,14 +40,15 @@ class RemoteRun(TrainerCallback):
         ValueError: the URL cannot be used, or holds a secret.
     """
 
-    def __init__(self, url: str, say: Callable[[str], None] = print):
+    def __init__(self, url: str, log: Callable[[str], None] = print):
         urls.check_url("training.output_dir", url)
-        self.url, self.say = url.rstrip("/"), say
+        self.url, self.log = url.rstrip("/"), log
         urls.filesystem(self.url)
         self.folder = cached("runs", self.url)
-        self.there = set()  # complete checkpoints that are known to be there
-        self.failed = {}  # what is not there: why
-        self.saves, self.limit = 0, None
+        self.there: set[str] = set()  # complete checkpoints that are known to be there
+        self.failed: dict[str, str] = {}  # what is not there: why
+        self.saves = 0
+        self.limit: int | None = None
         self.begun = self.ending = False
         self.pool = ThreadPoolExecutor(1)
 
@@ -64,16 +65,16 @@ class RemoteRun(TrainerCallback):
         if state.is_main_process:
             here, there = last_checkpoint(self.folder), self._complete_there()
             self.there = {f"checkpoint-{step}" for step in there}
-            latest = [max([checkpoint_step(here.name) if here else 0, *there])]
+            latest = [max([checkpoint_step(here.name) or 0 if here else 0, *there])]
         if state.num_processes > 1:
             broadcast_object_list(latest)  # machines without it fetch it as well
         name = f"checkpoint-{latest[0]}"
         if state.is_local_main_process and latest[0] and not (self.folder / name / MARKER).is_file():
             best = json.loads(urls.read_url(urls.join(self.url, f"{name}/{MARKER}"))).get("best_model_checkpoint")
             best = Path(best).name if best else name
-            for wanted in dict.fromkeys((best, name)):
-                if not (self.folder / wanted / MARKER).is_file():
-                    self._fetch(wanted)
+            for needed in dict.fromkeys((best, name)):
+                if not (self.folder / needed / MARKER).is_file():
+                    self._fetch(needed)
         if state.is_local_main_process and not (self.folder / "recipe.yaml").is_file():
             fetch_files(self.url, [name for name in urls.list_below(self.url) if name == "recipe.yaml"], self.folder)
         state.wait_for_everyone()
@@ -83,7 +84,7 @@ class RemoteRun(TrainerCallback):
         names = [file for file in urls.list_below(place) if file != LEFT_OUT]
         if checkpoint_step(name) is None or MARKER not in names:
             return  # of the best one, rotated away
-        self.say(f"fetching {place}")
+        self.log(f"fetching {place}")
         staging = self.folder / UNFINISHED / name
         shutil.rmtree(staging, ignore_errors=True)
         fetch_files(place, names, staging)
@@ -95,8 +96,8 @@ class RemoteRun(TrainerCallback):
 
     def _complete_there(self) -> list[int]:
         """Steps of the checkpoints whose last file is there, and whole, from the latest on."""
-        found = [name.split("/") for name in urls.list_below(self.url)]
-        steps = [checkpoint_step(parts[0]) for parts in found if parts[1:] == [MARKER]]
+        paths = [name.split("/") for name in urls.list_below(self.url)]
+        steps = [checkpoint_step(parts[0]) for parts in paths if parts[1:] == [MARKER]]
         return sorted((step for step in steps if step is not None and self._is_whole(step)), reverse=True)
 
     def _is_whole(self, step: int) -> bool:
@@ -114,32 +115,32 @@ class RemoteRun(TrainerCallback):
         self.there.discard(f"checkpoint-{state.global_step}")  # another one of that name
         self.pool.submit(self._copy, self.saves, self._hold(self.saves))
 
-    def _hold(self, number: int) -> dict[str, Path]:
+    def _hold(self, number: int) -> dict[str, Path | None]:
         """{checkpoint: links to its files} for all that are here, the latest first; None for one that is there."""
-        held = {}
+        held: dict[str, Path | None] = {}
         for name in sorted((p.parent.name for p in self.folder.glob(f"checkpoint-*/{MARKER}")), key=_by_step):
             held[name] = None
             if name not in self.there:
-                held[name] = self.folder / OUTGOING / str(number) / name
+                links = held[name] = self.folder / OUTGOING / str(number) / name
                 try:
-                    shutil.copytree(self.folder / name, held[name], copy_function=link, dirs_exist_ok=True)
+                    shutil.copytree(self.folder / name, links, copy_function=link, dirs_exist_ok=True)
                 except (OSError, shutil.Error):  # a full disk: it may be rotated away while it is copied, then
                     held[name] = self.folder / name
         return held
 
-    def _copy(self, number: int, held: dict[str, Path]) -> None:
+    def _copy(self, number: int, held: dict[str, Path | None]) -> None:
         try:
             if number == self.saves:  # else a later save, which holds what is still wanted, waits already
                 self._copy_checkpoints(held)
         finally:
             shutil.rmtree(self.folder / OUTGOING / str(number), ignore_errors=True)
 
-    def _copy_checkpoints(self, held: dict[str, Path]) -> None:
+    def _copy_checkpoints(self, held: dict[str, Path | None]) -> None:
         self.failed = {}
         for name, source in held.items():
-            if name in self.there:
+            if source is None:
                 continue
-            if self.failed:  # what does not answer takes its time to say so
+            if self.failed:  # a server that does not answer takes long to fail
                 self.failed[name] = next(iter(self.failed.values()))
                 continue
             try:
@@ -163,7 +164,7 @@ class RemoteRun(TrainerCallback):
             self._remove([file for file in files if file.partition("/")[0] not in kept])
             self.there &= kept
         except Exception as error:  # some buckets forbid it
-            self.say(f"old checkpoints stay at {self.url}: {urls.one_line(error)}")
+            self.log(f"old checkpoints stay at {self.url}: {urls.one_line(error)}")
 
     def _remove(self, names: list[str]) -> None:
         fs, path = urls.filesystem(self.url)
@@ -187,7 +188,7 @@ class RemoteRun(TrainerCallback):
     def _fault(self, name: str, error: Exception) -> None:
         self.failed[name] = urls.one_line(error)
         again = "" if self.ending else "; it will be tried again"
-        self.say(f"cannot copy {name} to {self.url}: {self.failed[name]}{again}")
+        self.log(f"cannot copy {name} to {self.url}: {self.failed[name]}{again}")
 
     # ---- at its beginning and end ----------------------------------------------------------------------------------
     def begin(self, name: str) -> None:
@@ -213,8 +214,8 @@ class RemoteRun(TrainerCallback):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is under way, copies what is missing, and says what could not be."""
-        self.say(f"copying the run to {self.url}")
+        """Waits for what is under way, copies what is missing, and logs what could not be copied."""
+        self.log(f"copying the run to {self.url}")
         self.pool.shutdown()
         self.saves, self.ending = self.saves + 1, True
         self._copy(self.saves, self._hold(self.saves))
@@ -232,9 +233,9 @@ class RemoteRun(TrainerCallback):
             names = sorted(self.failed, key=lambda name: name.endswith(".py"))
             more = f" and {len(names) - SHOWN} more files" if len(names) > SHOWN else ""
             where = f"They are in {self.folder}; training.resume=true copies again"
-            self.say(f"NOT at {self.url}: {', '.join(names[:SHOWN])}{more} ({self.failed[names[0]]}). {where}")
+            self.log(f"NOT at {self.url}: {', '.join(names[:SHOWN])}{more} ({self.failed[names[0]]}). {where}")
         else:
-            self.say(f"all of it is at {self.url}, and a copy in {self.folder}")
+            self.log(f"all of it is at {self.url}, and a copy in {self.folder}")
 
 
 SCRATCH = (UNFINISHED, OUTGOING, LOCK)
@@ -242,8 +243,8 @@ SCRATCH = (UNFINISHED, OUTGOING, LOCK)
 
 def checkpoint_step(name: str) -> int | None:
     """The step of `checkpoint-<step>`; None for other names."""
-    found = re.fullmatch(r"checkpoint-(\d+)", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _by_step(name: str) -> int:

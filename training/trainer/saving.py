@@ -1,54 +1,65 @@
-"""Checkpoints that are whole or not there, and training that ends with one when it is told to stop."""
+"""Checkpoints that are whole or not there."""
 
 import json
 import math
 import os
 import re
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
+from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.target_base import Target
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.foreign_errors import is_torch_write_error
+from hf_mim.training.trainer.pushing import PushingTrainer
 
 
 UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
 MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
 STREAM_STATE = "stream.json"
-GRACE = 30  # seconds that a loader's worker goes on after SIGTERM
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the latest step in a run's folder; None without one. Unfinished ones do not count."""
-    found = {}
+    checkpoints = {}
     for path in folder.glob("checkpoint-*"):
         step = re.fullmatch(r"checkpoint-(\d+)", path.name)
         # Written by others than MIMTrainer it may be half there; the Trainer's state is what comes last.
         if step and (path / "trainer_state.json").is_file():
-            found[int(step[1])] = path
-    return found[max(found)] if found else None
+            checkpoints[int(step[1])] = path
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
-class SafeCheckpointMixin:
-    """For a `Trainer` (before it in the bases): a checkpoint is written beside its place, renamed into it when
-    complete, and only then are older ones removed."""
+class CheckpointingTrainer(PushingTrainer):
+    """Writes a checkpoint beside its place, renames it when it is complete, and only then removes older ones. A run
+    goes on from it exactly, moving targets and streams included."""
 
-    _staging = None  # while a checkpoint is being written: where
+    _staging: Path | None = None  # where a checkpoint is being written
+    _to_push: str | None = None  # the checkpoint to push when it has its name
 
-    def log(self, logs, *args, **kwargs) -> None:
+    @property
+    def bare_model(self) -> PreTrainedModel:
+        """The model without the wrappers of accelerate and torch."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def target(self) -> Target | None:
+        """The target of a `MIMForPreTraining`; None for other models."""
+        model = self.bare_model
+        return model.target if isinstance(model, MIMForPreTraining) else None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Raises:
         ValueError: the loss is not finite; every process sees the same, since it is their mean.
         """
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise not_finite(self, "the loss is")
 
@@ -57,10 +68,10 @@ class SafeCheckpointMixin:
 
     def _save_checkpoint(self, model, trial) -> None:
         """Raises:
-        OSError: it could not be written, a full disk say; the older checkpoints are all there.
+        OSError: it could not be written, perhaps because the disk is full; the older checkpoints are all there.
         ValueError: the weights are not finite, and would replace a good checkpoint.
         """
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        folder, name = self.folder, f"checkpoint-{self.state.global_step}"
         self._check_finite(folder)
         if isinstance(self.train_dataset, StreamedImages):
             self.train_dataset.gather(self.args.device)
@@ -71,7 +82,7 @@ class SafeCheckpointMixin:
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                self._save_own_state(self._staging / name)
+                self._save_extra_state(self._staging / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(self._staging / name, folder / name)
@@ -79,10 +90,7 @@ class SafeCheckpointMixin:
             shutil.rmtree(self._staging, ignore_errors=True)
             if not failed_to_write(error):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            last = last_checkpoint(folder)
-            kept = f"the last complete one is {last}" if last else "there is no older one"
-            raise OSError(f"cannot save {folder / name}: {reason}; {kept}") from error
+            raise cannot_save(folder, name, error) from error
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -95,18 +103,18 @@ class SafeCheckpointMixin:
             rotate_checkpoints(str(folder), self.args.save_total_limit, best)
 
     @property
-    def has_shares(self) -> bool:
-        """Whether each process holds a share of the weights: only all of them together can run the model."""
+    def is_sharded(self) -> bool:
+        """Whether each process holds a shard of the weights: only all of them together can run the model."""
         return self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
     @property
     def saves_shards(self) -> bool:
-        """Whether each process writes its share of a checkpoint (FSDP with SHARDED_STATE_DICT)."""
+        """Whether each process writes its shard of a checkpoint (FSDP with SHARDED_STATE_DICT)."""
         return self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
-    def save_model(self, output_dir=None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole, also where checkpoints are written in shards: `Trainer` would write nothing then."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.bare_model
         if isinstance(model, torch.distributed.fsdp.FSDPModule):
             # FSDP2 made a class of its own of the model's, and torch's files would be saved as the model's code.
             type(model).__module__ = type(model).__bases__[-1].__module__
@@ -117,14 +125,14 @@ class SafeCheckpointMixin:
 
     def _check_finite(self, folder: Path) -> None:
         """A device is waited for here, which is why it is done once per checkpoint and not at every step."""
-        bad = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach()).all()), None)
+        bad = next((n for n, p in self.bare_model.named_parameters() if not torch.isfinite(p.detach()).all()), None)
         if bad is not None:
             raise not_finite(self, f"the weights ({bad}) are")
 
-    def _save_own_state(self, folder: Path) -> None:
+    def _save_extra_state(self, folder: Path) -> None:
         moving = {} if self.target is None else self.target.moving_state()
         if self.saves_shards:  # what the merged weights will need beside them
-            self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+            self.bare_model.config.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         if moving:
@@ -139,10 +147,10 @@ class SafeCheckpointMixin:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _images_seen(self) -> int:
-        """Since this call of `train` began, by all processes."""
+        """By all processes, since this call of `train` began."""
         return (self.state.global_step - self._initial_global_step) * self.args.total_batch_size
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         self._load_renamed(folder)
@@ -162,7 +170,8 @@ class SafeCheckpointMixin:
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_renamed(Path(self.state.best_model_checkpoint))
+        if self.state.best_model_checkpoint is not None:
+            self._load_renamed(Path(self.state.best_model_checkpoint))
 
     def _load_renamed(self, folder: Path) -> None:
         if self._renamed:
@@ -172,7 +181,7 @@ class SafeCheckpointMixin:
 
     # A stream finds its place itself, without decoding what it skips; Trainer would fetch every batch again. But
     # Trainer then restores the random state before it opens the loader, which draws a number: it must do so after.
-    _rng_checkpoint = None
+    _rng_checkpoint: str | None = None
 
     def _load_rng_state(self, checkpoint) -> None:
         if isinstance(self.train_dataset, StreamedImages):
@@ -205,98 +214,19 @@ def failed_to_write(error: Exception) -> bool:
     return isinstance(error, OSError | SafetensorError) or is_torch_write_error(error)
 
 
-def not_finite(trainer, what: str) -> ValueError:
+def cannot_save(folder: Path, name: str, error: Exception) -> OSError:
+    """The error that ends a run, with what is left."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    last = last_checkpoint(folder)
+    left = f"the last complete one is {last}" if last else "there is no older one"
+    return OSError(f"cannot save {folder / name}: {reason}; {left}")
+
+
+def not_finite(trainer: CheckpointingTrainer, what: str) -> ValueError:
     """The error that ends a run, with what is needed to go on."""
-    folder, state = Path(trainer.args.output_dir), trainer.state
+    state, last = trainer.state, last_checkpoint(trainer.folder)
     rates = [entry["learning_rate"] for entry in state.log_history if "learning_rate" in entry]
     rate = f" at learning rate {rates[-1]:.3g}" if rates else ""
-    last = last_checkpoint(folder)
     advice = "lower training.base_learning_rate, lengthen training.warmup_steps or set training.bf16=false"
     start = f"the last good checkpoint is {last}: start from it with model.init_from={last}, and " if last else ""
     return ValueError(f"{what} not finite at step {state.global_step}{rate}; {start}{advice}")
-
-
-def handle_children(handler):
-    """Says what happens when a child process ends, and returns what happened before. torch's handler would raise the
-    error of a killed worker again for each of the others that ends, whatever is being done then."""
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
-def lost_worker(trainer, reason: str) -> ChildProcessError:
-    """The error that ends a run whose loader has lost a worker, with what is needed to go on."""
-    folder = Path(trainer.args.output_dir)
-    last = last_checkpoint(folder)
-    go_on = f"go on from {last} with training.resume=true" if last else f"there is no checkpoint in {folder}"
-    return ChildProcessError(
-        f"a worker of the loader is gone after step {trainer.state.global_step} ({reason.rstrip('. ')}); {go_on}. "
-        "Where memory ran out, fewer training.dataloader_num_workers or a smaller data.shuffle_buffer help"
-    )
-
-
-def outlive_sigterm(first, number: int) -> None:
-    """For a loader's worker, after its own `worker_init_fn`. Schedulers send SIGTERM to every process of a job: without
-    workers the step that is running could not be ended. They still end by it, half a minute later."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-    if first is not None:
-        first(number)
-
-
-def several() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
-
-
-class StopCallback(TrainerCallback):
-    """Ends training after the step that is running, with a checkpoint, on Ctrl-C and SIGTERM; a context.
-
-    Ctrl-C a second time interrupts at once.
-
-    Attributes:
-        stopped: the signal that ended training; None if none did.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    SECONDS = 1.0  # a launcher may pass on a signal that the terminal has already sent
-
-    def __init__(self, on_signal=lambda: None):
-        self.received, self.stopped, self.on_signal, self.at, self.before = None, None, on_signal, 0.0, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self.before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-            self.owner = os.getpid()
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame) -> None:
-        if os.getpid() != self.owner:  # a loader's worker: it must serve the step that is running
-            return
-        if self.received is None:
-            self.received, self.at = number, time.monotonic()
-            if not several():  # a launcher sends SIGTERM, too, where one of them is gone: there will be no step
-                self.on_signal()
-        elif number == signal.SIGINT and time.monotonic() > self.at + self.SECONDS:
-            raise KeyboardInterrupt
-
-    def on_step_end(self, args, state, control, **kwargs):
-        number = self._agreed(args, state)
-        if number:
-            self.stopped = signal.Signals(number)
-            if several():
-                self.on_signal()
-            control.should_save = control.should_training_stop = True
-
-    def _agreed(self, args, state) -> int:
-        """The signal that any process has received. They must all stop at the same step; a GPU is only waited for
-        where the loss is logged, which waits for it anyway."""
-        if args.world_size == 1:
-            return self.received or 0
-        if args.device.type != "cpu" and state.global_step % max(1, state.logging_steps):
-            return 0
-        number = torch.tensor(self.received or 0, device=args.device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        return int(number)

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,9 +63,10 @@ class Throughput:
 
     def __init__(self, images_per_step: int, flops: float | None = None, peak: float | None = None):
         self.images_per_step, self.flops, self.peak = images_per_step, flops, peak
-        self.waited, self.step, self.started = 0.0, None, 0.0
+        self.waited, self.started = 0.0, 0.0
+        self.step: int | None = None
 
-    def fetch(self, function, *args):
+    def fetch(self, function: Callable, *args):
         """Calls `function`, whose time is waiting for data."""
         started = time.perf_counter()
         try:
@@ -75,20 +77,21 @@ class Throughput:
     def read(self, step: int) -> dict[str, float]:
         """-> `images_per_second`, `data_wait` (share of the time) and, where they are known, `gflops_per_image` and
         `mfu` (share of the peak) since the call before; nothing at the first call, nor without a step between."""
-        now, before, found = time.perf_counter(), self.step, {}
+        now, before = time.perf_counter(), self.step
+        readings: dict[str, float] = {}
         seconds = now - self.started
         if before is not None and step > before and seconds > 0:
             speed = (step - before) * self.images_per_step / seconds
-            found = {"images_per_second": round(speed, 1), "data_wait": round(min(1.0, self.waited / seconds), 4)}
+            readings = {"images_per_second": round(speed, 1), "data_wait": round(min(1.0, self.waited / seconds), 4)}
             if self.flops:
-                found["gflops_per_image"] = round(self.flops / 1e9, 3)
+                readings["gflops_per_image"] = round(self.flops / 1e9, 3)
             if self.flops and self.peak:
-                found["mfu"] = round(speed * self.flops / self.peak, 4)
+                readings["mfu"] = round(speed * self.flops / self.peak, 4)
         self.waited, self.step, self.started = 0.0, step, now
-        return found
+        return readings
 
 
 def mean_throughput(history: list[dict]) -> dict[str, float]:
     """Means of `data_wait`, `gflops_per_image` and `mfu` over a run's log, for `metrics.json`."""
-    found = {name: [e[name] for e in history if name in e] for name in ("data_wait", "gflops_per_image", "mfu")}
-    return {name: round(sum(values) / len(values), 4) for name, values in found.items() if values}
+    logged = {name: [e[name] for e in history if name in e] for name in ("data_wait", "gflops_per_image", "mfu")}
+    return {name: round(sum(values) / len(values), 4) for name, values in logged.items() if values}
