@@ -42,6 +42,7 @@ def recipe_words(default: str) -> object:
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
 License = Annotated[str | None, typer.Option(help="Licence id for the card, such as mit.")]
 
 
@@ -104,11 +105,12 @@ def reconstruct(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
+    force: Force = False,
 ):
     """Hide parts of an image and let a checkpoint fill them in."""
     from hf_mim.training.commands.reconstruct import reconstruct_file
 
-    reconstruct_file(checkpoint, image, out)
+    reconstruct_file(checkpoint, image, out, force=force)
     typer.echo(out)
 
 
@@ -159,14 +161,12 @@ def codebook(
     overrides: Overrides = None,
     codes: Annotated[int, typer.Option(help="How many; 256 to 1024 for small data.")] = 512,
     images: Annotated[int, typer.Option(help="How many training images to fit them on.")] = 2000,
+    force: Force = False,
 ):
     """Fit a codebook of a teacher's features, for the target discrete_token."""
     from hf_mim.training.commands.teacher import fit_codebook
 
-    fit_codebook(model, out, list(overrides or []), codes, images)
-
-
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
+    fit_codebook(model, out, list(overrides or []), codes, images, force=force)
 
 
 @command()
@@ -214,13 +214,14 @@ def convert(
     ] = None,
     decoder_heads: Annotated[int | None, typer.Option(help="Attention heads of MAE's decoder, if not 32 wide.")] = None,
     encoder: Annotated[Path | None, typer.Option(help="The encoder's file, for a pooling head alone.")] = None,
+    force: Force = False,
 ):
     """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
     from hf_mim.conversion import convert as run
     from hf_mim.conversion.reading import size_of
 
-    size = size_of(image_size)
-    for line in run(source, out, heads, size, timm_name, decoder_heads=decoder_heads, encoder=encoder):
+    size, more = size_of(image_size), {"decoder_heads": decoder_heads, "encoder": encoder, "force": force}
+    for line in run(source, out, heads, size, timm_name, **more):
         typer.echo(line)
 
 
@@ -242,11 +243,12 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="transformers, timm or onnx.")],
+    force: Force = False,
 ):
     """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim."""
     from hf_mim.conversion import export as run
 
-    for line in run(checkpoint, out, to):
+    for line in run(checkpoint, out, to, force):
         typer.echo(line)
 
 

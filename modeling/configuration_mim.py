@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 
 from .configuration_base import TRANSFORMERS_KEYS, MIMConfigBase, check_format
+from .foreign import check_config
 from .format_versions import upgrade
 
 
@@ -62,6 +63,7 @@ class MIMConfig(MIMConfigBase):
         """As in transformers; keys that this version does not know are kept as attributes, since libraries and later
         versions add some. (The constructor refuses them: there they are typing errors.)"""
         check_format(config_dict.get("format_version", 1))  # before anything that a newer version may have changed
+        check_config(config_dict)
         config_dict = upgrade(config_dict)
         known = {*cls.__dataclass_fields__, *TRANSFORMERS_KEYS}
         extra = {k: v for k, v in config_dict.items() if k not in known and not k.startswith("_")}

@@ -18,22 +18,12 @@ from .encoder_base import (
     grid_size,
 )
 from .encoder_native import native_config, native_model
+from .foreign import refuse_loading
 from .options import pair, unknown_choice
 from .sparse import SparseMask, make_sparse
 
 
 MODEL_TYPES = ("resnet", "convnext", "convnextv2", "timm")
-# Options of timm.create_model that make it read files or fetch them, pickles among them: a checkpoint is data.
-LOADING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-
-
-def refuse_loading(options: dict) -> None:
-    """Raises:
-    ValueError: options for timm, which come from a config, would make it open a file.
-    """
-    loading = sorted(LOADING & set(options))
-    if loading:
-        raise ValueError(f"options of timm that load files are refused in a config: {', '.join(loading)}")
 
 
 class ConvNetEncoder(Encoder):

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
+from .foreign import check_config, trusts_remote_code
 from .options import pair, unknown_choice
 
 
@@ -35,6 +36,7 @@ def native_config(
     Raises:
         ValueError: the model type or an option is unknown.
     """
+    check_config(options)
     if model_type not in CONFIG_MAPPING:
         raise unknown_choice("transformers model type", model_type, sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))
     config_class = CONFIG_MAPPING[model_type]
@@ -80,7 +82,8 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     the space of the text, `visual_projection.weight`, where there is one. Where an image processor is saved beside it,
     the normalisation is that processor's.
     """
-    network = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
+    check_config(PreTrainedConfig.get_config_dict(name_or_path)[0])
+    network = AutoModel.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
     projection = getattr(network, "visual_projection", None)
     network = getattr(network, "vision_model", network)
     native = network.config
@@ -92,7 +95,7 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
     fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
         fields |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
     except (OSError, ValueError, AttributeError, TypeError):
         pass  # no processor, or one that does not normalise: MIMConfig's defaults

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
-from .encoder_convnet import refuse_loading
 from .encoder_native import NativeEncoder, load_native
+from .foreign import check_config, refuse_loading, trusts_remote_code
 from .options import Size, pair, unknown_choice
 
 
@@ -191,18 +191,21 @@ class TimmEncoder(Encoder):
 
 
 def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
-    """-> a frozen encoder. Code that travels with it is not run.
+    """-> a frozen encoder. Code that travels with it runs only with HF_MIM_TRUST_REMOTE_CODE=1.
 
     Raises:
         ValueError: it cannot be loaded as an image encoder, or has no dilation to set.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        check_config(PreTrainedConfig.get_config_dict(source)[0])
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
         if output_stride is not None:
             set_output_stride(config, output_stride)
         if config.model_type == "mim":
             # By the Auto class: the models are above this file.
-            model = AutoModel.from_pretrained(source, config=config, add_pooling_layer=False, trust_remote_code=False)
+            model = AutoModel.from_pretrained(
+                source, config=config, add_pooling_layer=False, trust_remote_code=trusts_remote_code()
+            )
             teacher = TeacherModel(model.encoder, config)
         elif config.model_type == "timm_wrapper":
             teacher = timm_teacher(source, config)
@@ -215,8 +218,10 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
 
 
 def timm_teacher(source: str, config: Any) -> TeacherModel:
-    refuse_loading(config.model_args or {})
-    encoder = TimmEncoder(AutoModel.from_pretrained(source, config=config, trust_remote_code=False).timm_model)
+    refuse_loading(config.model_args or {}, config.architecture)
+    encoder = TimmEncoder(
+        AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code()).timm_model
+    )
     images = config.pretrained_cfg
     channels, *size = images["input_size"]
     return TeacherModel(

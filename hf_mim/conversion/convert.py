@@ -8,7 +8,11 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
+from hf_mim.modeling.options import Size
+from hf_mim.training.data.processors import processor_for
+from hf_mim.training.outputs import check_new_folder
 
+from .libraries import convert_folder
 from .official import Converted, Hints, convert_state
 from .reading import SUFFIXES, read_file
 
@@ -17,31 +21,31 @@ def convert(
     source: str,
     out: str | Path,
     heads: int | None = None,
-    image_size=None,
+    image_size: Size | None = None,
     timm_name: str | None = None,
     decoder_heads: int | None = None,
     encoder: str | Path | None = None,
-):
+    force: bool = False,
+) -> list[str]:
     """Converts a file, a folder or a model on the Hub into a checkpoint in `out`.
 
     Args:
         heads: attention heads, where the weights do not say and they are not 64 channels wide.
         image_size: pixels, where the weights do not say.
-        timm_name: of a ConvNet of timm that is no plain ResNet or ConvNeXt.
+        timm_name: timm model name, for ConvNets other than ResNet and ConvNeXt.
         decoder_heads: attention heads of MAE's decoder, where they are not 32 channels wide.
         encoder: the file of the encoder, where `source` holds a pooling head alone (Beyond [cls]).
+        force: write into a folder that is not empty.
 
     Returns:
         the report, line by line.
 
     Raises:
         ValueError: the source is of no known kind, holds other types than tensors, or parts of its encoder are unknown.
+        FolderError: `out` is not empty.
         OSError: there is no such source, or `out` cannot be written.
     """
-    from hf_mim.training.data.processors import processor_for  # it imports much
-
-    from .libraries import convert_folder
-
+    check_new_folder(Path(out), force)
     path = Path(source)
     hints = Hints(heads, image_size, timm_name, decoder_heads=decoder_heads)
     if path.is_file():

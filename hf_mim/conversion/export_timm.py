@@ -11,7 +11,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 
 from .convnets import timm_name
-from .export import check_same, named, patch_convolution, position_table, refuse
+from .counterparts import check_same, named, patch_convolution, position_table, refuse
 
 
 def to_timm(model: MIMModel, out: Path) -> list[str]:

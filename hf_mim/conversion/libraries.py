@@ -1,14 +1,18 @@
 """Models of transformers and timm, from a folder or the Hub, where a config says what the weights do not."""
 
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 import transformers
 from transformers import AutoModel, PreTrainedConfig, ViTMAEForPreTraining
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_native import load_native
+from hf_mim.modeling.foreign import check_config, refuse_loading, trusts_remote_code
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.training.errors import CheckpointError
 
 from . import vit_family as vit
 from .official import Converted, Hints, convert_state, finish, with_mae_decoder
@@ -29,14 +33,18 @@ def convert_folder(source: str, hints: Hints) -> Converted:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source} is no file, no folder and no model on the Hub: {reason}") from error
+        raise CheckpointError(f"{source} was not found, locally or on the Hub: {reason}", source) from error
     if not fields:
-        raise ValueError(f"{source} has no config.json; give the file of the weights itself")
+        raise CheckpointError(f"{source} has no config.json; give the file of the weights itself", source)
+    check_config(fields)
     if "architecture" in fields and fields.get("model_type", "timm_wrapper") == "timm_wrapper":
         return convert_timm(Path(source), fields, hints)
     kind = fields.get("model_type")
+    if kind is None:
+        raise CheckpointError(f"the config.json of {source} names no model type", source)
     if kind == MIMConfig.model_type:
-        raise ValueError(f"{source} is a checkpoint of this project already; hf-mim export goes the other way")
+        message = f"{source} is a checkpoint of this project already; hf-mim export goes the other way"
+        raise CheckpointError(message, source)
     if kind in VITS and fields.get("hidden_act", "gelu") == "gelu":
         return convert_vit(source, kind, hints)
     return convert_native(source, kind)
@@ -44,18 +52,18 @@ def convert_folder(source: str, hints: Hints) -> Converted:
 
 def convert_timm(folder: Path, fields: dict, hints: Hints) -> Converted:
     """A folder as timm saves it: its config names the architecture."""
-    import timm
-
     names = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"{folder} has none of {', '.join(names)}; download the model of timm first: hf download")
+        message = f"{folder} has none of {', '.join(names)}; download the model of timm first: hf download"
+        raise CheckpointError(message, str(folder))
     tensors, _, _ = read_file(path)
     name, options = fields["architecture"], fields.get("model_args") or {}
     saved = fields.get("pretrained_cfg") or {}
     statistics = {f"image_{key}": list(saved[key]) for key in ("mean", "std") if key in saved}
+    refuse_loading(options, name)
     with torch.device("meta"):
-        network = timm.create_model(name, **options)
+        network: Any = timm.create_model(name, **options)
     blocks = getattr(network, "blocks", None)
     if blocks is not None and hasattr(network, "patch_embed"):
         if getattr(network, "rope", None) is not None:
@@ -82,7 +90,7 @@ def load_pretrained(source: str, model_class):
     Raises:
         ValueError: the file lacks weights.
     """
-    model, info = model_class.from_pretrained(source, output_loading_info=True)
+    model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=trusts_remote_code())
     new = ("pooler.", "mask_token", "classifier", "position_embeddings", "decoder_pos_embed")
     missing = [name for name in info["missing_keys"] if not any(part in name for part in new)]
     if missing:
@@ -92,7 +100,7 @@ def load_pretrained(source: str, model_class):
 
 def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
     """A vision transformer of transformers as our encoder `vit`."""
-    native = transformers.AutoConfig.from_pretrained(source)
+    native = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
     with_decoder = kind == "vit_mae" and "ViTMAEForPreTraining" in (native.architectures or [])
     network, unexpected = load_pretrained(source, ViTMAEForPreTraining if with_decoder else AutoModel)
     tensors = {name: value.float() for name, value in network.state_dict().items()}
@@ -117,7 +125,7 @@ def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
 def load_statistics(source: str) -> dict:
     """How images are normalised, where an image processor is saved beside the model."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=trusts_remote_code())
         return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}

@@ -99,8 +99,8 @@ def push(
         validate(ModelCard.load(files["README.md"]))
         make_repository(api, owned, private, revision)
         notes = []
-        differs = there is not None and there != files["README.md"].read_bytes()
-        if differs and not force and was_edited(api, owned, there, revision):
+        kept = there is not None and not force and there != files["README.md"].read_bytes()
+        if kept and was_edited(api, owned, there or b"", revision):
             del files["README.md"]
             notes.append("README.md was edited on the Hub and stays as it is there; --force replaces it")
         done = commit(api, owned, files, revision=revision, tag=tag, pr=pr)

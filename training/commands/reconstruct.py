@@ -11,10 +11,11 @@ from hf_mim.training.data.decoding import Undecodable, decode
 from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.transforms import resize, sample_rng
 from hf_mim.training.errors import DataError, FolderError
+from hf_mim.training.outputs import check_new_file
 from hf_mim.training.plots import pictures
 
 
-def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> None:
+def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0, force: bool = False) -> None:
     """Writes the picture of one image: as it is, what the model sees of it, and what it makes of the rest.
 
     Args:
@@ -22,15 +23,19 @@ def reconstruct_file(checkpoint: str, image: Path, out: Path, seed: int = 0) -> 
         image: any file that Pillow reads; it is resized to the size of the model's training images.
         out: the picture to write; its ending says the format.
         seed: of the mask.
+        force: replace a file that is there already; never the image itself.
 
     Raises:
         CheckpointError, DataError: the checkpoint or the image cannot be read.
-        FolderError, OSError: `out` cannot be written.
+        FolderError, OSError: `out` exists already, is the image, or cannot be written.
     """
     if not image.is_file():
         raise DataError(f"there is no image {image}", str(image))
     if out.suffix.lower() not in EXTENSIONS:
         raise FolderError(f"{out} must end in one of {', '.join(sorted(EXTENSIONS))}", str(out))
+    if out.exists() and out.samefile(image):
+        raise FolderError(f"{out} is the image itself: choose another --out", str(out))
+    check_new_file(out, force)
     model = load_model(checkpoint).eval()
     size = pair(model.config.image_size)
     try:

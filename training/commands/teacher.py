@@ -26,6 +26,7 @@ from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
+from hf_mim.training.outputs import check_new_file
 from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import PeerWatchdog
 
@@ -102,6 +103,7 @@ def fit_codebook(
     codes: int = 512,
     images: int = 2000,
     console: Console | RunConsole | None = None,
+    force: bool = False,
 ) -> dict:
     """Fits a codebook by k-means on a teacher's features, as target `discrete_token` sees them, and writes it.
 
@@ -110,12 +112,14 @@ def fit_codebook(
         overrides: of the recipe `maskdistill_small`: its image size, encoder and `target_config` (layers, match, norm)
             say what the features are.
         codes: 256 to 1024 for small data, 8192 in BEiT.
+        force: replace a file that is there already.
 
     Returns:
         "perplexity" and "dead", the codes that no token has. Of several processes the first fits; the others wait, and
         return {}.
 
     Raises:
+        FolderError: `out` exists already.
         ValueError, OSError: the teacher or the data cannot be loaded, or there are fewer tokens than codes.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
@@ -123,6 +127,7 @@ def fit_codebook(
         try:
             if not processes.is_main_process:
                 return {}
+            check_new_file(out, force)
             return _fit_codebook(source, out, overrides, codes, images, RunConsole(console))
         finally:
             processes.wait_for_everyone()

@@ -1,0 +1,61 @@
+"""What exports have in common: parts of an encoder as other libraries have them, and the comparison of the two."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_mim.modeling.layers import sincos_2d
+from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair
+
+
+LARGEST_DIFFERENCE = 1e-5
+
+
+def check_same(model: MIMModel, other: Callable[[Tensor], Tensor], what: str) -> str:
+    """Compares the tokens of both on random images. -> a line that says how near they are.
+
+    Raises:
+        ValueError: they differ by more than `LARGEST_DIFFERENCE`, relative to values above 1.
+    """
+    height, width = pair(model.config.image_size)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, model.config.num_channels, height, width, generator=generator)
+    with torch.no_grad():
+        ours, theirs = model(images).last_hidden_state, other(images)
+        theirs = theirs.flatten(2).transpose(1, 2) if theirs.ndim == 4 else theirs
+        difference = float(((ours - theirs).abs() / ours.abs().clamp(min=1)).max())
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ValueError(f"cannot be exported as {what}: its outputs would differ by {difference:.1e}")
+    return f"outputs differ by {difference:.0e} at most, on random images of the checkpoint's size"
+
+
+def refuse(obstacles: list[str], what: str) -> None:
+    if obstacles:
+        raise ValueError(f"this encoder cannot be exported as {what}, which has no {', no '.join(obstacles)}")
+
+
+def position_table(model: MIMModel) -> Tensor:
+    """Fixed and learned positions as one table (rows * cols, dim)."""
+    encoder = model.encoder
+    table = torch.zeros(encoder.base_grid[0] * encoder.base_grid[1], encoder.hidden_size)
+    if "sincos" in encoder.positions:
+        table = table + sincos_2d(encoder.base_grid, encoder.base_grid, encoder.hidden_size)
+    return table if encoder.learned_positions is None else table + encoder.learned_positions.table.detach()
+
+
+def patch_convolution(model: MIMModel) -> Tensor:
+    """The patch embedding as the weight of a convolution (dim, channels, rows, cols)."""
+    weight = model.encoder.patch_embedding.weight.detach()
+    return weight.unflatten(1, (*model.encoder.patch_size, model.config.num_channels)).permute(0, 3, 1, 2).contiguous()
+
+
+def scaled(linear: nn.Linear, scale: nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of a linear layer with the LayerScale after it multiplied in."""
+    factor = getattr(scale, "scale", torch.ones(linear.out_features)).detach()
+    return {f"{name}.weight": linear.weight.detach() * factor[:, None], f"{name}.bias": linear.bias.detach() * factor}
+
+
+def named(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for key, value in module.state_dict().items()}

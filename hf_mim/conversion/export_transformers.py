@@ -1,0 +1,101 @@
+"""A checkpoint's encoder as a model of transformers."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, ViTConfig, ViTModel
+
+from hf_mim.modeling.encoder_native import native_config, native_model
+from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.options import pair
+
+from .counterparts import check_same, named, patch_convolution, position_table, refuse, scaled
+
+
+def to_transformers(model: MIMModel, out: Path) -> list[str]:
+    """Raises:
+    ValueError: transformers has no counterpart; the message says of what.
+    """
+    encoder, kind = model.encoder, model.config.encoder
+    if kind == "vit":
+        refuse(encoder.extra_parts(), "transformers' ViTModel")
+        native = vit_model(model)
+    elif kind == "native":
+        native = native_model(model.config, encoder.native)
+        norm = {f"{encoder.taken_norm}.{name}": value for name, value in encoder.final_norm.state_dict().items()}
+        native.load_state_dict({**encoder.network.state_dict(), **norm})
+    else:
+        native = convnet_model(model)
+    line = check_same(
+        model, lambda images: native.eval()(images, **native_noise(native, images)).last_hidden_state, "it"
+    )
+    native.save_pretrained(out)
+    name = type(native).__name__
+    lines = [f"{name} of transformers, without hf_mim: {name}.from_pretrained", line]
+    if "add_pooling_layer" in type(native).__init__.__code__.co_varnames:
+        lines.append("its own pooling layer is not part of it: load with add_pooling_layer=False")
+    return lines
+
+
+def native_noise(native, images: Tensor) -> dict:
+    """ViTMAE shuffles its patches by a noise; rising values keep their order."""
+    if native.config.model_type != "vit_mae":
+        return {}
+    patches = native.embeddings.patch_embeddings.num_patches
+    return {"noise": torch.arange(float(patches)).expand(len(images), -1)}
+
+
+def vit_model(model: MIMModel) -> ViTModel:
+    encoder, config = model.encoder, model.config
+    first, patch = encoder.layers[0], encoder.patch_size
+    size = pair(config.image_size)
+    native = ViTModel(
+        ViTConfig(
+            hidden_size=encoder.hidden_size,
+            num_hidden_layers=len(encoder.layers),
+            num_attention_heads=first.attention.num_heads,
+            intermediate_size=first.mlp.fc2.in_features,
+            layer_norm_eps=first.norm1.eps,
+            image_size=size[0] if size[0] == size[1] else list(size),
+            patch_size=patch[0] if patch[0] == patch[1] else list(patch),
+            num_channels=config.num_channels,
+        ),
+        add_pooling_layer=False,
+    )
+    table = position_table(model)
+    state = {
+        "embeddings.cls_token": encoder.prefix_tokens.detach()[None],
+        "embeddings.position_embeddings": torch.cat([torch.zeros(1, encoder.hidden_size), table])[None],
+        "embeddings.patch_embeddings.projection.weight": patch_convolution(model),
+        "embeddings.patch_embeddings.projection.bias": encoder.patch_embedding.bias.detach(),
+        **named("layernorm", encoder.final_norm),
+    }
+    for i, layer in enumerate(encoder.layers):
+        block = named("layernorm_before", layer.norm1) | named("layernorm_after", layer.norm2)
+        for part, value in layer.attention.qkv.state_dict().items():
+            block |= {f"attention.{name}_proj.{part}": chunk for name, chunk in zip("qkv", value.chunk(3))}
+        block |= scaled(layer.attention.proj, layer.scale1, "attention.o_proj")
+        block |= named("mlp.fc1", layer.mlp.fc1) | scaled(layer.mlp.fc2, layer.scale2, "mlp.fc2")
+        state |= {f"layers.{i}.{name}": value for name, value in block.items()}
+    native.load_state_dict(state)
+    return native
+
+
+def convnet_state(model: MIMModel) -> dict[str, Tensor]:
+    """The weights of a ConvNet of transformers under its own names, the norm after pooling included."""
+    state = {name: value for name, value in model.encoder.network.state_dict().items() if "layernorm.eps" not in name}
+    return state | named("layernorm", model.pooled_norm)
+
+
+def convnet_model(model: MIMModel) -> nn.Module:
+    options = {**model.config.encoder_config}
+    model_type = options.pop("model_type", "resnet")
+    if options.pop("final_norm", False):
+        raise ValueError("transformers' ConvNeXt has its last norm after pooling, this model before: export to timm")
+    for ours in [name for name in options if name.startswith("mask_") or name == "pixel_fill"]:
+        options.pop(ours)
+    native = native_config(model.config, model_type, options)
+    network = MODEL_MAPPING[type(native)](native)
+    network.load_state_dict(convnet_state(model))
+    return network
