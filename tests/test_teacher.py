@@ -63,7 +63,7 @@ def test_codebook_is_written_and_fits_the_target(tmp_path, capsys):
     out = tmp_path / "codes.safetensors"
     assert main(["codebook", str(tmp_path / "vit"), str(out), "--codes", "16", "--images", "64"]) == 0
     assert load_file(out)["codes"].shape == (16, 16) and "perplexity" in capsys.readouterr().out
-    assert main(["codebook", str(tmp_path / "vit"), str(out), "--codes", "5000", "--images", "64"]) == 2
+    assert main(["codebook", str(tmp_path / "vit"), str(out), "--codes", "5000", "--images", "64", "--force"]) == 2
     assert "too few for 5000 codes" in capsys.readouterr().err
 
 

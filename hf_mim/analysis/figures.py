@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -41,7 +42,7 @@ MARKERS = ("o", "s", "^", "D")
 DASH = (0, (4, 2.5))  # of untrained encoders
 WIDTH, HEIGHT = 360, 230  # of a chart, in points, which are about pixels on a telephone
 LOG_FROM = 300  # the ratio of the largest and the smallest positive value from which an axis is logarithmic
-STYLE = {
+STYLE: dict[Any, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "hf_mim", "text.parse_math": False, "font.size": 12},
     **{"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
     **{"axes.facecolor": "none", "figure.facecolor": "none", "grid.color": GRID, "axes.axisbelow": True},
@@ -257,7 +258,8 @@ def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[st
     inner = sum(GROUP * bool(heading) + LABEL + BAR * len(row) + GAP for heading, row in zip(headings, rows.values()))
 
     def draw(axes: Axes) -> dict[str, str]:
-        titles, y = {}, 0.0
+        titles: dict[str, str] = {}
+        y = 0.0
         axes.set(ylim=(inner, 0), yticks=[], xlabel=shorten("" if unit == SHARE else unit, 56))
         axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
         if unit == SHARE:

@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_mim.analysis import interaction
 from hf_mim.analysis.images import EncoderImages, choose_images
@@ -203,7 +203,7 @@ def classifier_of(source: str | None, model: MIMModel, images: EncoderImages):
     """
     own = None if source is None else own_classifier(source, len(images.classes))
     if own is not None:
-        own.to(best_device())
+        nn.Module.to(own, best_device())
         return (
             lambda pixel_values: own(pixel_values.to(best_device())).logits.cpu()
         ), "classified by the checkpoint's own head"
@@ -231,8 +231,8 @@ def own_classifier(source: str, classes: int) -> MIMForImageClassification | Non
 def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, int]:
     """The linear probe of the mean patch tokens of the labelled images set aside. -> weight (classes, dim) and bias
     (classes,) on plain features, and how many images."""
-    features = extract_features(model, pixel_loader(images.others, images.config))["mean"]
-    labels, classes = images.others.true_labels(list(range(len(images.others)))), len(images.classes)
+    features = extract_features(model, pixel_loader(images.labelled, images.config))["mean"]
+    labels, classes = images.labelled.true_labels(list(range(len(images.labelled)))), len(images.classes)
     probe = LinearProbe(features, labels, classes)
     weight = torch.zeros(classes, features.shape[1])
     weight[:, probe.varies] = probe.weight.T

@@ -277,7 +277,7 @@ def collect(run: Analysis) -> dict:
 def describe(subject: Subject) -> dict:
     """An encoder's entry in the report."""
     config, encoder = subject.model.config, subject.model.encoder
-    kind = config.encoder_config.get("model_type")
+    kind = config.options("encoder").get("model_type")
     return {
         "source": subject.source,
         "untrained": subject.source is None,
@@ -315,7 +315,7 @@ def save_examples(images: EncoderImages, folder: Path, count: int) -> list[str]:
     if count == 0:
         return []
     names, (pixel_values, _) = [], next(images.batches(count))
-    shown = displayable(pixel_values, images.config.image_mean, images.config.image_std)
+    shown = displayable(pixel_values, *images.config.statistics())
     for i, image in enumerate(shown):
         names.append(f"example-{i}.png")
         to_pil_image(image).save(folder / names[-1])

@@ -5,6 +5,7 @@ Plain ResNets and ConvNeXts become the models of transformers; any other ConvNet
 
 import math
 import re
+from typing import Any
 
 import timm
 import torch
@@ -77,7 +78,7 @@ def native_convnet(weights: Weights, model_type: str, options: dict, channels: i
     Raises:
         ValueError: they are not those of this architecture.
     """
-    fields = {"image_size": image_size or 224, "num_channels": channels, "encoder": "convnet"}
+    fields: dict[str, Any] = {"image_size": image_size or 224, "num_channels": channels, "encoder": "convnet"}
     fields["encoder_config"] = {"model_type": model_type, **options}
     config = MIMConfig(**fields)
     with torch.device("meta"):
@@ -146,10 +147,11 @@ def timm_convnet(weights: Weights, name: str, image_size) -> tuple[dict, dict[st
     first = getattr(known, "first_conv", None)
     first = f"{first[0] if isinstance(first, tuple) else first}.weight"
     channels = weights.tensors[first].shape[1] if first in weights else 3
-    fields = {"image_size": image_size or 224, "num_channels": channels, "encoder": "convnet"}
+    fields: dict[str, Any] = {"image_size": image_size or 224, "num_channels": channels, "encoder": "convnet"}
     fields["encoder_config"] = {"model_type": "timm", "model_name": name}
     with torch.device("meta"):
-        wanted = MIMModel(MIMConfig(**fields)).encoder.network.state_dict()
+        encoder: Any = MIMModel(MIMConfig(**fields)).encoder
+    wanted = encoder.network.state_dict()
     state = {}
     for own, like in wanted.items():
         _, _, theirs = own.split(".", 2)  # parts.<number>.<name>, where timm writes stages.0 as stages_0

@@ -1,6 +1,7 @@
 """What exports have in common: parts of an encoder as other libraries have them, and the comparison of the two."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def refuse(obstacles: list[str], what: str) -> None:
 
 def position_table(model: MIMModel) -> Tensor:
     """Fixed and learned positions as one table (rows * cols, dim)."""
-    encoder = model.encoder
+    encoder: Any = model.encoder
     table = torch.zeros(encoder.base_grid[0] * encoder.base_grid[1], encoder.hidden_size)
     if "sincos" in encoder.positions:
         table = table + sincos_2d(encoder.base_grid, encoder.base_grid, encoder.hidden_size)
@@ -47,8 +48,9 @@ def position_table(model: MIMModel) -> Tensor:
 
 def patch_convolution(model: MIMModel) -> Tensor:
     """The patch embedding as the weight of a convolution (dim, channels, rows, cols)."""
-    weight = model.encoder.patch_embedding.weight.detach()
-    return weight.unflatten(1, (*model.encoder.patch_size, model.config.num_channels)).permute(0, 3, 1, 2).contiguous()
+    encoder: Any = model.encoder
+    weight = encoder.patch_embedding.weight.detach()
+    return weight.unflatten(1, (*encoder.patch_size, model.config.num_channels)).permute(0, 3, 1, 2).contiguous()
 
 
 def scaled(linear: nn.Linear, scale: nn.Module, name: str) -> dict[str, Tensor]:
@@ -57,5 +59,8 @@ def scaled(linear: nn.Linear, scale: nn.Module, name: str) -> dict[str, Tensor]:
     return {f"{name}.weight": linear.weight.detach() * factor[:, None], f"{name}.bias": linear.bias.detach() * factor}
 
 
-def named(name: str, module: nn.Module) -> dict[str, Tensor]:
+def named(name: str, module: nn.Module | None) -> dict[str, Tensor]:
+    """The weights of a module under a name; none of a module that is not there."""
+    if module is None:
+        return {}
     return {f"{name}.{key}": value for key, value in module.state_dict().items()}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
         architecture, options, state = timm_vit(model)
     else:
         architecture, options, state = timm_convnet(model)
-    network = timm.create_model(architecture, **options).eval()
+    network: Any = timm.create_model(architecture, **options).eval()
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -43,7 +44,8 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
 
 def vit_arguments(model: MIMModel) -> dict:
     """The arguments of timm's VisionTransformer."""
-    encoder, first = model.encoder, model.encoder.layers[0]
+    encoder: Any = model.encoder
+    first = encoder.layers[0]
     has_cls = encoder.has_cls_token
     scaled_by = getattr(first.scale1, "value", None)
     return {
@@ -68,7 +70,7 @@ def vit_arguments(model: MIMModel) -> dict:
 
 def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
     """-> an architecture's name, the arguments that make it this encoder, and the weights."""
-    encoder = model.encoder
+    encoder: Any = model.encoder
     has_cls = encoder.has_cls_token
     impossible = ("relative", "rotary", "SwiGLU", "norms behind", "norm before")
     extra = [name for name in encoder.extra_parts() if name.startswith(impossible)]
@@ -94,12 +96,12 @@ def timm_vit(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
 
 
 def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
-    options = model.config.encoder_config
+    options, encoder = model.config.options("encoder"), cast(Any, model.encoder)
     kind = options.get("model_type", "resnet")
     channels = {"in_chans": model.config.num_channels, "num_classes": 0}
     if kind == "timm":
         state = {}
-        for name, value in model.encoder.network.state_dict().items():
+        for name, value in encoder.network.state_dict().items():
             flat, _, rest = name.split(".", 2)[2].partition(".")
             head, _, number = flat.rpartition("_")  # timm writes stages.0 as stages_0 where it cuts a network
             state[f"{head}.{number}.{rest}" if number.isdecimal() and head else f"{flat}.{rest}"] = value
@@ -107,8 +109,8 @@ def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
         for ours in ("pixel_fill", "final_norm"):
             own.pop(ours, None)
         return options.get("model_name", "resnet18"), {**own, **channels}, state
-    network = model.encoder.network.config
-    state = {timm_name(kind, name): value for name, value in model.encoder.network.state_dict().items()}
+    network = encoder.network.config
+    state = {timm_name(kind, name): value for name, value in encoder.network.state_dict().items()}
     if kind == "resnet":
         widths, basic = network.hidden_sizes, network.layer_type == "basic"
         sizes = {"layers": network.depths, "channels": [width if basic else width // 4 for width in widths]}

@@ -1,6 +1,7 @@
 """A checkpoint's encoder as a model of transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
     """Raises:
     ValueError: transformers has no counterpart; the message says of what.
     """
-    encoder, kind = model.encoder, model.config.encoder
+    encoder: Any = model.encoder
+    kind: str = model.config.encoder
+    native: Any
     if kind == "vit":
         refuse(encoder.extra_parts(), "transformers' ViTModel")
         native = vit_model(model)
@@ -47,7 +50,8 @@ def native_noise(native, images: Tensor) -> dict:
 
 
 def vit_model(model: MIMModel) -> ViTModel:
-    encoder, config = model.encoder, model.config
+    encoder: Any = model.encoder
+    config = model.config
     first, patch = encoder.layers[0], encoder.patch_size
     size = pair(config.image_size)
     native = ViTModel(
@@ -84,18 +88,20 @@ def vit_model(model: MIMModel) -> ViTModel:
 
 def convnet_state(model: MIMModel) -> dict[str, Tensor]:
     """The weights of a ConvNet of transformers under its own names, the norm after pooling included."""
-    state = {name: value for name, value in model.encoder.network.state_dict().items() if "layernorm.eps" not in name}
+    encoder: Any = model.encoder
+    state = {name: value for name, value in encoder.network.state_dict().items() if "layernorm.eps" not in name}
     return state | named("layernorm", model.pooled_norm)
 
 
 def convnet_model(model: MIMModel) -> nn.Module:
-    options = {**model.config.encoder_config}
+    options = {**model.config.options("encoder")}
     model_type = options.pop("model_type", "resnet")
     if options.pop("final_norm", False):
         raise ValueError("transformers' ConvNeXt has its last norm after pooling, this model before: export to timm")
     for ours in [name for name in options if name.startswith("mask_") or name == "pixel_fill"]:
         options.pop(ours)
     native = native_config(model.config, model_type, options)
-    network = MODEL_MAPPING[type(native)](native)
+    network: Any = MODEL_MAPPING[type(native)]  # type: ignore[index]
+    network = network(native)
     network.load_state_dict(convnet_state(model))
     return network

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import Size, pair
 
 from . import data2vec
 from . import vit_family as vit
@@ -49,7 +49,7 @@ class Hints:
     """What a file does not say and the user, or a config beside it, does."""
 
     heads: int | None = None
-    image_size: int | list[int] | None = None
+    image_size: Size | None = None
     timm_name: str | None = None
     eps: float = 1e-6
     decoder_heads: int | None = None

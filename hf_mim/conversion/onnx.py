@@ -32,7 +32,8 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
     # The plain attention is written out in operators that every runtime has.
     model.set_attn_implementation("eager")
     size = pair(model.config.image_size)
-    step = tuple(length // cells for length, cells in zip(size, model.encoder.token_grid(*size)))
+    rows, cols = model.encoder.token_grid(*size)
+    step = size[0] // rows, size[1] // cols
     images = [torch.randn(count, model.config.num_channels, *size) for count in (2, 3)]
     other = torch.randn(1, model.config.num_channels, size[0] + step[0], size[1] + 2 * step[1])
     if model.encoder.traces_any_size:

@@ -1,6 +1,7 @@
 """The classifiers of Beyond [cls] (2412.03215): AbMILP, a batch norm without parameters, one linear layer."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from hf_mim.modeling.layers import sincos_2d
 from hf_mim.modeling.options import pair
 
 from .reading import Weights
+from .vit_family import patch_grid
 
 
 EPS = 1e-6  # of the batch norm, as in the linear probe of MAE from which the release starts
@@ -66,7 +68,7 @@ def abmilp_options(weights: Weights, prefix: str, fields: dict, arguments: dict)
         re.fullmatch(rf"({re.escape(prefix)}attention_predictor\.(\d+))\.weight", name) for name in weights.tensors
     )
     layers = [match[1] for match in sorted(filter(None, found), key=lambda match: int(match[2]))]
-    options = {"apply_final_norm": False, "depth": len(layers)}
+    options: dict[str, Any] = {"apply_final_norm": False, "depth": len(layers)}
     if len(layers) > 1:
         options["activation"] = told(arguments, "abmilp_act", ("tanh", "relu"))
     if f"{prefix}self_attn.qkv.weight" in weights:
@@ -75,7 +77,7 @@ def abmilp_options(weights: Weights, prefix: str, fields: dict, arguments: dict)
         options["position"] = "sincos"
     table = weights.tensors.get(f"{prefix}pos_embed")
     patch = pair(fields["encoder_config"]["patch_size"])
-    grid = tuple(length // step for length, step in zip(pair(fields["image_size"]), patch))
+    grid = patch_grid(fields["image_size"], patch)
     if table is not None:
         table = table.flatten(0, -2)
         if len(table) > grid[0] * grid[1]:

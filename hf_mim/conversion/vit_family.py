@@ -6,13 +6,15 @@ nearly unchanged; then one function per part reads them.
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mim.modeling.layers import sincos_2d
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import Size, pair
 
 from .reading import Weights
 
@@ -77,7 +79,7 @@ def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> 
     """
     patch_weight = weights.take("patch_embed.proj.weight")
     dim, channels, *patch = patch_weight.shape
-    depth, notes = weights.count(r"blocks\.(\d+)\."), []
+    depth = weights.count(r"blocks\.(\d+)\.")
     relative, names, sizes = relative_tables(weights, depth)
     heads, notes = heads_of(dim, heads, relative)
     bias = weights.maybe("patch_embed.proj.bias")
@@ -85,12 +87,9 @@ def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> 
         "patch_embedding.weight": patch_weight.permute(0, 2, 3, 1).flatten(1),
         "patch_embedding.bias": patch_weight.new_zeros(dim) if bias is None else bias,
     }
-    options = {"patch_size": patch if patch[0] != patch[1] else patch[0], "hidden_size": dim}
+    options: dict[str, Any] = {"patch_size": patch if patch[0] != patch[1] else patch[0], "hidden_size": dim}
     options |= {"num_hidden_layers": depth, "num_attention_heads": heads, "layer_norm_eps": eps}
-    if image_size is not None:
-        grid = tuple(length // step for length, step in zip(pair(image_size), patch))
-    else:
-        grid = next(iter(sizes), None)
+    grid = next(iter(sizes), None) if image_size is None else patch_grid(image_size, patch)
     prefix, positions, grid, kinds = token_positions(weights, grid, relative=bool(names))
     state |= prefix_state(prefix, weights, options)
     if positions is not None:
@@ -111,6 +110,12 @@ def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> 
     return {**fields, "encoder_config": options}, state, notes
 
 
+def patch_grid(image_size: Size, patch: Sequence[int]) -> Grid:
+    """Rows and columns of the patches of an image."""
+    height, width = pair(image_size)
+    return height // patch[0], width // patch[1]
+
+
 def heads_of(dim: int, heads: int | None, relative: dict[str, Tensor]) -> tuple[int, list[str]]:
     """-> the number of heads, as given, as the relative tables say, or as published models of this width have."""
     told = next((table.shape[1] for table in relative.values()), None)
@@ -119,12 +124,14 @@ def heads_of(dim: int, heads: int | None, relative: dict[str, Tensor]) -> tuple[
         return heads, [f"{heads} attention heads are assumed, as usual at width {dim}: --heads says otherwise"]
     if heads is not None and told not in (None, heads):
         raise ValueError(f"the relative positions of the file are for {told} heads, not {heads}")
-    return heads or told, []
+    return heads or told or 1, []
 
 
 def relative_tables(weights: Weights, depth: int) -> tuple[dict[str, Tensor], list[str], list[Grid]]:
     """-> BEiT's tables under our names, the names of the position kinds, and the square grids they are for."""
-    state, names, sizes = {}, [], []
+    state: dict[str, Tensor] = {}
+    names: list[str] = []
+    sizes: list[Grid] = []
     table = "relative_position_bias_table"
     found = {"shared_relative": weights.maybe(f"rel_pos_bias.{table}")}
     found |= {f"relative.{i}": weights.maybe(f"blocks.{i}.attn.{table}") for i in range(depth)}
@@ -135,7 +142,7 @@ def relative_tables(weights: Weights, depth: int) -> tuple[dict[str, Tensor], li
         # BEiT keeps the biases of the class token, to patches, from patches, to itself, in the last three rows.
         state |= {f"{name}.table": value[:-3], f"{name}.prefix": value[-3:]}
         side = math.isqrt(len(value) - 3)
-        sizes += [((side + 1) // 2,) * 2] if side**2 == len(value) - 3 else []
+        sizes += [((side + 1) // 2, (side + 1) // 2)] if side**2 == len(value) - 3 else []
         kind = name.split(".")[0]
         names += [kind] if kind not in names else []
     return state, names, sizes
@@ -144,8 +151,8 @@ def relative_tables(weights: Weights, depth: int) -> tuple[dict[str, Tensor], li
 def token_positions(weights: Weights, grid: Grid | None, relative: bool):
     """-> the tokens without a patch (count, dim) with their positions in them, the patches' learned positions
     (rows * cols, dim) or None, the grid, and the kinds of positions by name."""
-    tokens = [weights.maybe(name) for name in ("cls_token", "dist_token", "reg_token")]
-    has_cls, tokens = tokens[0] is not None, [token.flatten(0, -2) for token in tokens if token is not None]
+    stored = [weights.maybe(name) for name in ("cls_token", "dist_token", "reg_token")]
+    has_cls, tokens = stored[0] is not None, [token.flatten(0, -2) for token in stored if token is not None]
     prefix = torch.cat(tokens) if tokens else None
     table = weights.maybe("pos_embed")
     if table is None:
@@ -166,7 +173,7 @@ def token_positions(weights: Weights, grid: Grid | None, relative: bool):
             + (f"{grid[0]}x{grid[1]} patches" if grid else "a square image: --image-size HEIGHTxWIDTH says which")
         )
     grid = grid or (side, side)
-    if before:
+    if before and prefix is not None:
         prefix = prefix + F.pad(table[:before], (0, 0, 0, count - before))
     table = table[before:]
     fixed = table.shape[1] % 4 == 0 and torch.allclose(table, sincos_2d(grid, grid, table.shape[1]), atol=1e-5)
@@ -185,7 +192,7 @@ def prefix_state(prefix, weights: Weights, options: dict) -> dict[str, Tensor]:
 
 def block(weights: Weights, name: str, options: dict) -> dict[str, Tensor]:
     """A block under our names; `options` get what it says about the architecture."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for norm in ("norm1", "norm2"):
         state |= linear(weights, f"{name}.{norm}", norm)
     weight = weights.maybe(f"{name}.attn.qkv.weight")
@@ -218,7 +225,7 @@ def qkv_bias(weights: Weights, name: str, like: Tensor) -> Tensor:
 
 def mlp(weights: Weights, name: str, options: dict) -> dict[str, Tensor]:
     """The two layers, or the three of SwiGLU, the first two of them in one."""
-    state = {}
+    state: dict[str, Tensor] = {}
     if f"{name}.gate_proj.weight" in weights:
         gates = [linear(weights, f"{name}.{part}", "") for part in ("gate_proj", "up_proj")]
         state = {f"mlp.fc1{key}": torch.cat([gate[key] for gate in gates]) for key in gates[0]}
@@ -244,10 +251,11 @@ def mae_decoder(weights: Weights, fields: dict, heads: int | None, eps: float) -
     """
     table = weights.take("decoder_pos_embed").flatten(0, -2)
     dim, patch = table.shape[1], pair(fields["encoder_config"]["patch_size"])
-    grid = tuple(length // step for length, step in zip(pair(fields["image_size"]), patch))
+    grid = patch_grid(fields["image_size"], patch)
     if not torch.allclose(table[1:], sincos_2d(grid, grid, dim), atol=1e-5) or table[0].any():
         raise ValueError("the decoder's positions are not MAE's fixed ones")
-    options, depth = {}, weights.count(r"decoder_blocks\.(\d+)\.")
+    options: dict[str, Any] = {}
+    depth = weights.count(r"decoder_blocks\.(\d+)\.")
     state = {"decoder.mask_token": weights.take("mask_token").flatten()}
     state |= linear(weights, "decoder_embed", "decoder.embed.linear")
     state |= linear(weights, "decoder_norm", "decoder.norm") | linear(weights, "decoder_pred", "decoder.head")
@@ -255,7 +263,11 @@ def mae_decoder(weights: Weights, fields: dict, heads: int | None, eps: float) -
         found = block(weights, f"decoder_blocks.{i}", options)
         state |= {f"decoder.layers.{i}.{name}": value for name, value in found.items()}
     # 16 heads in all of the official models, whose decoders are 512 wide.
-    decoder = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads or max(1, dim // 32)}
+    decoder: dict[str, Any] = {
+        "hidden_size": dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads or max(1, dim // 32),
+    }
     decoder |= {"intermediate_size": options["intermediate_size"], "layer_norm_eps": eps}
     return {"decoder": "transformer", "decoder_config": decoder}, state
 

@@ -26,6 +26,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.target_discrete import DiscreteTokenTarget
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
 from hf_mim.training.console import RunConsole
@@ -115,7 +116,7 @@ def check_pretraining(source: str, looked: Looked, splits: Splits, untrained: bo
         return [Check(f"{names[0]}, {names[1]}", "skipped", reason)]
     say("looking at target and predictions")
     model = load_model(source).eval()
-    pixel_values = pixels_of(whole(splits.test or splits.train), model.config, IMAGES)
+    pixel_values = pixels_of(splits.test or training_images(splits), model.config, IMAGES)
     checks = check_target(model, pixel_values, splits)
     if untrained:
         return [*checks, Check("predictions", "skipped", "nothing was trained")]
@@ -127,8 +128,10 @@ def is_mim(source: str) -> bool:
     return path is not None and json.loads(Path(path).read_text()).get("model_type") == MIMConfig.model_type
 
 
-def whole(dataset: MIMDataset) -> MIMDataset:
-    return dataset.without_augmentation()
+def training_images(splits: Splits) -> MIMDataset:
+    """The training images as they are, without crops and flips."""
+    assert isinstance(splits.train, MIMDataset)  # streaming is refused before
+    return splits.train.without_augmentation()
 
 
 def pixels_of(dataset: MIMDataset, config: MIMConfig, count: int) -> Tensor:
@@ -159,15 +162,18 @@ def check_target(model: MIMForPreTraining, pixel_values: Tensor, splits: Splits)
         "the teacher (hf-mim teacher), and at model.target_config"
     )
     check = Check("target", "ok", seen) if varies else Check("target", "fault", f"{seen}: it is constant", remedy)
-    return [check] + (check_codes(model, splits, grid) if hasattr(model.target, "usage") else [])
+    target = model.target
+    return [check, *(check_codes(model, target, splits, grid) if isinstance(target, DiscreteTokenTarget) else [])]
 
 
-def check_codes(model: MIMForPreTraining, splits: Splits, grid: tuple[int, int]) -> list[Check]:
-    number, dataset = model.target.num_codes, whole(splits.train)
+def check_codes(
+    model: MIMForPreTraining, target: DiscreteTokenTarget, splits: Splits, grid: tuple[int, int]
+) -> list[Check]:
+    number, dataset = target.num_codes, training_images(splits)
     count = min(len(dataset), math.ceil(TOKENS_PER_CODE * number / math.prod(grid)), MOST)
     batches = pixels_of(dataset, model.config, max(count, IMAGES)).split(IMAGES)
-    codes = torch.cat([model.target.targets(batch, grid)["patches"] for batch in batches])
-    perplexity, dead = model.target.usage(codes)
+    codes = torch.cat([target.targets(batch, grid)["patches"] for batch in batches])
+    perplexity, dead = target.usage(codes)
     seen = f"{dead} of {number} are never used by {codes.numel():,} tokens; perplexity {perplexity:.1f}"
     if codes.numel() < TOKENS_PER_CODE * number:
         return [Check("codes", "skipped", f"{seen}, which is too few to tell")]
@@ -228,13 +234,12 @@ def hidden_predictions(model: MIMForPreTraining, pixel_values: Tensor, masks: Te
 def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[Check]:
     """Whether features differ between images, and whether training made them better."""
     count = images_for(encoder)
-    labelled = splits.test is not None
-    datasets = [splits.train_eval, splits.test] if labelled else [whole(splits.train)]
-    shares = (2 * count // 3, count // 3)
-    subsets = [frozen.subset(dataset, share) for dataset, share in zip(datasets, shares)] if labelled else []
-    images = [subset[0] for subset in subsets] or [
-        torch.utils.data.Subset(datasets[0], draw_subset(len(datasets[0]), count // 3).tolist())
-    ]
+    labelled = [dataset for dataset in (splits.train_eval, splits.test) if dataset is not None]
+    subsets = [frozen.subset(dataset, share) for dataset, share in zip(labelled, (2 * count // 3, count // 3))]
+    images = [subset[0] for subset in subsets]
+    if not images:
+        dataset = training_images(splits)
+        images = [torch.utils.data.Subset(dataset, draw_subset(len(dataset), count // 3).tolist())]
     features = [features_of(encoder, dataset) for dataset in images]
     if not all(torch.isfinite(value).all() for found in features for value in found.values()):
         remedy = "values overflow inside the encoder: go back to an earlier checkpoint, or compute in float32"
@@ -246,7 +251,7 @@ def check_features(encoder: MIMModel, splits: Splits, untrained: bool) -> list[C
         return [*checks, Check("better than untrained", "skipped", f"k-NN needs labels: {splits.note}")]
     twin = [features_of(untrained_twin(encoder), dataset) for dataset in images]
     labels = [frozen.labels_of(subset) for subset in subsets]
-    return [*checks, compare_with_twin(*(knn_of(found, labels) for found in (features, twin)), len(images[1]))]
+    return [*checks, compare_with_twin(knn_of(features, labels), knn_of(twin, labels), len(images[1]))]
 
 
 def images_for(encoder: MIMModel) -> int:
