@@ -38,14 +38,14 @@ def refuse_loading(options: Mapping[str, Any], architecture: str = "") -> None:
         raise OptionError(message, "architecture", architecture)
 
 
-def check_config(fields: Mapping[str, Any], place: str = "") -> None:
+def check_config(fields: Mapping[Any, Any], place: str = "") -> None:
     """Checks the fields of a config, those of nested configs too, before a library sees them.
 
     Raises:
         OptionError: it names a kernel or an attention implementation of the Hub, or a file for timm to load.
     """
     for key, value in fields.items():
-        name = key.removeprefix("_").removesuffix("_internal")
+        name = str(key).removeprefix("_").removesuffix("_internal")
         path = f"{place}.{key}" if place else str(key)
         values = value.values() if isinstance(value, dict) else [value]
         if name in IMPLEMENTATIONS and any(isinstance(v, str) and ("/" in v or ":" in v) for v in values):

@@ -122,7 +122,13 @@ def test_kernels_that_a_config_names_are_refused(key, trap, tmp_path):
 
 
 def test_checks_reach_nested_configs():
-    check_config({"vision_config": {"attn_implementation": "sdpa", "hidden_size": 8}, "backbone_kwargs": {"a": 1}})
+    check_config(
+        {
+            "vision_config": {"attn_implementation": "sdpa", "hidden_size": 8},
+            "backbone_kwargs": {"a": 1},
+            "id2label": {0: "x/y"},
+        }
+    )
     for fields in ({"a": {"b": {"attn_implementation": "x/y"}}}, {"a": {"backbone_kwargs": {"checkpoint_path": "x"}}}):
         with pytest.raises(ValueError):
             check_config(fields)
