@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from hf_mim import MIMForImageClassification, MIMForPreTraining
 from hf_mim.hub.push import write_card
 from hf_mim.training.commands import classification
-from hf_mim.training.commands import finetune as commands
+from hf_mim.training.commands import finetune_run as commands
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.evaluation.metrics import score_classes
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer

@@ -15,7 +15,7 @@ from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
 from hf_mim.training import recipe_keys
 from hf_mim.training.commands.dense import DenseArguments
-from hf_mim.training.commands.finetune import training_arguments
+from hf_mim.training.commands.finetune_run import training_arguments
 from hf_mim.training.commands.probe_setup import ProbeArguments
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.errors import RecipeError

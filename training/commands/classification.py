@@ -26,7 +26,7 @@ from hf_mim.training.checkpoint import (
     resolve,
     weight_errors,
 )
-from hf_mim.training.commands.finetune import FinetuneRun
+from hf_mim.training.commands.finetune_run import FinetuneRun
 from hf_mim.training.console import make_table
 from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits

@@ -16,8 +16,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.modeling.options import OptionError, Size, pair
 from hf_mim.training.checkpoint import load_encoder
-from hf_mim.training.commands import finetune
-from hf_mim.training.commands.finetune import FinetuneRun
+from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
 from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
 from hf_mim.training.data.masks import IGNORE
@@ -51,7 +50,7 @@ def finetune_segmentation(
         message = f"segmentation takes model.image_size only, not model.{others[0]}"
         raise RecipeError(message, f"model.{others[0]}")
     image_size = recipe["model"].get("image_size")
-    run = finetune.set_up(source, recipe, console, paper)
+    run = set_up(source, recipe, console, paper)
     encoder = load_encoder(source)
     size = input_size(encoder, image_size, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
