@@ -106,11 +106,16 @@ def reconstruct(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
     force: Force = False,
+    bands: Annotated[str, typer.Option(help="Channels to show as red, green and blue, such as 3,2,1; or one.")] = "",
 ):
     """Hide parts of an image and let a checkpoint fill them in."""
     from hf_mim.training.commands.reconstruct import reconstruct_file
 
-    reconstruct_file(checkpoint, image, out, force=force)
+    try:
+        chosen = [int(band) for band in bands.split(",")] if bands else None
+    except ValueError:
+        raise typer.BadParameter(f"--bands takes numbers like 3,2,1, not {bands!r}") from None
+    reconstruct_file(checkpoint, image, out, force=force, bands=chosen)
     typer.echo(out)
 
 

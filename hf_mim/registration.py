@@ -20,9 +20,23 @@ def register_models() -> None:
     import hf_mim.modeling.modeling_mim  # noqa: F401 (its last lines register)
 
 
+def register_processors() -> None:
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    from hf_mim.modeling.configuration_base import MIMConfigBase
+    from hf_mim.modeling.configuration_mim import MIMConfig
+    from hf_mim.modeling.image_processing_mim import MIMImageProcessor
+
+    # The class of a saved processor is found by its name, under whatever config it is registered: under one of its own,
+    # since of those of one config the first is taken. The stock one is for checkpoints without a processor.
+    for config, processor in ((MIMConfig, ViTImageProcessor), (MIMConfigBase, MIMImageProcessor)):
+        AutoImageProcessor.register(config, image_processor_classes={"torchvision": processor}, exist_ok=True)
+
+
 # What registers when a module is loaded. The first config loads the parts, to check its own.
 TRIGGERS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
+    "transformers.models.auto.image_processing_auto": register_processors,
     "hf_mim.modeling.parts": register_models,
 }
 

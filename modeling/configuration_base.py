@@ -44,6 +44,10 @@ class MIMConfigBase(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     image_mean: list[float | int] | tuple[float | int, ...] | None = None
     image_std: list[float | int] | tuple[float | int, ...] | None = None
+    value_range: list | tuple | None = None
+    nodata: float | int | str | None = None
+    eval_crop: float | int | str | None = None
+    display_bands: list[int] | tuple[int, ...] | None = None
     encoder: str = "vit"
     encoder_config: dict | None = None
     masking: str = "random"
@@ -96,5 +100,8 @@ class MIMConfigBase(BackboneConfigMixin, PreTrainedConfig):
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.num_channels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for num_channels={self.num_channels}")
+        bands = self.display_bands
+        if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0 or max(bands) >= self.num_channels):
+            raise ValueError(f"display_bands must be one or three of {self.num_channels} channels from 0, got {bands}")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std}")

@@ -31,6 +31,9 @@ class MIMConfig(MIMConfigBase):
         image_size: pixels; other resolutions work at inference, positions are interpolated.
         num_channels: 1 to N.
         image_mean, image_std: per channel, of the normalised `pixel_values`; ImageNet's for three channels, else 0.5.
+        value_range, nodata, eval_crop: how the values and the shape of a file become those of `pixel_values`: see
+            `pixels.PixelRules` and `resizing.fit_whole`. A run writes here what it was trained with.
+        display_bands: numbers of the channels that pictures show as red, green and blue, counted from 0; or of one.
         encoder, encoder_config: an entry of `ENCODERS` and its options.
         masking, masking_config: an entry of `MASK_GENERATORS`; `ratio` in (0, 1) is the share of hidden tokens.
         masks_per_image: how many masks of each image a training step sees (data2vec 2.0); its target is computed once.

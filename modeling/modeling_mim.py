@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     AutoModelForPreTraining,
     PreTrainedModel,
-    ViTImageProcessor,
 )
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
@@ -382,4 +380,3 @@ if __name__ == "hf_mim.modeling.modeling_mim":
     AutoModelForMaskedImageModeling.register(MIMConfig, MIMForPreTraining, exist_ok=True)
     AutoModelForImageClassification.register(MIMConfig, MIMForImageClassification, exist_ok=True)
     AutoBackbone.register(MIMConfig, MIMBackbone, exist_ok=True)
-    AutoImageProcessor.register(MIMConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)

@@ -26,7 +26,7 @@ def draw_reconstruction(
         extra = dict(target.comparison(predicted, targets, pixel_values, grid, bool_masked_pos))
         prediction = extra.pop("prediction", prediction)
     size = image_size(prediction)
-    original = enlarged(displayable(pixel_values, *config.statistics()), size)
+    original = enlarged(displayable(pixel_values, *config.statistics(), config.display_bands), size)
     hidden = enlarged(bool_masked_pos.view(-1, 1, *grid), size)
     return MIMReconstruction(
         original=original,

@@ -1,6 +1,6 @@
 """The contract of a target, and what targets share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
+STRETCH = (2.0, 98.0)  # percentiles of a channel that a picture of many bands shows as black and white
 VISIBLE_NOTE = "Only hidden patches are learned: what is predicted where a patch is visible means nothing."
 
 
@@ -159,10 +160,29 @@ def code_colours(index: Tensor, count: int, grid: Grid, size: Grid) -> Tensor:
     return token_colours(palette[index], grid, size)
 
 
-def displayable(pixel_values: Tensor, image_mean: list[float], image_std: list[float]) -> Tensor:
-    """Normalised (batch, channels, height, width) -> (batch, 1 or 3, height, width) in [0, 1]. Of images with two
-    channels the first is shown, of those with more than three the first three."""
-    pixel_values = pixel_values.float()
-    mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
-    shown = 3 if pixel_values.shape[1] >= 3 else 1
-    return (pixel_values * std + mean)[:, :shown].clamp(0, 1)
+def displayable(
+    pixel_values: Tensor,
+    image_mean: list[float],
+    image_std: list[float],
+    bands: Sequence[int] | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
+    """Normalised (batch, channels, height, width) -> (batch, 1 or 3, height, width) in [0, 1].
+
+    Args:
+        bands: which channels to show, one or three; None is the first three, of two the first.
+        reference: images of more than three channels are stretched, per channel, from the `STRETCH` percentiles of
+            these normalised images, (batch, channels, rows, cols), to 0 and 1; None takes the images themselves.
+    """
+    many = pixel_values.shape[1] > 3
+    bands = list(bands) if bands else [0, 1, 2] if pixel_values.shape[1] >= 3 else [0]
+    mean, std = (torch.tensor(values, device=pixel_values.device) for values in (image_mean, image_std))
+    mean, std = mean[bands, None, None], std[bands, None, None]
+    shown = pixel_values[:, bands].float() * std + mean
+    if many:
+        basis = shown if reference is None else reference[:, bands].float() * std + mean
+        values = basis.transpose(0, 1).flatten(1)
+        values = values[:, :: max(1, values.shape[1] // 2**20)]  # quantile takes so many at most
+        low, high = torch.quantile(values, values.new_tensor(STRETCH) / 100, dim=1)[..., None, None]
+        shown = (shown - low) / (high - low).clamp(min=1e-6)
+    return shown.clamp(0, 1)

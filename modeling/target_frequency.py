@@ -107,6 +107,7 @@ class FrequencyTarget(Target):
             average_spectra=average_spectra,
         )
         self.image_mean, self.image_std = config.statistics()
+        self.display_bands = config.display_bands
 
     @torch.no_grad()
     def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ class FrequencyTarget(Target):
 
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
         image = unpatchify(values, grid, *pixel_values.shape[2:])
-        return displayable(image, self.image_mean, self.image_std)
+        return displayable(image, self.image_mean, self.image_std, self.display_bands, pixel_values)
 
     def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
         """The spectra of image and prediction, on one scale."""

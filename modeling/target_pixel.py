@@ -28,6 +28,7 @@ class PixelTarget(Target):
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]
         self.image_mean, self.image_std = config.statistics()
+        self.display_bands = config.display_bands
         if normalize:
             self.image_note = (
                 f"{VISIBLE_NOTE} The model predicts each patch up to its brightness and contrast. Those of a hidden "
@@ -48,7 +49,8 @@ class PixelTarget(Target):
             if bool_masked_pos is not None:
                 mean, scale = (interpolate_visible(table, bool_masked_pos, grid) for table in (mean, scale))
             values = values * scale + mean
-        return displayable(unpatchify(values, grid, *pixel_values.shape[2:]), self.image_mean, self.image_std)
+        image = unpatchify(values, grid, *pixel_values.shape[2:])
+        return displayable(image, self.image_mean, self.image_std, self.display_bands, pixel_values)
 
     def comparison(self, predicted, target, pixel_values, grid, bool_masked_pos) -> dict[str, Tensor]:
         return {}  # the image stands there already

@@ -20,6 +20,7 @@ from hf_mim.training.data.decoding import decode
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.processors import processor_for
+from hf_mim.training.data.sample import look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits
 from hf_mim.training.data.streaming import StreamedImages
@@ -184,7 +185,7 @@ def test_a_photo_taken_sideways_is_turned(tmp_path):
 def test_what_cannot_be_decoded_is_named():
     with pytest.raises(ValueError, match=r"broken\.png is not a recognised image file"):
         decode({"bytes": b"no image", "path": "broken.png"}, 3)
-    with pytest.raises(ValueError, match=r"holds float32 from 0.0 to 2.0; use uint8, uint16 or floats in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"holds float32 from 0.0 to 2.0; say in data.value_range"):
         decode(PIL.Image.fromarray(np.float32([[0, 2]])), 1)
 
 
@@ -194,7 +195,8 @@ def test_evaluation_sees_what_the_saved_processor_gives(size, channels):
     images = [picture(i, (20 + i, 24), "RGB" if channels == 3 else "L") for i in range(4)]
     table = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     seen = MIMCollator(cfg)(MIMDataset(table, cfg, DataArguments(), train=False).__getitems__(range(4)))["pixel_values"]
-    given = processor_for(cfg)(images, return_tensors="pt")["pixel_values"]
+    sample, _ = look_at(table, cfg, DataArguments())
+    given = processor_for(cfg, sample)(images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen, given, rtol=0, atol=1e-6)
 
 

@@ -86,10 +86,12 @@ def test_the_checkpoint_loads_and_sees_what_was_trained_on(finished):
     model = AutoModel.from_pretrained(finished[0])
     assert isinstance(model, MIMModel)
     processor = AutoImageProcessor.from_pretrained(finished[0])
-    image = PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image = PIL.Image.fromarray(np.arange(784).reshape(28, 28).astype(np.uint8))  # of the training images' size
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 16, 16)
-    torch.testing.assert_close(pixels[0, 0], (torch.arange(256.0).view(16, 16) / 255 - 0.5) / 0.5)
+    middle = np.array(image.resize((18, 18), PIL.Image.Resampling.BICUBIC))[1:17, 1:17]
+    expected = (torch.from_numpy(middle).float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(pixels[0, 0], expected, rtol=0, atol=1.01 / 127.5)
     assert model(pixels).pooler_output.shape == (1, 16)
 
 

@@ -22,6 +22,7 @@ from hf_mim.modeling.modeling_upernet import MIMUperNet
 from hf_mim.training.commands.finetune import finetune, read_recipe
 from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.masks import IGNORE, BadMask
 from hf_mim.training.data.pairs import Pairs
@@ -320,7 +321,7 @@ def test_data_without_masks_names_its_columns(pretrained, tmp_path):
     features = datasets.Features({"photo": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="no column holds masks; the columns are photo, label"):
-        load_masked_splits(DataArguments(dataset=str(tmp_path)), 1)
+        load_masked_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1))
 
 
 def test_an_encoder_without_patch_tokens_is_refused():
@@ -336,7 +337,8 @@ def test_an_encoder_without_patch_tokens_is_refused():
 
 def test_a_mask_that_changes_size_later_is_named():
     rows = {"image": [png(np.zeros((8, 8), dtype=np.uint8))], "mask": [[[0, 1]]]}
-    pairs = Pairs(datasets.Dataset.from_dict(rows), "image", "mask", 1)
+    decode = Decoder(tiny_config(num_channels=1), DataArguments())
+    pairs = Pairs(datasets.Dataset.from_dict(rows), "image", "mask", decode)
     with pytest.raises(BadMask, match="the mask of image 0 is 1x2 pixels, the image 8x8"):
         pairs[0]
     traced = BadMask('Traceback:\n  File "x"\nhf_mim.training.segmentation_data.BadMask: the mask of a is bad')

@@ -85,7 +85,7 @@ def test_folders_of_images_and_masks(tmp_path):
         found = find_pairs(str(tmp_path / name), list_files(str(tmp_path / name)))
         assert {k: len(v) for k, v in found.items()} == {"train": 3, "val": 2}
         assert all(Path(image).stem == Path(mask).stem for pairs in found.values() for image, mask in pairs)
-    splits = load_masked_splits(DataArguments(dataset=str(tmp_path / "b")), 3)
+    splits = load_masked_splits(DataArguments(dataset=str(tmp_path / "b")), tiny_config())
     assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [2, 1, 2]
     image, ids = splits.test[0]
     assert image.shape == (3, *ids.shape) and splits.classes == ["class 0", "class 1", "class 2"]
@@ -104,7 +104,7 @@ def test_parquet_with_masks(kind, tmp_path):
     features = {"label": datasets.Value("int64"), "image": datasets.Image()}
     features["mask"] = feature or datasets.Value("binary")
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(tmp_path / "train.parquet")
-    splits = load_masked_splits(DataArguments(dataset=str(tmp_path)), 1)
+    splits = load_masked_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1))
     read = [split[i] for split in (splits.train, splits.validation, splits.test) for i in range(len(split))]
     assert len(read) == 6
     assert all(any(np.array_equal(ids, mask) for mask in masks) for _, ids in read)

@@ -225,11 +225,31 @@ def test_the_true_values_give_the_picture_back(channels, normalize):
     wanted = np.zeros((2, shown, *SIZE))
     for channel in range(shown):
         wanted[:, channel] = pixel_values[:, channel].double().numpy() * std[channel] + mean[channel]
+    if channels > 3:  # stretched, each by its own percentiles
+        for channel in range(shown):
+            low, high = np.percentile(wanted[:, channel], [2, 98])
+            wanted[:, channel] = (wanted[:, channel] - low) / (high - low)
     assert 0 < (wanted.clip(0, 1) == wanted).mean() < 1  # some values are clamped, not all
     assert picture.shape == wanted.shape
     assert np.abs(picture.numpy() - wanted.clip(0, 1)).max() < (1e-5 if normalize else 1e-6)
     plain = displayable(pixel_values, target.image_mean, target.image_std)
     assert normalize or torch.equal(picture, plain)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_bands_are_chosen_and_dark_ones_are_seen(channels):
+    torch.manual_seed(0)
+    mean, std = [0.5] * channels, [0.5] * channels
+    dark = torch.rand(2, channels, 8, 8) * 0.04
+    shown = displayable((dark - 0.5) / 0.5, mean, std, bands=[2, 1, 0])
+    for image in range(3):
+        plain = dark[:, 2 - image]
+        low, high = np.percentile(plain, [2, 98]) if channels > 3 else (0, 1)
+        expected = ((plain - low) / (high - low)).clamp(0, 1)
+        torch.testing.assert_close(shown[:, image], expected.float(), atol=1e-4, rtol=0)
+    assert displayable(dark, mean, std, bands=[1]).shape == (2, 1, 8, 8)
+    brighter = displayable((2 * dark - 0.5) / 0.5, mean, std, reference=(dark - 0.5) / 0.5)
+    assert channels == 3 or brighter.mean() > shown.mean() + 0.1  # on the scale of the reference
 
 
 def test_hidden_statistics_are_interpolated_from_visible_ones():

@@ -83,7 +83,9 @@ def test_classes_and_splits_of_a_folder_at_a_url(forms):
 def test_pairs_of_images_and_masks_at_a_url(tmp_path, flaky):
     write_pairs(tmp_path / "images", tmp_path / "masks", 6, channels=1)
     fsspec.filesystem("flaky").put(f"{tmp_path}/", "/pairs/", recursive=True)
-    here, there = (load_masked_splits(DataArguments(dataset=p), 1).train for p in (str(tmp_path), "flaky://pairs"))
+    here, there = (
+        load_masked_splits(DataArguments(dataset=p), config(channels=1)).train for p in (str(tmp_path), "flaky://pairs")
+    )
     assert len(here) == len(there) > 0
     for mine, other in zip((here[i] for i in range(len(here))), (there[i] for i in range(len(there)))):
         assert (mine[0] == other[0]).all() and (mine[1] == other[1]).all()

@@ -21,10 +21,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import Size, pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.sample import PixelSample
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError, UserError
 from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
@@ -92,6 +94,13 @@ class Run:
         """Prints what will run, a line for each keyword: `data="..."`; and what is used of the data, `report`."""
         described = [f"{name.replace('_', '-')}: {line}" for name, line in lines.items()]
         self.console.log("\n".join([*described, *report]))
+
+    def log_sample(self, sample: PixelSample) -> None:
+        """Prints what the images hold, and a warning where little of it is left."""
+        if sample.count:
+            self.console.log(sample.line)
+        if sample.warning:
+            self.console.warn(sample.warning)
 
     def log_next_steps(self, *lines: str) -> None:
         """Prints what to look at and what to do next, and where everything is."""
@@ -185,6 +194,19 @@ class TrainingRun(Run, Generic[TrainerT]):
         line += f", on {arguments.device.type}, {precision_of(arguments)}"
         line += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
         return line + (f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else "")
+
+    def keep_pixels(self, config: MIMConfig, data: DataArguments) -> None:
+        """Writes into config and recipe how pixels are made of files, so that evaluation and serving do the same.
+
+        Args:
+            config: that the checkpoint will have.
+            data: with the numbers that `value_range=auto` stands for.
+        """
+        self.data = data
+        for name in ("value_range", "nodata", "eval_crop", "display_bands"):
+            if (value := getattr(data, name)) is not None:
+                setattr(config, name, value)
+                self.recipe["data"][name] = value
 
     # ---- while it trains -------------------------------------------------------------------------------------------
     def execute(self, train: Callable[[], TrainerT], finish: Callable[[TrainerT, float], None]) -> Path:

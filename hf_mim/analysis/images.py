@@ -10,10 +10,12 @@ import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, read_labels
+from hf_mim.training.data.sample import look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits, hold_out, limit_rows
 from hf_mim.training.errors import DataError, RecipeError
@@ -113,12 +115,20 @@ class EncoderImages:
             self.config = copy.copy(config)
             self.config.image_size = image_size
         self.size = pair(self.config.image_size)
+        self.sample, data = look_at(choice.measured, self.config, data)
         self.measured = MIMDataset(choice.measured, self.config, data, False, 0, choice.classes)
         self.others: MIMDataset | None = None
         labels = self.measured.labels
         if choice.others is not None and labels is not None and not bool((labels < 0).any()):
             self.others = MIMDataset(choice.others, self.config, data, False, 0, choice.classes)
         self.classes = self.measured.classes if self.others is not None else []
+
+    def log_sample(self, console: RunConsole) -> None:
+        """Prints what the images hold, where they are other than 8-bit ones."""
+        if set(self.sample.values) - {"uint8"}:
+            console.log(self.sample.line)
+        if self.sample.warning:
+            console.warn(self.sample.warning)
 
     @property
     def passes(self) -> int:

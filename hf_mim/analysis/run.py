@@ -38,6 +38,7 @@ FORMAT = 1  # of report.json
 REMEDY = "choose another analyze.output_dir, or remove that folder"
 # What of a config says which encoder is built and what it sees.
 ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
+ENCODER_FIELDS += ("value_range", "nodata", "eval_crop")
 
 
 @dataclass
@@ -161,6 +162,8 @@ def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunC
     output = choose_folder(arguments.output_dir, stem, ("report.html",), REMEDY)
     choice = choose_images(data, arguments.images, arguments.prototype_images)
     subjects = load_subjects(sources, choice, data, arguments)
+    for images in {id(subject.images): subject.images for subject in subjects}.values():
+        images.log_sample(console)
     console.log(f"{len(choice.measured)} images, {choice.note} of {dataset_title(data)}")
     return Analysis(
         recipe=recipes.parse_overrides(overrides),
@@ -315,7 +318,7 @@ def save_examples(images: EncoderImages, folder: Path, count: int) -> list[str]:
     if count == 0:
         return []
     names, (pixel_values, _) = [], next(images.batches(count))
-    shown = displayable(pixel_values, *images.config.statistics())
+    shown = displayable(pixel_values, *images.config.statistics(), images.config.display_bands)
     for i, image in enumerate(shown):
         names.append(f"example-{i}.png")
         to_pil_image(image).save(folder / names[-1])

@@ -23,6 +23,7 @@ from yaml import YAMLError
 from hf_mim.hub.card import command_of, header_of, make_card, read_config
 from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import PICTURES, RESULTS, read_json, read_recipe, weight_files, write_json
+from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
@@ -167,6 +168,8 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
             shutil.copy(path, scratch)
     if not (scratch / "preprocessor_config.json").is_file():
         processor_of(config).save_pretrained(scratch)
+    elif read_json(scratch / "preprocessor_config.json").get("image_processor_type") == MIMImageProcessor.__name__:
+        MIMImageProcessor.from_pretrained(scratch).save_pretrained(scratch)  # with its code, and none of the folder's
     for name in RESULTS:
         if (path := file_inside(folder, name)) is not None:
             write_json(scratch / name, shareable(read_json(path)))

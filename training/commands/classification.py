@@ -52,9 +52,11 @@ def finetune_classification(run: FinetuneRun) -> Path:
     """Fine-tunes, evaluates and writes everything; see `finetune`."""
     config, state = classifier_config(run)
     splits = load_labelled_splits(run.data, config, run.arguments.seed)
+    run.keep_pixels(config, splits.data)
     weights = class_weights(run.options.class_weights, splits)
     model = load_classifier(run, config, state, splits.classes)
     describe(run, model, splits)
+    run.log_sample(splits.sample)
     trainer = make_trainer(run, model, splits, weights)
     return run.execute(lambda: train(run, trainer), partial(finish, run, splits))
 
@@ -72,7 +74,7 @@ def make_trainer(
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         data_collator=ClassificationCollator(config, run.options, len(splits.classes)),
-        processing_class=processor_for(config),
+        processing_class=processor_for(config, splits.sample),
         compute_loss_func=ClassificationLoss(weights, run.options.label_smoothing),
         compute_metrics=lambda output: score_classes(output.predictions, output.label_ids),
         options=run.options,

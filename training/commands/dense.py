@@ -114,8 +114,8 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
     size = input_size(model, arguments.image_size, data.dataset is None)
     (layer,) = choose_layers(model.encoder, [arguments.layer])
     output = choose_folder(arguments.output_dir, f"dense-{name_of(source)}", ("dense.json",), REMEDY)
-    splits = load_masked_splits(data, model.config.num_channels, arguments.classes, console)
-    return DenseProbe(
+    splits = load_masked_splits(data, model.config, arguments.classes, console)
+    run = DenseProbe(
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,
         data=data,
@@ -126,6 +126,8 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         layer=layer,
         images=DenseProbeData(splits, model.config, size, model.encoder.token_grid(*size), arguments.patches),
     )
+    run.log_sample(splits.sample)
+    return run
 
 
 def asks_for_dense(overrides: Sequence[str]) -> bool:

@@ -94,12 +94,19 @@ def set_up(name: str, overrides: Sequence[str], console: Console | RunConsole | 
         data=data,
         paper=recipes.read_header(file).get("paper", ""),
     )
-    run.model = make_model(recipe["model"])
+    run.model = make_model(recipe["model"] | display_bands(data))
     run.splits = load_splits(data, run.config, arguments.seed)
+    run.keep_pixels(run.config, run.splits.data)
     check_length(run.splits.train, arguments)
     describe(run)
+    run.log_sample(run.splits.sample)
     run.find_checkpoint()
     return run
+
+
+def display_bands(data: DataArguments) -> dict:
+    """The choice of bands, which the target's pictures follow too, as a field of the model."""
+    return {} if data.display_bands is None else {"display_bands": data.display_bands}
 
 
 def make_model(section: dict) -> MIMForPreTraining:
@@ -151,7 +158,7 @@ def train(run: PretrainRun) -> MIMTrainer:
         args=run.arguments,
         train_dataset=run.splits.train,
         data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size)), normalized=False),
-        processing_class=processor_for(config),
+        processing_class=processor_for(config, run.splits.sample),
         console=run.console,
     )
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a check needs whole weights
@@ -219,6 +226,7 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
         **mean_throughput(trainer.state.log_history),
         "num_train_images": len(run.splits.train) if isinstance(run.splits.train, Sized) else None,
         "bad_images": bad_images(run.splits),
+        "missing_values": missing_values(run.splits),
     }
     if isinstance(run.splits.train, StreamedImages):
         results["damaged_shards"] = run.splits.train.damaged_shards()
@@ -233,6 +241,16 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
         run.console.show(results_table(results))
     else:
         run.console.log(f"Not evaluated: {run.splits.note}")
+
+
+def missing_values(splits: Splits) -> dict | None:
+    """{"images", "share"} of the training images that held `data.nodata`, as far as they were decoded in this run; of a
+    stream, the share in the sample."""
+    if splits.data.nodata is None:
+        return None
+    if isinstance(splits.train, MIMDataset):
+        return splits.train.missing_values()
+    return {"images": None, "share": round(splits.sample.missing, 6)}
 
 
 def bad_images(splits: Splits) -> dict:

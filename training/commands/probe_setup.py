@@ -166,8 +166,9 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
     needs_attentions = any(choice.make(model).needs_attentions for choice in choices)
     layers = choose_layers(model.encoder, arguments.layers, needs_attentions)
     splits = load_splits(data, model.config, seed=0)
+    data = splits.data
     images = open_images(splits, data, model.config, arguments.views)
-    return Probe(
+    run = Probe(
         recipe=recipes.parse_overrides(overrides),
         arguments=arguments,
         data=data,
@@ -181,6 +182,8 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
         layers=layers,
         command=shlex.join(["hf-mim", "probe", source, *overrides]),
     )
+    run.log_sample(splits.sample)
+    return run
 
 
 def check_labels(data: DataArguments) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import SegformerImageProcessor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.modeling.options import OptionError, Size, pair
@@ -20,7 +21,8 @@ from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
 from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
 from hf_mim.training.data.masks import IGNORE
-from hf_mim.training.data.processors import BICUBIC
+from hf_mim.training.data.processors import BICUBIC, own_processor
+from hf_mim.training.data.sample import PixelSample, fits_stock_processor
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
 from hf_mim.training.errors import CheckpointError, RecipeError
@@ -54,12 +56,13 @@ def finetune_segmentation(
     encoder = load_encoder(source)
     size = input_size(encoder, image_size, run.data.dataset is None)
     recipe["model"]["image_size"] = list(size)
-    channels, seed = encoder.config.num_channels, run.arguments.seed
-    splits = load_masked_splits(run.data, channels, options.classes, run.console, seed)
+    splits = load_masked_splits(run.data, encoder.config, options.classes, run.console, run.arguments.seed)
+    run.keep_pixels(encoder.config, splits.data)
     batch = min(run.arguments.train_batch_size, len(splits.train))
     run.model = model = make_segmenter(encoder, options, splits.classes, batch)
     trainer = make_trainer(run, model, splits, size)
     describe(run, model, splits, size)
+    run.log_sample(splits.sample)
     return run.execute(lambda: train(run, trainer), partial(write_results, run, splits))
 
 
@@ -238,20 +241,25 @@ def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size
         eval_dataset=MaskedDataset(splits.validation, config, size, False),
         data_collator=SegmentationCollator(config),
         compute_metrics=lambda output: score_masks(output.predictions),
-        processing_class=segmentation_processor(config, size),
+        processing_class=segmentation_processor(config, size, splits.sample),
         console=run.console,
     )
 
 
-def segmentation_processor(config: MIMConfig, size: tuple[int, int]) -> SegformerImageProcessor:
-    """A stock image processor that gives a segmenter's `pixel_values`, and whose
+def segmentation_processor(
+    config: MIMConfig, size: tuple[int, int], sample: PixelSample | None = None
+) -> SegformerImageProcessor | MIMImageProcessor:
+    """An image processor, a stock one where that can do it, that gives a segmenter's `pixel_values`, and whose
     `post_process_semantic_segmentation(outputs, target_sizes)` gives masks."""
+    if not fits_stock_processor(sample, config):
+        return own_processor(config, size, eval_crop="squeeze")
     return SegformerImageProcessor(
         size={"height": size[0], "width": size[1]},
         resample=BICUBIC,
         image_mean=list(config.image_mean or ()),
         image_std=list(config.image_std or ()),
         do_reduce_labels=False,
+        do_convert_rgb=True if config.num_channels == 3 else None,
     )
 
 

@@ -1,13 +1,23 @@
 """What a recipe says about data: the section `data`, and the augmentations of the section `finetune`."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from hf_mim.modeling.pixels import MAX_PIXELS, as_number, as_pairs, crop_share
 from hf_mim.training.data import urls
 from hf_mim.training.errors import RecipeError
 
 
 # The smallest value that a number may have.
-MINIMUM = {"max_train_images": 1, "max_eval_images": 0, "max_bad_images": 0, "cache_size": 1, "shuffle_buffer": 0}
+MINIMUM = {
+    "max_train_images": 1,
+    "max_eval_images": 0,
+    "max_bad_images": 0,
+    "max_pixels": 1,
+    "cache_size": 1,
+    "shuffle_buffer": 0,
+}
 MAGNITUDES = 11  # strengths of RandAugment, 0 to 10 as in timm's `rand-m9`
 
 
@@ -36,7 +46,8 @@ class DataArguments:
             so many, after it was shuffled by `shuffle_buffer`; each worker then reads all of them.
         max_eval_images: use at most so many images of either split for the scores, drawn at random, always the same and
             of every class; 0 leaves the scores out.
-        crop_scale: area of the random crops as shares of the image, in (0, 1]; None resizes the whole image instead.
+        crop_scale: area of the random crops as shares of the image, in (0, 1]; None trains on images as they are
+            evaluated: see `eval_crop`.
         interpolation: how random crops are resized, bicubic or bilinear (SimMIM, A2MIM); whole images are always
             resized by bicubic interpolation.
         horizontal_flip: mirror half of the training images.
@@ -46,6 +57,14 @@ class DataArguments:
             memory. Slower on a processor, and not measured on a GPU.
         max_bad_images: how many files may be skipped because they cannot be decoded: a share below 1 (of which at
             least one image), or a number. The same holds for damaged shards of a stream.
+        max_pixels: images with more of them are bad ones; they take memory.
+        value_range: the values that become black and white, 0 and 255: one pair, one pair per channel, or `auto`, the
+            0.1 and 99.9 percentiles of each channel in a sample. Values beyond are clipped. None: that of the
+            checkpoint, else 8-bit values stay, other whole numbers are divided by 257, and floats lie in [0, 1].
+        nodata: the value of what was not measured, or `nan`; it becomes the mean, 0 after normalisation.
+        eval_crop: how a whole image gets the model's size: `squeeze`, or the share of its shorter side that a centre
+            crop keeps (`none` is 1). None: that of the checkpoint, else 0.875. See `modeling.resizing.fit_whole`.
+        display_bands: numbers of the three channels, or the one, that pictures show, counted from 0.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
         cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
@@ -71,6 +90,11 @@ class DataArguments:
     color_jitter: float = 0.0
     crop_on_device: bool = False
     max_bad_images: float = 0.01
+    max_pixels: int = MAX_PIXELS
+    value_range: list | str | None = None
+    nodata: float | str | None = None
+    eval_crop: float | str | None = None
+    display_bands: list[int] | None = None
     memory_limit_mb: int = 1024
     cache_decoded: bool = False
     cache_dir: str | None = None
@@ -98,10 +122,31 @@ class DataArguments:
             raise RecipeError(
                 f"data.crop_scale must be two shares like [0.2, 1.0], or null, not {scale}", "data.crop_scale"
             )
+        self._check_pixels()
         for name, smallest in MINIMUM.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise RecipeError(f"data.{name} must be at least {smallest}, not {value}", f"data.{name}")
+
+    def _check_pixels(self):
+        if isinstance(self.nodata, float) and not math.isfinite(self.nodata):
+            self.nodata = str(self.nodata)  # JSON has no such numbers
+        if isinstance(self.value_range, str) and self.value_range != "auto":
+            message = f"data.value_range must be a pair, one pair per channel, or auto, not {self.value_range!r}"
+            raise RecipeError(message, "data.value_range")
+        checks: tuple[tuple[str, Callable], ...] = (
+            ("value_range", lambda value: value == "auto" or as_pairs(value, max(1, len(value or [])))),
+            ("nodata", as_number),
+            ("eval_crop", crop_share),
+        )
+        for name, check in checks:
+            try:
+                check(getattr(self, name))
+            except ValueError as error:
+                raise RecipeError(f"data.{error}", f"data.{name}") from None
+        bands = self.display_bands
+        if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0):
+            raise RecipeError(f"data.display_bands must be one or three channels, not {bands}", "data.display_bands")
 
 
 @dataclass

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from hf_mim.modeling.resizing import resize
 from hf_mim.training.data.mapped_file import MappedFile, free_bytes
-from hf_mim.training.data.transforms import resize
 from hf_mim.training.errors import DataError
 
 

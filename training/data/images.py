@@ -9,6 +9,7 @@ import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.resizing import fit_whole
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BadImageReport, BadImages, name_file, row_name
@@ -17,9 +18,9 @@ from hf_mim.training.data.batches import ImageBatch
 from hf_mim.training.data.color import check_jitter, jitter_colors
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoded_cache import DecodedCache
-from hf_mim.training.data.decoding import Undecodable, decode
+from hf_mim.training.data.decoding import Decoder, Undecodable
 from hf_mim.training.data.labels import Labels, read_labels
-from hf_mim.training.data.transforms import UNIFORMS, crop, crop_batch, crop_boxes, flip_batch, resize, sample_rng
+from hf_mim.training.data.transforms import UNIFORMS, crop, crop_batch, crop_boxes, flip_batch, sample_rng
 from hf_mim.training.errors import DataError
 
 
@@ -33,7 +34,7 @@ class MIMDataset(ImageDataset):
         dataset: rows with an undecoded image column.
         config: gives size and channels.
         data: gives crops and flips; see `DataArguments`.
-        train: with crops and flips, which follow from (seed, epoch, index); else the whole images, resized.
+        train: with crops and flips, which follow from (seed, epoch, index); else the whole images: see `fit_whole`.
         classes: names of the classes, in the order of their numbers, where labels are text; None takes all in sight.
 
     Raises:
@@ -49,6 +50,8 @@ class MIMDataset(ImageDataset):
         self.files = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.seed, self.train = image_column, seed, train
         self.size, self.num_channels = pair(config.image_size), config.num_channels
+        self.decode = Decoder(config, data)
+        self.eval_crop = config.eval_crop if data.eval_crop is None else data.eval_crop
         self.crop_scale = data.crop_scale if train else None
         self.interpolation = data.interpolation
         self.horizontal_flip = data.horizontal_flip and train
@@ -60,6 +63,7 @@ class MIMDataset(ImageDataset):
         self.classes = self.label_info.classes if self.label_info else []
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._missing = torch.zeros(len(dataset)).share_memory_()
         labelled = None if self.labels is None else self.labels >= 0
         self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of, labelled)
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
@@ -120,16 +124,28 @@ class MIMDataset(ImageDataset):
     def _decode(self, index: int, file) -> torch.Tensor:
         while True:
             try:
-                return torch.from_numpy(decode(file, self.num_channels))
+                return torch.from_numpy(self._pixels(index, file))
             except ValueError:
                 self.bad.add(index)
                 (index,) = self.bad.replace([index])
                 file = self.files[index][self.image_column]
 
+    def _pixels(self, index: int, file) -> np.ndarray:
+        pixels = self.decode(file)
+        if self.decode.missing:
+            self._missing[index] = self.decode.missing
+        return pixels
+
+    def missing_values(self) -> dict:
+        """{"images", "share"}: how many of the images decoded so far had values that are `data.nodata`, and the share
+        of their values."""
+        found = self._missing[self._missing > 0]
+        return {"images": len(found), "share": round(float(found.mean()), 6) if len(found) else 0.0}
+
     def _error_of(self, index: int) -> str:
         try:
             name = row_name(self.files, index)
-            decode(name_file(self.files[index][self.image_column], name), self.num_channels)
+            self.decode(name_file(self.files[index][self.image_column], name))
         except ValueError as error:
             return str(error)
         return f"image {index}"
@@ -145,7 +161,7 @@ class MIMDataset(ImageDataset):
 
     def _crop_each(self, images: list[torch.Tensor], uniforms: np.ndarray) -> torch.Tensor:
         if self.crop_scale is None:
-            return torch.stack([resize(image, self.size) for image in images])
+            return torch.stack([fit_whole(image, self.size, self.eval_crop) for image in images])
         boxes = crop_boxes(uniforms, np.array([image.shape[-2:] for image in images]), self.size, self.crop_scale)
         batch = torch.empty((len(images), self.num_channels, *self.size), dtype=torch.uint8)
         for cropped, image, box in zip(batch, images, boxes):
@@ -159,7 +175,7 @@ class MIMDataset(ImageDataset):
 
     def _crop_equal(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
         if self.crop_scale is None:
-            return resize(images, self.size)
+            return fit_whole(images, self.size, self.eval_crop)
         sizes = np.tile(images.shape[-2:], (len(images), 1))
         boxes = crop_boxes(uniforms, sizes, self.size, self.crop_scale)
         return crop_batch(images, boxes, self.size, self.interpolation)
@@ -167,13 +183,13 @@ class MIMDataset(ImageDataset):
     def _open_cache(self, data: DataArguments) -> DecodedCache:
         def read_image(index: int) -> np.ndarray:
             try:
-                return decode(self.files[index][self.image_column], self.num_channels)
+                return self._pixels(index, self.files[index][self.image_column])
             except ValueError:
                 self.bad.add(index)
                 return np.zeros((self.num_channels, 0, 0), dtype=np.uint8)  # what the cache has of a bad one
 
         folder = data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim"
-        fingerprint = f"{self.files._fingerprint} {self.image_column}"
+        fingerprint = f"{self.files._fingerprint} {self.image_column} {self.decode.rules}"
         cache = DecodedCache(folder, fingerprint, len(self.files), read_image, self.num_channels, data.cache_size)
         self.bad.flags |= torch.from_numpy(cache.table[:, 1:].prod(axis=1) == 0)
         self.bad.check()
@@ -188,7 +204,7 @@ class MIMDataset(ImageDataset):
         for rows in self.files.iter(batch_size=1000):
             for file in urls.read_files(rows[self.image_column]):
                 try:
-                    image = decode(file, self.num_channels)
+                    image = self._pixels(index, file)
                     if image.shape != first.shape:
                         return None
                     images[index] = torch.from_numpy(image)
@@ -201,7 +217,7 @@ class MIMDataset(ImageDataset):
         """The first image that can be decoded. One with other channels is a mistake in the config, and no bad file."""
         for index in range(len(self.files)):
             try:
-                return torch.from_numpy(decode(self.files[index][self.image_column], self.num_channels))
+                return torch.from_numpy(self._pixels(index, self.files[index][self.image_column]))
             except Undecodable:
                 self.bad.add(index)
         raise AssertionError("BadImages raises where all are bad")

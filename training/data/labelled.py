@@ -12,6 +12,7 @@ from hf_mim.training.data.columns import find_columns, find_label_column
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, check_classes, read_labels, unknown_class
 from hf_mim.training.data.report import describe_classes, describe_columns, describe_part, unused_splits
+from hf_mim.training.data.sample import PixelSample, look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import (
     HELD_OUT_LIMIT,
@@ -34,6 +35,7 @@ class LabelledSplits:
         notes: {"validation", "test"}: where each comes from, for people.
         test: None where `data.max_eval_images` is 0.
         report: what is used and what is left out, a line each, for people.
+        sample, data: as of `Splits`.
     """
 
     train: LabelledImages
@@ -42,6 +44,8 @@ class LabelledSplits:
     classes: list[str]
     notes: dict[str, str]
     report: list[str] = field(default_factory=list)
+    sample: PixelSample = field(default_factory=PixelSample)
+    data: DataArguments = field(default_factory=DataArguments)
 
 
 def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> LabelledSplits:
@@ -55,6 +59,7 @@ def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) 
     opened = open_dataset(data)
     train_name, test_name = choose_splits(opened, data)
     train, column = opened[train_name], find_label_column(opened[train_name].features, data)
+    sample, data = look_at(train, config, data, seed)
     report = [*opened.notes, describe_columns(find_columns(train.features, data)[0], column)]
     labels = read_labels(train, column)
     check_classes(labels)
@@ -85,7 +90,7 @@ def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) 
         if part is not None:
             report.append(describe_part(title, len(part), Labels(part.labels, labels.classes), notes.get(title, "")))
     report += unused_splits(opened, [train_name, test_name, name])
-    return LabelledSplits(training, validation, testing, labels.classes, notes, report)
+    return LabelledSplits(training, validation, testing, labels.classes, notes, report, sample, data)
 
 
 def hold_out_validation(training: LabelledImages, limit: int | None) -> tuple[LabelledImages, LabelledImages]:

@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_mask_columns
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.masks import HIGHEST_ID, IGNORE, REMEDY, frequent_values, smooth_share
 from hf_mim.training.data.pairs import MaskedSource, Pairs, open_pairs
 from hf_mim.training.data.report import describe_classes, describe_columns, unused_splits
+from hf_mim.training.data.sample import PixelSample, look_at
 from hf_mim.training.data.scenes import COUNTS, Scenes
 from hf_mim.training.data.splits import choose_splits, draw_scenes, hold_out_scenes, other_test_split
 from hf_mim.training.errors import DataError
@@ -29,6 +32,7 @@ class MaskedSplits:
         shares: of the labelled training pixels that are of each class.
         note: where `test` comes from, for people.
         report: what is used and what is left out, a line each, for people.
+        sample, data: as of `Splits`.
     """
 
     train: MaskedSource
@@ -38,11 +42,13 @@ class MaskedSplits:
     shares: np.ndarray
     note: str
     report: list[str] = field(default_factory=list)
+    sample: PixelSample = field(default_factory=PixelSample)
+    data: DataArguments = field(default_factory=DataArguments)
 
 
 def load_masked_splits(
     data: DataArguments,
-    num_channels: int,
+    config: MIMConfig,
     classes: int | list[str] | None = None,
     console: RunConsole | None = None,
     seed: int = 0,
@@ -51,6 +57,7 @@ def load_masked_splits(
     out, and subsets, keep the classes: see `splits`.
 
     Args:
+        config: says how images are decoded.
         classes: how many there are, or their names; None takes the ids in sight, each of which must be in training.
         seed: of `data.max_train_images`.
 
@@ -62,21 +69,23 @@ def load_masked_splits(
     limits = {name: count if count is None else max(1, count) for name, count in limits.items()}
     if data.dataset is None:
         sources: dict = {
-            name: Scenes(name, min(count, limits[name] or count), num_channels=num_channels)
+            name: Scenes(name, min(count, limits[name] or count), num_channels=config.num_channels)
             for name, count in COUNTS.items()
         }
         counts = {name: IdCounts.read(source, name, console) for name, source in sources.items()}
         names = name_classes(classes or sources["train"].classes, highest(counts))
-        return _masked_splits(sources, counts, names, "composed from the test images", [])
+        return _masked_splits(sources, counts, names, "composed from the test images", [], PixelSample(), data)
     opened = open_pairs(data)
     train, test = choose_splits(opened, data)
     chosen = {"train": train, "validation": other_test_split(opened, train, test), "test": test}
     columns = find_mask_columns(opened[train].features, data)
     report = [*opened.notes, describe_columns(columns[0], None, masks=columns[1]).replace("no labels, ", "")]
+    sample, data = look_at(opened[train], config, data, seed, columns[0])
+    decode = Decoder(config, data)
     sources, counts = {}, {}
     for name, split in chosen.items():
         if split is not None:
-            sources[name] = Pairs(opened[split], *columns, num_channels, data.mask_values)
+            sources[name] = Pairs(opened[split], *columns, decode, data.mask_values)
             counts[name] = IdCounts.read(sources[name], name, console)
     names = name_classes(classes, highest(counts))
     note = f"split {test}" if test is not None else f"held out from {train}"
@@ -96,10 +105,18 @@ def load_masked_splits(
     report += unused_splits(opened, chosen.values())
     if classes is None:
         check_present(counts["train"].total(len(names)), highest(counts))
-    return _masked_splits(sources, counts, names, note, report)
+    return _masked_splits(sources, counts, names, note, report, sample, data)
 
 
-def _masked_splits(sources: dict, counts: dict, names: list[str], note: str, report: list[str]) -> MaskedSplits:
+def _masked_splits(
+    sources: dict,
+    counts: dict,
+    names: list[str],
+    note: str,
+    report: list[str],
+    sample: PixelSample,
+    data: DataArguments,
+) -> MaskedSplits:
     totals = {name: counts[name].total(len(names)) for name in COUNTS}
     if not totals["train"].any():
         raise DataError(f"the train masks hold only {IGNORE}, which means that a pixel has no class")
@@ -115,7 +132,13 @@ def _masked_splits(sources: dict, counts: dict, names: list[str], note: str, rep
         report.append(f"{100 * ignored / (ignored + totals['train'].sum()):.1f} % of the training pixels have no class")
     shares = totals["train"] / totals["train"].sum()
     return MaskedSplits(
-        **{name: sources[name] for name in COUNTS}, classes=names, shares=shares, note=note, report=report
+        **{name: sources[name] for name in COUNTS},
+        classes=names,
+        shares=shares,
+        note=note,
+        report=report,
+        sample=sample,
+        data=data,
     )
 
 

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.files import SHARDS, Listing, list_place, place_of
 from hf_mim.training.data.masks import BadMask, decode_mask, size_of
 from hf_mim.training.data.sources import open_dataset
@@ -38,22 +38,20 @@ class Pairs:
 
     Raises (when it is indexed):
         BadMask: a mask of another size than its image, or one that cannot be read.
-        ValueError: the image cannot be decoded into `num_channels`.
+        ValueError: the image cannot be decoded.
     """
 
-    def __init__(
-        self, dataset, image_column: str, mask_column: str, num_channels: int, mask_values: list | None = None
-    ):
+    def __init__(self, dataset, image_column: str, mask_column: str, decode: Decoder, mask_values: list | None = None):
         dataset = dataset.select_columns([image_column, mask_column])
         for column in (image_column, mask_column):
             if isinstance(dataset.features[column], datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self.dataset, self.columns, self.num_channels = dataset, (image_column, mask_column), num_channels
+        self.dataset, self.columns, self.decode = dataset, (image_column, mask_column), decode
         self.mask_values = mask_values
 
     def select(self, positions: np.ndarray) -> "Pairs":
         """Some of them."""
-        return Pairs(self.dataset.select(positions), *self.columns, self.num_channels, self.mask_values)
+        return Pairs(self.dataset.select(positions), *self.columns, self.decode, self.mask_values)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,7 +66,7 @@ class Pairs:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
         image, mask = (self.dataset[index][column] for column in self.columns)
-        pixels, ids = decode(image, self.num_channels), decode_mask(mask, f"{index}", self.mask_values)
+        pixels, ids = self.decode(image), decode_mask(mask, f"{index}", self.mask_values)
         self._check_size(index, image, pixels.shape[1:], ids.shape)
         return pixels, ids
 

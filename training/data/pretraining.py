@@ -1,6 +1,6 @@
 """What pretraining and probing work on: the images of a recipe, to train on and to evaluate on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -12,6 +12,7 @@ from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, read_labels, unknown_class
 from hf_mim.training.data.report import describe_classes, describe_columns, describe_part, unused_splits
+from hf_mim.training.data.sample import PixelSample, look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import Opened, choose_splits, hold_out_rows, limit_rows
 from hf_mim.training.data.streaming import StreamedImages
@@ -31,6 +32,8 @@ class Splits:
             without a label, -1, are not for evaluation; `test` has none.
         note: where `test` comes from, or why there is none, for people.
         report: what is used and what is left out, a line each, for people.
+        sample: what some of the training images hold.
+        data: the recipe's, with the numbers that `value_range=auto` stands for.
     """
 
     train: MIMDataset | StreamedImages
@@ -38,6 +41,8 @@ class Splits:
     test: MIMDataset | None
     note: str
     report: list[str] = field(default_factory=list)
+    sample: PixelSample = field(default_factory=PixelSample)
+    data: DataArguments = field(default_factory=DataArguments)
 
 
 def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits:
@@ -48,6 +53,11 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
         ValueError, OSError: it is missing, empty, without images, or its channels are not those of the config.
     """
     opened = open_dataset(data)
+    sample, data = look_at(opened[choose_splits(opened, data)[0]], config, data, seed)
+    return replace(_load(opened, data, config, seed), sample=sample, data=data)
+
+
+def _load(opened: Opened, data: DataArguments, config: MIMConfig, seed: int) -> Splits:
     train_name, test_name = choose_splits(opened, data)
     train = opened[train_name]
     if isinstance(train, datasets.IterableDataset):

@@ -10,15 +10,16 @@ import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.resizing import fit_whole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BAD_SLOTS, BadFiles, BadImageReport
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch
 from hf_mim.training.data.color import check_jitter, jitter_colors
 from hf_mim.training.data.columns import find_columns
-from hf_mim.training.data.decoding import decode
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.shards import Lane, Shards, Window
-from hf_mim.training.data.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, resize, sample_rng
+from hf_mim.training.data.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, sample_rng
 from hf_mim.training.errors import DataError
 
 
@@ -49,6 +50,8 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         self.shards = Shards(stream, column, data.max_bad_images, single=bool(data.max_train_images))
         self.config, self.data, self.seed = config, data, seed
         check_jitter(data.color_jitter, config.num_channels)
+        self.decode = Decoder(config, data)
+        self.eval_crop = config.eval_crop if data.eval_crop is None else data.eval_crop
         self.start, self.lanes, self.block = 0, 0, 0
         self.batch_size, self.process, self.processes = 1, 0, 1
         # Shared with the loader's workers: which files were bad.
@@ -149,7 +152,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
                 place = epoch, index
                 bad.seen[epoch] += 1
             try:
-                image = torch.from_numpy(decode(file, self.config.num_channels))[None]
+                image = torch.from_numpy(self.decode(file))[None]
             except ValueError as error:
                 bad.add(file, epoch, str(error))
                 continue
@@ -163,7 +166,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         uniforms = rng.random(UNIFORMS)[None]
         sizes = np.array([image.shape[-2:]])
         if data.crop_scale is None:
-            image = resize(image, size)
+            image = fit_whole(image, size, self.eval_crop)
         else:
             boxes = crop_boxes(uniforms, sizes, size, data.crop_scale)
             image = crop_batch(image, boxes, size, data.interpolation)

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from hf_mim.modeling.resizing import resize as resize_whole
 
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of the crops, relative to that of the output
@@ -54,23 +55,16 @@ def _centred(sizes: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], box=None, interpolation: str = "bicubic") -> torch.Tensor:
-    """With antialiasing; bicubic as `processor_for` does it.
+    """`resizing.resize` of a part of an image (..., channels, height, width), uint8.
 
     Args:
-        image: (..., channels, height, width), uint8; fastest where the channels lie innermost in memory, as a decoded
-            file's do.
         box: top, left, height, width of the part to keep; None is all of it.
         interpolation: one of `INTERPOLATIONS`.
     """
     if box is not None:
         top, left, height, width = map(int, box)
         image = image[..., top : top + height, left : left + width]
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    # torchvision's resize ends in the same call, but takes half as long again.
-    batch = image[None] if image.ndim == 3 else image
-    resized = F.interpolate(batch, size=tuple(size), mode=interpolation, antialias=True)
-    return resized[0] if image.ndim == 3 else resized
+    return resize_whole(image, size, interpolation)
 
 
 def cubic(x: torch.Tensor) -> torch.Tensor:

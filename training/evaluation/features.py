@@ -11,6 +11,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from hf_mim.modeling.options import check_part
+from hf_mim.modeling.pixels import crop_share
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
@@ -174,6 +175,7 @@ class ImageViews:
     def describe(self, view: int) -> dict:
         """What the pixels follow from, for the key of a cache."""
         description = {"split": self.name, "images": self.images_hash, "view": view}
+        description |= {"eval_crop": crop_share(self.whole.eval_crop), "rules": str(self.whole.decode.rules)}
         if view:
             augmented = self.augmented
             description |= {"seed": augmented.seed, "crop": augmented.crop_scale, "flip": augmented.horizontal_flip}

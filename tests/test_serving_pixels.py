@@ -1,0 +1,376 @@
+"""What training decodes and what the saved image processor makes of the same file: the same within a level, for every
+kind of file. Files are written here; expected values come from the numbers that they were written with."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+import torch
+from helpers import tiny_config
+from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
+from transformers.image_utils import load_image
+
+from hf_mim import MIMModel
+from hf_mim.modeling.encoder_base import to_grey
+from hf_mim.modeling.image_processing_mim import MIMImageProcessor
+from hf_mim.modeling.resizing import fit_whole, resized_shape
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.processors import processor_for
+
+
+SIZE = (20, 24)
+TURNED = PIL.Image.Exif()
+TURNED[0x0112] = 6
+
+
+def smooth(seed: int, channels: int = 1, size=SIZE) -> np.ndarray:
+    """(height, width[, channels]) floats in [0, 1], smooth, filling the range."""
+    noise = np.random.default_rng(seed).random((5, 6, channels)).astype(np.float32)
+    bands = [
+        PIL.Image.fromarray(noise[..., i]).resize(size[::-1], PIL.Image.Resampling.BICUBIC) for i in range(channels)
+    ]
+    values = np.stack([np.array(band) for band in bands], axis=-1)
+    values = (values - values.min()) / np.ptp(values)
+    return values[..., 0] if channels == 1 else values
+
+
+def levels(seed: int, channels: int = 1, top: int = 255, kind=np.uint8, size=SIZE) -> np.ndarray:
+    return np.rint(smooth(seed, channels, size) * top).astype(kind)
+
+
+def pillow(array, mode=None, kind="PNG", **options) -> bytes:
+    image = PIL.Image.fromarray(array)
+    image = image.convert(mode) if mode else image
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png16(array: np.ndarray) -> bytes:
+    """PNG with 16 bits in each of several channels, which Pillow does not write."""
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def tiff(array, **options) -> bytes:
+    file = io.BytesIO()
+    planar = {"planarconfig": "contig"} if array.ndim == 3 and array.shape[2] < 10 else {}
+    tifffile.imwrite(file, array, photometric="minisblack", **planar, **options)
+    return file.getvalue()
+
+
+def transparent(seed: int) -> np.ndarray:
+    image = levels(seed, 4)
+    image[:8, :8, 3] = 0
+    return image
+
+
+def with_nan(seed: int) -> np.ndarray:
+    array = smooth(seed, 6)
+    array[:4, :4, 2], array[5:7, 5:7, 1] = np.nan, np.inf
+    return array
+
+
+def with_nodata(seed: int) -> np.ndarray:
+    array = levels(seed, 6, 6000, np.int16)
+    array[:4, :4] = -9999
+    return array
+
+
+# name -> (file of a seed, ending, channels of the model, options of `data`)
+KINDS = {
+    "grey, several channels": (lambda s: pillow(levels(s)), "png", 3, {}),
+    "colours, one channel": (lambda s: pillow(levels(s, 3)), "png", 1, {}),
+    "black and white": (lambda s: pillow(levels(s), "1"), "png", 1, {}),
+    "palette, one channel": (lambda s: pillow(levels(s, 3), "P"), "png", 1, {}),
+    "colours": (lambda s: pillow(levels(s, 3)), "png", 3, {}),
+    "jpeg": (lambda s: pillow(levels(s, 3), kind="JPEG"), "jpg", 3, {}),
+    "grey jpeg": (lambda s: pillow(levels(s), kind="JPEG"), "jpg", 1, {}),
+    "cmyk": (lambda s: pillow(levels(s, 3), "CMYK", "JPEG"), "jpg", 3, {}),
+    "palette": (lambda s: pillow(levels(s, 3), "P"), "png", 3, {}),
+    "palette with transparency": (lambda s: pillow(levels(s), "P", transparency=3), "png", 3, {}),
+    "transparency dropped": (lambda s: pillow(transparent(s)), "png", 3, {}),
+    "transparency kept": (lambda s: pillow(transparent(s)), "png", 4, {}),
+    "grey with transparency": (lambda s: pillow(levels(s), "LA"), "png", 1, {}),
+    "grey with transparency kept": (lambda s: pillow(levels(s), "LA"), "png", 2, {}),
+    "16-bit png": (lambda s: pillow(levels(s, top=65535, kind=np.uint16)), "png", 1, {}),
+    "16-bit png, three channels": (lambda s: pillow(levels(s, top=65535, kind=np.uint16)), "png", 3, {}),
+    "16-bit colours": (lambda s: png16(levels(s, 3, 65535, np.uint16)), "png", 3, {}),
+    "16-bit colours, one channel": (lambda s: png16(levels(s, 3, 65535, np.uint16)), "png", 1, {}),
+    "16-bit transparency": (lambda s: png16(levels(s, 4, 65535, np.uint16)), "png", 4, {}),
+    "12 bits in a png": (lambda s: pillow(levels(s, top=4095, kind=np.uint16)), "png", 1, {"value_range": [0, 4095]}),
+    "12-bit colours": (lambda s: png16(levels(s, 3, 4095, np.uint16)), "png", 3, {"value_range": "auto"}),
+    "10 bits": (lambda s: tiff(levels(s, top=1023, kind=np.uint16)), "tif", 1, {"value_range": "auto"}),
+    "big-endian": (lambda s: tiff(levels(s, top=4000, kind=">u2"), byteorder=">"), "tif", 1, {"value_range": "auto"}),
+    "predictor": (
+        lambda s: tiff(levels(s, top=900, kind=np.uint16), compression="zlib", predictor=True),
+        "tif",
+        1,
+        {"value_range": "auto"},
+    ),
+    "float tiff": (lambda s: tiff(smooth(s)), "tif", 1, {}),
+    "float tiff in another range": (lambda s: tiff(smooth(s) * 7 - 3), "tif", 1, {"value_range": [-3, 4]}),
+    "16-bit tiff of three channels": (lambda s: tiff(levels(s, 3, 3000, np.uint16)), "tif", 3, {"value_range": "auto"}),
+    "six bands": (lambda s: tiff(levels(s, 6, 9000, np.uint16)), "tif", 6, {"value_range": "auto"}),
+    "pages": (lambda s: tiff(levels(s, 5).transpose(2, 0, 1)), "tif", 5, {}),
+    "turned tiff of six bands": (lambda s: tiff(levels(s, 6), extratags=[(274, "H", 1, 6, True)]), "tif", 6, {}),
+    "npy, grey": (lambda s: npy(levels(s)), "npy", 3, {}),
+    "npy, channels first": (lambda s: npy(levels(s, 5).transpose(2, 0, 1)), "npy", 5, {}),
+    "npy, bool": (lambda s: npy(smooth(s) > 0.5), "npy", 1, {}),
+    "npy, int8": (lambda s: npy(levels(s, top=127, kind=np.int8)), "npy", 1, {}),
+    "npy, int16": (lambda s: npy(levels(s, 6, 9000, np.int16)), "npy", 6, {"value_range": "auto"}),
+    "npy, int64": (lambda s: npy(levels(s, 3, 255, np.int64)), "npy", 3, {"value_range": [0, 255]}),
+    "npy, uint32": (lambda s: npy(levels(s, 1, 10**6, np.uint32)), "npy", 1, {"value_range": "auto"}),
+    "npy, float16": (lambda s: npy(smooth(s, 3).astype(np.float16)), "npy", 3, {}),
+    "npy, float64 in decibels": (
+        lambda s: npy(smooth(s, 2).astype(np.float64) * 30 - 25),
+        "npy",
+        2,
+        {"value_range": "auto"},
+    ),
+    "one range per channel": (
+        lambda s: npy(smooth(s, 3) * np.float32([1, 10, 100])),
+        "npy",
+        3,
+        {"value_range": [[0, 1], [0, 10], [0, 100]]},
+    ),
+    "NaN and infinity": (lambda s: npy(with_nan(s)), "npy", 6, {"nodata": "nan"}),
+    "nodata": (lambda s: npy(with_nodata(s)), "npy", 6, {"nodata": -9999, "value_range": "auto"}),
+    "turned png": (lambda s: pillow(levels(s, 3), exif=TURNED), "png", 3, {}),
+    "turned jpeg": (lambda s: pillow(levels(s, 3), kind="JPEG", exif=TURNED), "jpg", 3, {}),
+    "turned webp": (lambda s: pillow(levels(s, 3), kind="WEBP", lossless=True, exif=TURNED), "webp", 3, {}),
+    "turned tiff": (lambda s: pillow(levels(s, 3), kind="TIFF", exif=TURNED), "tif", 3, {}),
+    "turned 16-bit png": (lambda s: pillow(levels(s, top=65535, kind=np.uint16), exif=TURNED), "png", 1, {}),
+    "constant": (lambda s: npy(np.full(SIZE, 1000 + s, np.uint16)), "npy", 1, {"value_range": "auto"}),
+}
+
+
+def run_of(kind: str, folder: Path, size=16, **options):
+    """-> files, config, data set of the training images, whole, and the image processor, saved and loaded again."""
+    make, ending, channels, chosen = KINDS[kind]
+    files = [folder / "images" / f"{seed}.{ending}" for seed in range(4)]
+    (folder / "images").mkdir()
+    for seed, file in enumerate(files):
+        file.write_bytes(make(seed))
+    config = tiny_config(image_size=size, num_channels=channels)
+    splits = load_splits(DataArguments(dataset=str(folder / "images"), **chosen, **options), config)
+    for name in ("value_range", "nodata", "eval_crop"):  # as `TrainingRun.keep_pixels` does it
+        setattr(config, name, getattr(splits.data, name))
+    processor_for(config, splits.sample).save_pretrained(folder / "model")
+    return files, config, splits, AutoImageProcessor.from_pretrained(folder / "model")
+
+
+def prepared(processor, files: list[Path], config) -> torch.Tensor:
+    """What the model's card says: paths, for the processor of this project, else upright images."""
+    if isinstance(processor, MIMImageProcessor):
+        return processor([str(file) for file in files], return_tensors="pt")["pixel_values"]
+    keep = config.num_channels == 4
+    images = [PIL.Image.open(file) if keep else load_image(str(file)) for file in files]
+    return to_grey(processor(images, return_tensors="pt")["pixel_values"], config.num_channels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, (24, 16)])
+def test_training_pixels_are_serving_pixels(kind, size, tmp_path):
+    files, config, splits, processor = run_of(kind, tmp_path, size)
+    trained = MIMCollator(config)(splits.train.without_augmentation().__getitems__(range(len(files))))["pixel_values"]
+    served = prepared(processor, files, config)
+    level = 1 / (255 * torch.tensor(config.image_std)[:, None, None])
+    assert trained.shape == served.shape and ((trained - served) / level).abs().max() <= 1.01
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+def test_values_become_levels_of_the_range(tmp_path):
+    """Against the numbers that the file was written with."""
+    files, _, splits, _ = run_of("12 bits in a png", tmp_path, SIZE)
+    for seed in range(len(files)):
+        expected = np.clip(np.rint(levels(seed, top=4095, kind=np.uint16) * (255 / 4095)), 0, 255)
+        assert np.abs(splits.train.without_augmentation()[seed].images[0, 0].numpy() - expected).max() <= 1
+    assert splits.sample.levels[0] > 200 and splits.sample.warning is None
+
+
+def test_missing_values_become_the_mean_and_are_counted(tmp_path):
+    _, config, splits, processor = run_of("nodata", tmp_path, SIZE)
+    whole = splits.train.without_augmentation()
+    image = MIMCollator(config)([whole[0]])["pixel_values"][0]
+    assert image[:, :4, :4].abs().max() <= 0.5 / 255 / min(config.image_std) + 1e-6  # 0 within half a level
+    assert whole.missing_values() == {"images": 4, "share": pytest.approx(16 / (20 * 24), abs=1e-4)}
+    assert "% are data.nodata and become the mean" in splits.sample.line
+    assert all(low > -1000 for low, _ in splits.data.value_range) and processor.nodata == -9999
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.float32([[0, np.nan]]), r"holds float32 from 0.0 to 0.0 and NaN; .* set data.nodata"),
+        (np.float32([[0, np.inf]]), r"and infinity; .* data.nodata"),
+        (np.int16([[-9999, 5]]), r"holds int16 from -9999 to 5; say in data.value_range .* set data.nodata to it"),
+        (np.float32([[0, 200]]), "holds float32 from 0.0 to 200.0; say in data.value_range"),
+        (np.uint32([[0, 70000]]), "holds uint32 from 0 to 70000; say in data.value_range"),
+        (np.complex64([[1j, 2]]), "use whole numbers or floats"),
+    ],
+)
+def test_values_that_need_an_option_name_it(array, message, tmp_path):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=message) as error:
+        load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1))
+    assert "\n" not in str(error.value)
+
+
+def test_lost_levels_are_said(tmp_path):
+    for seed in range(4):
+        (tmp_path / f"{seed}.tif").write_bytes(tiff(levels(seed, top=235, kind=np.uint16)))
+    sample = load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1)).sample
+    assert sample.line.startswith("values: uint16 from 0 to 235 in 4 images looked at; 2 of 256 levels used")
+    assert "warning: only 2 levels are left of" in sample.warning and "[0,235]" in sample.warning
+    data = DataArguments(dataset=str(tmp_path), value_range="auto")
+    assert load_splits(data, tiny_config(num_channels=1)).sample.warning is None
+    few = DataArguments(dataset=str(tmp_path / "few"))
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "a.png").write_bytes(pillow(levels(0), "1"))
+    assert load_splits(few, tiny_config(num_channels=1)).sample.warning is None  # two, and nothing lost
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"value_range": [5, 5]}, r"data.value_range must be a pair like \[0, 4000\], low before high"),
+        ({"value_range": "automatic"}, "data.value_range must be a pair, one pair per channel, or auto"),
+        ({"value_range": [0, 1, 2]}, "data.value_range must be a pair"),
+        ({"nodata": "none"}, "data.nodata must be a number or nan"),
+        ({"eval_crop": 1.5}, "data.eval_crop must be squeeze, none, or a share"),
+        ({"display_bands": [1, 2]}, "data.display_bands must be one or three"),
+        ({"max_pixels": 0}, "data.max_pixels must be at least 1"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**options)
+
+
+def test_a_range_for_other_channels_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", smooth(0, 3))
+    data = DataArguments(dataset=str(tmp_path), value_range=[[0, 1], [0, 1]])
+    with pytest.raises(ValueError, match="data.value_range has 2 pairs for num_channels=3"):
+        load_splits(data, tiny_config())
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending, content", [("npy", npy), ("tif", tiff), ("png", pillow)])
+def test_images_beyond_the_limit_are_bad_ones_with_the_remedy(ending, content, tmp_path):
+    for seed in range(30):
+        (tmp_path / f"{seed:02}.{ending}").write_bytes(content(levels(seed)))
+    (tmp_path / f"big.{ending}").write_bytes(content(levels(0, size=(40, 50))))
+    data = {"dataset": str(tmp_path), "max_pixels": 1999}
+    report = load_splits(DataArguments(**data), tiny_config(num_channels=1)).train.bad_images()
+    assert report.count == 1 and "has 2,000 pixels, more than data.max_pixels=1999: raise it" in report.first
+    allowed = load_splits(DataArguments(**{**data, "max_pixels": 2000}), tiny_config(num_channels=1)).train
+    assert allowed.images is None and allowed.bad_images().count == 0
+
+
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**4, 10**4)})
+    (tmp_path / "a.npy").write_bytes(file.getvalue())
+    with pytest.raises(ValueError, match="cannot decode .*a.npy: it is cut short"):
+        load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1))
+
+
+# ---- geometry ------------------------------------------------------------------------------------------------------
+def test_the_whole_image_is_shrunk_and_cut_as_the_papers_do_it():
+    assert resized_shape(300, 400, (224, 224), 0.875) == (256, 341)
+    assert resized_shape(400, 300, (224, 224), 0.875) == (341, 256)
+    assert resized_shape(100, 400, (96, 160), 1.0) == (96, 384) and resized_shape(400, 160, (96, 160), 1.0) == (
+        400,
+        160,
+    )
+    image = torch.from_numpy(levels(0, 3, size=(60, 80))).permute(2, 0, 1)
+    pil = PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
+    shrunk = np.array(pil.resize((48, 36), PIL.Image.Resampling.BICUBIC))[2:34, 8:40]  # 32 / 36 of the shorter side
+    ours = fit_whole(image, (32, 32), 32 / 36).permute(1, 2, 0).numpy()
+    assert np.abs(ours.astype(int) - shrunk).max() <= 1
+    assert fit_whole(image, (60, 80), 0.5) is image
+    squeezed = np.array(pil.resize((32, 32), PIL.Image.Resampling.BICUBIC))
+    assert np.abs(fit_whole(image, (32, 32), "squeeze").permute(1, 2, 0).numpy().astype(int) - squeezed).max() <= 1
+    assert torch.equal(fit_whole(image, (32, 32), "none"), fit_whole(image, (32, 32), 1.0))
+
+
+@pytest.mark.parametrize("eval_crop", ["squeeze", "none", 0.8, None])
+@pytest.mark.parametrize("size", [16, (12, 20)])
+def test_a_processor_of_any_crop(eval_crop, size, tmp_path):
+    files, config, splits, processor = run_of("colours", tmp_path, size, eval_crop=eval_crop)
+    trained = MIMCollator(config)(splits.train.without_augmentation().__getitems__(range(4)))["pixel_values"]
+    served = prepared(processor, files, config)
+    assert (trained - served).abs().max() <= 1.01 / 255 / min(config.image_std)
+    assert isinstance(processor, MIMImageProcessor) == (size != 16 and eval_crop != "squeeze")
+
+
+def test_sizes_that_vary_around_the_models(tmp_path):
+    (tmp_path / "images").mkdir()
+    for seed, size in enumerate([(16, 16), (20, 24), (16, 30)]):
+        (tmp_path / "images" / f"{seed}.png").write_bytes(pillow(levels(seed, 3, size=size)))
+    config = tiny_config(image_size=16)
+    splits = load_splits(DataArguments(dataset=str(tmp_path / "images")), config)
+    trained = MIMCollator(config)(splits.train.without_augmentation().__getitems__(range(3)))["pixel_values"]
+    images = [load_image(str(tmp_path / "images" / f"{seed}.png")) for seed in range(3)]
+    served = processor_for(config, splits.sample)(images, return_tensors="pt")["pixel_values"]
+    assert (trained - served).abs().max() <= 1.01 / 255 / min(config.image_std)
+
+
+# ---- what a checkpoint is saved with -------------------------------------------------------------------------------
+def test_ordinary_checkpoints_have_a_stock_processor(tmp_path):
+    *_, processor = run_of("jpeg", tmp_path)
+    assert type(processor) is ViTImageProcessor and processor.do_center_crop
+    assert processor.size.shortest_edge == 18 and processor.crop_size.height == 16
+
+
+def test_ours_takes_arrays_and_images_too(tmp_path):
+    files, _, _, processor = run_of("12 bits in a png", tmp_path)
+    by_path = processor([str(file) for file in files], return_tensors="pt")["pixel_values"]
+    images = processor([PIL.Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    arrays = processor([np.array(PIL.Image.open(file)) for file in files], return_tensors="pt")["pixel_values"]
+    one = processor(files[0], return_tensors="pt")["pixel_values"]
+    assert torch.equal(by_path, images) and torch.equal(by_path, arrays) and torch.equal(one, by_path[:1])
+
+
+REMOTE = """
+import sys
+from transformers import AutoImageProcessor
+processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert not any(name.startswith("hf_mim") for name in sys.modules)
+print(processor(sys.argv[2], return_tensors="pt")["pixel_values"].double().sum().item())
+"""
+
+
+def test_ours_travels_as_code_and_works_in_a_pipeline(tmp_path):
+    files, config, _, processor = run_of("16-bit png, three channels", tmp_path)
+    MIMModel(config).save_pretrained(tmp_path / "model")
+    expected = processor(str(files[0]), return_tensors="pt")["pixel_values"].double().sum().item()
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "model"), str(files[0])]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert float(out.stdout) == pytest.approx(expected, abs=1e-3)
+    run = pipeline("image-feature-extraction", model=str(tmp_path / "model"))  # the plugin is imported: no trust asked
+    assert isinstance(run.image_processor, MIMImageProcessor)
+    assert torch.tensor(run(PIL.Image.fromarray(levels(0, 3)))).isfinite().all()
