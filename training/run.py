@@ -40,6 +40,7 @@ from hf_mim.training.trainer.trainer import MIMTrainer
 
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
+DATA_REPORT = "data.json"
 SHIPPED = "Fashion-MNIST subset (shipped)"
 ResultT = TypeVar("ResultT")
 REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
@@ -107,7 +108,7 @@ class Run:
         for line in (*lines, f"output folder: {shlex.quote(self.location)}"):
             self.console.log(line)
 
-    def write_json(self, name: str, results: dict, **options) -> None:
+    def write_json(self, name: str, results: dict | list, **options) -> None:
         """Writes a file of results, with options of `json.dumps`. An older one stays until the new one is complete."""
         self.output.check()
         unfinished = self.folder / f"{name}.unfinished"
@@ -124,6 +125,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         paper: what the recipe's header says of it.
         remote: copies the run to a URL.
         checkpoint: to resume from.
+        data_report: what is used of the data, and a digest of its files; a run that resumes compares it.
         model: set when the data says what its head is.
     """
 
@@ -132,6 +134,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     paper: str = ""
     remote: RemoteRun | None = None
     checkpoint: Path | None = None
+    data_report: list[str] = field(default_factory=list)
     model: nn.Module = field(init=False, repr=False)
 
     # ---- before ----------------------------------------------------------------------------------------------------
@@ -186,6 +189,22 @@ class TrainingRun(Run, Generic[TrainerT]):
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             if changed:
                 self.console.log(f"with other settings than before: {', '.join(changed)}")
+
+    def describe(self, report: Sequence[str] = (), digest: str = "", **lines: str) -> None:
+        """As of `Run`; a run that resumes on other data than before says so.
+
+        Args:
+            digest: of the files.
+        """
+        super().describe(report, **lines)
+        self.data_report = [*report, digest]
+        file = self.folder / DATA_REPORT
+        before = json.loads(file.read_text(encoding="utf-8")) if self.arguments.resume and file.is_file() else None
+        if before is not None and before != self.data_report:
+            changed = [line for line in before[:-1] if line not in report]
+            self.console.warn(
+                "the data are not those of the run so far; before: " + ("; ".join(changed) or "other files or contents")
+            )
 
     def describe_training(self) -> str:
         """Batch, learning rate and machine, on one line."""
@@ -287,6 +306,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         comment += f"{command} {shlex.quote(f'{self.location}/recipe.yaml')}"
         comment += f"\n\nPaper: {self.paper}" if self.paper else ""
         recipes.save(self.recipe, self.folder / "recipe.yaml", comment)
+        self.write_json(DATA_REPORT, self.data_report)
         if self.remote is not None:
             self.remote.begin("recipe.yaml")
 

@@ -230,6 +230,7 @@ def describe(run: FinetuneRun, model: MIMForImageClassification, splits: Labelle
     used = [f"{name} {getattr(options, name)}" for name in names if getattr(options, name) != getattr(plain, name)]
     run.describe(
         splits.report,
+        splits.digest,
         data=f"{dataset_title(run.data)}, {len(splits.classes)} classes, {len(splits.train):,} training images at "
         f"{size_title(config.image_size)}, {len(splits.validation):,} validation images "
         f"({splits.notes['validation']}), {test}",

@@ -141,6 +141,7 @@ def describe(run: PretrainRun) -> None:
     count = f"{len(train):,}" if isinstance(train, Sized) else "streamed"
     run.describe(
         run.splits.report,
+        run.splits.digest,
         data=f"{dataset_title(run.data)}, {count} training images at {size_title(config.image_size)}",
         model=f"{config.encoder} encoder, {run.model.mim.num_parameters() / 1e6:.2f} M parameters, with the decoder "
         f"{run.model.num_parameters() / 1e6:.2f} M",

@@ -193,6 +193,7 @@ def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tu
     counts = [f"{len(split):,}" for split in (splits.train, splits.validation, splits.test)]
     run.describe(
         splits.report,
+        splits.digest,
         data=f"{dataset_title(run.data, SCENES)}, {counts[0]} training, {counts[1]} validation, {counts[2]} test "
         f"images at {size_title(size)}, {len(splits.classes)} classes; "
         f"{100 * splits.shares[background]:.0f} percent of the pixels are {splits.classes[background]!r}",

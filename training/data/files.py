@@ -1,5 +1,6 @@
 """Which files of which kind lie in a folder or at a URL."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +47,14 @@ class Listing:
         kinds = [f"{number:,} {kind}" for kind, number in self.passed_over.most_common(ENDINGS_NAMED)]
         kinds += ["others"] if len(self.passed_over) > ENDINGS_NAMED else []
         return [f"{count:,} of {count + len(self.files):,} files were passed over: {', '.join(kinds)}"]
+
+    def digest(self, place: str) -> str:
+        """Of the names of the files and, here, their sizes: whether two runs have the same data."""
+        lines = []
+        for file in sorted([*self.files, *self.tables]):
+            size = "" if urls.is_url(place) else os.path.getsize(file)
+            lines.append(f"{file[len(place) :]} {size}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def place_of(dataset: str) -> str | None:

@@ -36,6 +36,7 @@ class LabelledSplits:
         test: None where `data.max_eval_images` is 0.
         report: what is used and what is left out, a line each, for people.
         sample, data: as of `Splits`.
+        digest: of the files; see `Opened`.
     """
 
     train: LabelledImages
@@ -46,6 +47,7 @@ class LabelledSplits:
     report: list[str] = field(default_factory=list)
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
+    digest: str = ""
 
 
 def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> LabelledSplits:
@@ -90,7 +92,7 @@ def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) 
         if part is not None:
             report.append(describe_part(title, len(part), Labels(part.labels, labels.classes), notes.get(title, "")))
     report += unused_splits(opened, [train_name, test_name, name])
-    return LabelledSplits(training, validation, testing, labels.classes, notes, report, sample, data)
+    return LabelledSplits(training, validation, testing, labels.classes, notes, report, sample, data, opened.digest)
 
 
 def hold_out_validation(training: LabelledImages, limit: int | None) -> tuple[LabelledImages, LabelledImages]:

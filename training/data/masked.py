@@ -33,6 +33,7 @@ class MaskedSplits:
         note: where `test` comes from, for people.
         report: what is used and what is left out, a line each, for people.
         sample, data: as of `Splits`.
+        digest: of the files; see `Opened`.
     """
 
     train: MaskedSource
@@ -44,6 +45,7 @@ class MaskedSplits:
     report: list[str] = field(default_factory=list)
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
+    digest: str = ""
 
 
 def load_masked_splits(
@@ -105,7 +107,9 @@ def load_masked_splits(
     report += unused_splits(opened, chosen.values())
     if classes is None:
         check_present(counts["train"].total(len(names)), highest(counts))
-    return _masked_splits(sources, counts, names, note, report, sample, data)
+    splits = _masked_splits(sources, counts, names, note, report, sample, data)
+    splits.digest = opened.digest
+    return splits
 
 
 def _masked_splits(

@@ -90,7 +90,9 @@ def open_pairs(data: DataArguments) -> Opened:
     listing = list_place(place) if place else Listing()
     if place and listing.files and not any(file.endswith(tuple(SHARDS)) for file in listing.files):
         splits = {name: _pair_split(pairs) for name, pairs in find_pairs(place, listing.files).items()}
-        return Opened(splits, listing.notes())
+        opened = Opened(splits, listing.notes())
+        opened.digest = listing.digest(place)
+        return opened
     return open_dataset(data)
 
 

@@ -34,6 +34,7 @@ class Splits:
         report: what is used and what is left out, a line each, for people.
         sample: what some of the training images hold.
         data: the recipe's, with the numbers that `value_range=auto` stands for.
+        digest: of the files; see `Opened`.
     """
 
     train: MIMDataset | StreamedImages
@@ -43,6 +44,7 @@ class Splits:
     report: list[str] = field(default_factory=list)
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
+    digest: str = ""
 
 
 def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits:
@@ -54,7 +56,7 @@ def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits
     """
     opened = open_dataset(data)
     sample, data = look_at(opened[choose_splits(opened, data)[0]], config, data, seed)
-    return replace(_load(opened, data, config, seed), sample=sample, data=data)
+    return replace(_load(opened, data, config, seed), sample=sample, data=data, digest=opened.digest)
 
 
 def _load(opened: Opened, data: DataArguments, config: MIMConfig, seed: int) -> Splits:

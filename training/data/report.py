@@ -33,7 +33,8 @@ def describe_part(name: str, count: int, labels: Labels | None = None, note: str
         parts = [f"{name} {number:,}" for name, number in zip(labels.classes, counts)]
     else:
         empty = f", none of {(counts == 0).sum():,}" if (counts == 0).any() else ""
-        parts = [f"{counts[counts > 0].min():,} to {counts.max():,} of each class{empty}"] if counts.any() else []
+        low, high = (counts[counts > 0].min(), counts.max()) if counts.any() else (0, 0)
+        parts = [f"{low:,}{f' to {high:,}' if high > low else ''} of each class{empty}"] if high else []
     parts += [f"{labels.missing:,} without a label"] if labels.missing else []
     return f"{line}: {', '.join(parts)}" if parts else line
 

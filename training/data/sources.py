@@ -42,8 +42,10 @@ def open_dataset(data: DataArguments) -> Opened:
             listing.passed_over[f"{Path(file).suffix.lower()} beside {Path(shards[0]).suffix}"] += 1
         listing.files = shards
         opened.notes[:0] = listing.notes()
+        opened.digest = listing.digest(place)
         return opened
     opened = open_folder(place, listing)
+    opened.digest = listing.digest(place)
     if data.streaming:
         for name, split in opened.items():
             opened[name] = split.to_iterable_dataset(min(len(split), FOLDER_SHARDS))

@@ -31,7 +31,10 @@ class Opened(dict[str, datasets.Dataset]):
 
     Attributes:
         notes: what was left out when it was opened, and why, for people.
+        digest: of the names and sizes of its files; "" where that is not known.
     """
+
+    digest = ""
 
     def __init__(self, splits: dict[str, datasets.Dataset] | None = None, notes: Iterable[str] = ()):
         super().__init__(splits or {})

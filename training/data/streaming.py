@@ -46,7 +46,10 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         stream = stream if stream.features else stream._resolve_features()
         column, _ = find_columns(stream.features or {}, data)
         stream = stream.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        stream = stream.take(data.max_train_images) if data.max_train_images else stream
+        if data.max_train_images:
+            # At random as far as a stream allows: in a random order of its shards, through the buffer.
+            shuffled = stream.shuffle(seed, buffer_size=data.shuffle_buffer) if data.shuffle_buffer else stream
+            stream = shuffled.take(data.max_train_images)
         self.shards = Shards(stream, column, data.max_bad_images, single=bool(data.max_train_images))
         self.config, self.data, self.seed = config, data, seed
         check_jitter(data.color_jitter, config.num_channels)
