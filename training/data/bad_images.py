@@ -12,6 +12,7 @@ from hf_mim.training.errors import DataError
 
 SETTLED = 1000  # images of which a share of bad ones says something
 HOPELESS = 3  # passes without one good image
+MESSAGE_BYTES = 500
 BAD_SLOTS = 2**20  # a bad file takes one by its checksum: workers need no lock, and two in one slot are rare
 
 
@@ -92,6 +93,7 @@ class BadFiles:
 
     Args:
         slots: (BAD_SLOTS,), of all workers.
+        first: of all workers, the message about a bad file; see `put_message`.
         limit: `data.max_bad_images`.
 
     Attributes:
@@ -99,8 +101,8 @@ class BadFiles:
         any_good: whether one of them was good.
     """
 
-    def __init__(self, slots: torch.Tensor, limit: float):
-        self.slots, self.limit, self.any_good = slots, limit, False
+    def __init__(self, slots: torch.Tensor, first: torch.Tensor, limit: float):
+        self.slots, self.first, self.limit, self.any_good = slots, first, limit, False
         self.seen: Counter[int] = Counter()
         self.bad: set[int] = set()
 
@@ -111,11 +113,23 @@ class BadFiles:
         file = file or {}
         slot = zlib.crc32((file.get("path") or "").encode() + (file.get("bytes") or b"")) % BAD_SLOTS
         self.slots[slot] = True
+        put_message(self.first, error)
         self.bad.add(slot)
         seen = max(self.seen.values())
         hopeless = not self.any_good and epoch >= min(self.seen) + HOPELESS
         if hopeless or len(self.bad) > allowed(max(seen, SETTLED), self.limit):
             raise too_many(len(self.bad), f"the first {seen} images", self.limit, error) from None
+
+
+def put_message(memory: torch.Tensor, message: str) -> None:
+    """Writes a text into shared memory (bytes,), uint8, unless there is one."""
+    if not memory[0]:
+        encoded = message.encode()[: len(memory)]
+        memory[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+
+def get_message(memory: torch.Tensor) -> str | None:
+    return bytes(memory[memory > 0].tolist()).decode(errors="ignore") or None
 
 
 def allowed(count: int, limit: float) -> int:

@@ -89,7 +89,7 @@ def load_masked_splits(
         if split is not None:
             sources[name] = Pairs(opened[split], *columns, decode, data.mask_values)
             counts[name] = IdCounts.read(sources[name], name, console)
-    names = name_classes(classes, highest(counts))
+    names = name_classes(classes or len(data.mask_values or ()) or None, highest(counts))
     note = f"split {test}" if test is not None else f"held out from {train}"
     for name in ("test", "validation"):
         if name not in sources:
@@ -106,7 +106,7 @@ def load_masked_splits(
             sources[name], counts[name] = sources[name].select(part), counts[name].select(part)
     report += unused_splits(opened, chosen.values())
     if classes is None:
-        check_present(counts["train"].total(len(names)), highest(counts))
+        check_present(counts["train"].total(len(names)))
     splits = _masked_splits(sources, counts, names, note, report, sample, data)
     splits.digest = opened.digest
     return splits
@@ -227,11 +227,11 @@ def check_ids(total: np.ndarray, smooth: np.ndarray, name: str) -> None:
         )
 
 
-def check_present(total: np.ndarray, count: int) -> None:
+def check_present(total: np.ndarray) -> None:
     """Raises:
-    DataError: there is an id below `count` without a training pixel.
+    DataError: there is a class without a training pixel.
     """
-    absent = np.flatnonzero(total[:count] == 0).tolist()
+    absent = np.flatnonzero(total == 0).tolist()
     if absent:
         held = np.flatnonzero(total).tolist()
         raise DataError(

@@ -107,12 +107,12 @@ def open_files(place: str, files: list[str], streaming: bool = False) -> Opened:
 
 def name_splits(place: str, files: list[str]) -> dict[str, list[str]]:
     """{split: files}."""
-    named = {file: split_of(Path(file).stem) or split_of(Path(file).parent.name) for file in files}
+    folder = {file: Path(file[len(place) + 1 :]).parent.name for file in files}  # "" right in the place
+    named = {file: split_of(Path(file).stem) or split_of(folder[file]) for file in files}
     splits: dict[str, list[str]] = {}
     for file, name in named.items():
         if name is None and any(named.values()):
-            parent = file.rpartition("/")[0]
-            name = NUMBERING.sub("", Path(file).stem) if parent == place else Path(parent).name
+            name = folder[file] or NUMBERING.sub("", Path(file).stem)
             name = re.sub(r"\W+", "_", name).strip("_")
         splits.setdefault(name or "train", []).append(file)
     return splits

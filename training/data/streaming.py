@@ -12,7 +12,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.resizing import fit_whole
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.bad_images import BAD_SLOTS, BadFiles, BadImageReport
+from hf_mim.training.data.bad_images import BAD_SLOTS, MESSAGE_BYTES, BadFiles, BadImageReport, get_message
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch
 from hf_mim.training.data.color import check_jitter, jitter_colors
@@ -59,9 +59,10 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         self.batch_size, self.process, self.processes = 1, 0, 1
         # Shared with the loader's workers: which files were bad.
         self._bad = torch.zeros(BAD_SLOTS, dtype=torch.bool).share_memory_()
+        self._first_bad = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8).share_memory_()
 
     def bad_images(self) -> BadImageReport:
-        return BadImageReport(int(self._bad.sum()))
+        return BadImageReport(int(self._bad.sum()), get_message(self._first_bad))
 
     def damaged_shards(self) -> list[str]:
         damaged = self.shards.damaged.nonzero().flatten().tolist()
@@ -128,7 +129,7 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         if not self.lanes:
             self.arrange(self.batch_size)
         windows: dict[int, Window] = {}
-        bad = BadFiles(self._bad, self.data.max_bad_images)
+        bad = BadFiles(self._bad, self._first_bad, self.data.max_bad_images)
         for number in self._mine():
             block, within = divmod(number, self.block)
             turn, lane = divmod(block, self.lanes)
