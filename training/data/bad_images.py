@@ -22,9 +22,9 @@ class TooManyBadImages(DataError):
 
 def name_file(file, name: str) -> dict:
     """An image of a data set as {"bytes", "path"}, for messages: with a name where it has no path."""
-    if file is None:
-        return {"bytes": b"", "path": name}
-    return {**file, "path": name} if isinstance(file, dict) and file.get("path") is None else file
+    if file is None or isinstance(file, dict) and file.get("path") is None:
+        return {"bytes": (file or {}).get("bytes") or b"", "path": name}
+    return file
 
 
 def row_name(dataset, index: int) -> str:
