@@ -6,16 +6,17 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, errors
+from huggingface_hub import HfApi, constants, errors
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_mim import MIMConfig, cli
-from hf_mim.hub.errors import explain
+from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import weight_files
-from hf_mim.hub.push import push
+from hf_mim.hub.push import hub_errors, push
 from hf_mim.training.checkpoint import load_model
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
@@ -75,6 +76,41 @@ def test_a_checkpoint_without_a_processor(folder):
     with pytest.raises(OSError) as caught:
         AutoImageProcessor.from_pretrained(folder)
     assert "has no image processor" in explain(caught.value)
+
+
+def refused(status: int, message: str) -> errors.HfHubHTTPError:
+    url = f"{constants.ENDPOINT}/api/models/me/x/commit/main"
+    response = SimpleNamespace(status_code=status, url=url, headers={}, request=None)
+    return errors.HfHubHTTPError(message, response=response, server_message=message)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (refused(403, "You have no right to write here."), "no right to write to me/x"),
+        (refused(403, "Private repository storage limit reached."), "the storage of me/x is full or refused"),
+        (refused(401, "Invalid"), "does not accept"),
+        (OSError(errno.ENOSPC, "No space left on device", "/nowhere/x"), "the disk is full"),
+    ],
+)
+def test_rights_and_storage_are_one_kind_of_error_with_their_own_reasons(error, message):
+    """The server's texts are others': what is read in them is read here, in one place."""
+    with pytest.raises(HubError, match=message) as caught, hub_errors("me/x"):
+        raise error
+    assert caught.value.repo == "me/x" and isinstance(caught.value, ValueError)
+
+
+def test_what_xet_says_is_no_traceback(monkeypatch):
+    """It raises plain `RuntimeError`s, from within the client."""
+
+    client = {"__name__": "huggingface_hub.hf_api"}
+    exec("def upload(*_): raise RuntimeError('Data processing error: CAS service error\\n  at somewhere')", client)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.whoami", client["upload"])
+    reason = "the upload to me/x failed: Data processing error: CAS service error$"
+    with pytest.raises(HubError, match=reason), hub_errors("me/x"):
+        HfApi().whoami()
+    with pytest.raises(RuntimeError, match="a bug of ours"), hub_errors("me/x"):
+        raise RuntimeError("a bug of ours")
 
 
 def test_errors_of_ours_are_left_alone():

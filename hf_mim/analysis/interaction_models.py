@@ -35,6 +35,13 @@ NORMAL = (
 )
 PROBE_IMAGES = 1000  # labelled images that the linear probe is fitted on
 MIDDLE = (0.25, 0.75)  # the orders that are called middle
+# name of a number -> what `summarize` calls it, and its title
+SIZES = (
+    ("size", "mean", "Interaction of two parts, size"),
+    ("between_images", "between_images", "Its spread between images"),
+    ("between_pairs", "between_pairs", "Its spread between pairs"),
+    ("from_contexts", "from_contexts", "Its error by few contexts"),
+)
 MINUTES = 10  # beyond, the estimate says how to make it shorter
 
 
@@ -162,14 +169,8 @@ class Job:
             summary += f"({low:.2f} to {high:.2f}) times their average over all orders"
             middle_strength = number("Strength at the middle orders", level, "of the mean over orders")
             scalars["middle"] = {**middle_strength, "low": low, "high": high}
-        unit = "log-odds"
-        scalars |= {
-            "size": number("Interaction of two parts, size", finite(found["mean"].mean()), unit),
-            "between_images": number("Its spread between images", finite(found["between_images"].mean()), unit),
-            "between_pairs": number("Its spread between pairs", finite(found["between_pairs"].mean()), unit),
-            "from_contexts": number("Its error by few contexts", finite(found["from_contexts"].mean()), unit),
-            "accuracy": number("Images classified right", finite(self.right), "%"),
-        }
+        scalars |= {name: number(title, finite(found[key].mean()), "log-odds") for name, key, title in SIZES}
+        scalars["accuracy"] = number("Images classified right", finite(self.right), "%")
         summary += (
             f". {plan.images} images, {plan.pairs} pairs each, up to {plan.contexts} contexts; {self.classifier}."
         )

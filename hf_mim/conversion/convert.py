@@ -46,26 +46,30 @@ def convert(
         OSError: there is no such source, or `out` cannot be written.
     """
     check_new_folder(Path(out), force)
-    path = Path(source)
-    hints = Hints(heads, image_size, timm_name, decoder_heads=decoder_heads)
-    if path.is_file():
-        tensors, hints.arguments, notes = read_file(path)
-        if encoder is not None:
-            tensors = with_encoder(tensors, Path(encoder))
-        found = convert_state(tensors, hints)
-        found.notes[:0] = notes
-        if not found.fields.get("image_mean"):
-            found.notes.append("the file does not say how its images were normalised: ImageNet's mean and std assumed")
-    elif path.suffix in SUFFIXES and not path.is_dir():
-        raise FileNotFoundError(f"there is no file {source}")
-    else:
-        found = convert_folder(source, hints)
-    model = build(found)
+    converted = read_source(source, Hints(heads, image_size, timm_name, decoder_heads=decoder_heads), encoder)
+    model = build(converted)
     model.save_pretrained(out)
     processor_for(model.config).save_pretrained(out)
-    lines = report(found, source, model)
-    (Path(out) / "conversion.json").write_text(json.dumps(summary(found), indent=2) + "\n")
+    lines = report(converted, source, model)
+    (Path(out) / "conversion.json").write_text(json.dumps(summary(converted), indent=2) + "\n")
     return lines
+
+
+def read_source(source: str, hints: Hints, encoder: str | Path | None) -> Converted:
+    """Arguments and errors as of `convert`."""
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in SUFFIXES and not path.is_dir():
+            raise FileNotFoundError(f"there is no file {source}")
+        return convert_folder(source, hints)
+    tensors, hints.arguments, notes = read_file(path)
+    if encoder is not None:
+        tensors = with_encoder(tensors, Path(encoder))
+    converted = convert_state(tensors, hints)
+    converted.notes[:0] = notes
+    if not converted.fields.get("image_mean"):
+        converted.notes.append("the file does not say how its images were normalised: ImageNet's mean and std assumed")
+    return converted
 
 
 def with_encoder(head: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

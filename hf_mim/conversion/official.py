@@ -225,9 +225,9 @@ def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
     found.kind = kind
     a2mim, unit = kind == "A2MIM", 2
     if fields["encoder"] == "native":
-        token = swin_mask_token(weights)
-        found.state |= token
-        complete, unit = bool(token), 2 ** (len(options["depths"]) - 1)
+        swin_token = swin_mask_token(weights)
+        found.state |= swin_token
+        complete, unit = bool(swin_token), 2 ** (len(options["depths"]) - 1)
     elif fields["encoder"] == "vit":
         token = weights.maybe("mask_token")
         if token is not None:

@@ -47,7 +47,7 @@ def swin_encoder(weights: Weights, image_size, eps: float) -> tuple[dict, dict[s
     options = {"model_type": "swin", "embed_dim": dim, "depths": depths, "num_heads": [t.shape[1] for t in tables]}
     options |= {"window_size": window, "patch_size": projection.shape[2], "layer_norm_eps": eps}
     options["mlp_ratio"] = len(weights.tensors["encoder.layers.0.blocks.0.mlp.fc1.weight"]) / dim
-    notes = []
+    notes: list[str] = []
     if image_size is None:
         image_size, notes = size_of_masks(weights, options)
     if "embeddings.absolute_pos_embed" in weights:

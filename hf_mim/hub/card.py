@@ -71,9 +71,8 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
     recipe = read_recipe(folder)
     metrics, probe = (shareable(read_json(file_inside(folder, f"{name}.json"))) for name in ("metrics", "probe"))
     data = dataset_of(recipe.get("data"))
-    results = results_of.eval_results(metrics, data)
     card = ModelCard.from_template(
-        card_data(config, task, recipe, repo, license, data, results),
+        card_data(config, task, recipe, repo, license, data, results_of.eval_results(metrics, data)),
         template_path=str(TEMPLATE),
         title=repo.split("/")[-1],
         repo=repo,

@@ -63,18 +63,15 @@ def push(
     license: str | None = None,
     force: bool = False,
 ) -> Published:
-    """Makes a repository what a checkpoint's folder is, with everything that loading and understanding it takes, with
-    the token of `hf auth login` or HF_TOKEN. Run again after an interruption, it sends only what the Hub has not got
-    yet. Weights and results of an earlier push that the folder has not go in the same commit. A `README.md` in the
-    folder is taken as the card; otherwise one is written. A card that was edited on the Hub stays, and so does the
-    licence given before.
+    """Makes a repository what a checkpoint's folder is, in one commit. Run again after an interruption, it sends only
+    what the Hub does not have yet. A `README.md` in the folder is taken as the card; otherwise one is written. A card
+    that was edited on the Hub stays, and so does the licence given before.
 
     Args:
         checkpoint: a folder with config.json and safetensors, such as the output folder of a run.
         repo: `name` or `owner/name`; it is made if there is none.
         private: make it private; an error if it exists and is public.
-        revision: a branch, made if there is none.
-        tag: a name for the new commit.
+        revision: a branch, made if there is none; tag: a name for the new commit.
         pr: open a pull request instead of writing to the branch.
         license: for the card, a licence id of the Hub.
         force: replace a card that was edited on the Hub.
@@ -83,10 +80,7 @@ def push(
         ValueError: the folder holds no checkpoint, the card is not valid, or the options contradict each other.
         HubError: the Hub, or the storage behind it, refuses or cannot be reached.
     """
-    if pr and (revision or tag):
-        raise ValueError("a pull request takes neither --revision nor --tag: its branch is its own")
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(f"--revision {revision} is a commit, which cannot be written to: name a branch")
+    check_options(revision, tag, pr)
     folder = Path(checkpoint).expanduser()
     weights = weight_files(folder)
     api = HfApi()
@@ -94,18 +88,23 @@ def push(
         if get_token() is None:
             raise LocalTokenNotFoundError("no token")
         owned = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
-        there = read_card(api, owned, revision)
-        license = license or license_in(there)
-        files = {**weights, **stage(folder, owned, license, Path(scratch))}
+        card = read_card(api, owned, revision)
+        files = {**weights, **stage(folder, owned, license or license_in(card), Path(scratch))}
         validate(ModelCard.load(files["README.md"]))
-        make_repository(api, owned, private, revision)
-        notes = []
-        kept = there is not None and not force and there != files["README.md"].read_bytes()
-        if kept and was_edited(api, owned, there or b"", revision):
+        if card not in (None, files["README.md"].read_bytes()) and not force and was_edited(api, owned, card, revision):
             del files["README.md"]
-            notes.append("README.md was edited on the Hub and stays as it is there; --force replaces it")
-        done = commit(api, owned, files, revision=revision, tag=tag, pr=pr)
-        return Published(done.url, done.commit, done.uploaded, [*notes, *done.notes])
+        make_repository(api, owned, private, revision)
+        return commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+
+
+def check_options(revision: str | None, tag: str | None, pr: bool) -> None:
+    """Raises:
+    ValueError: they contradict each other, or the revision is a commit.
+    """
+    if pr and (revision or tag):
+        raise ValueError("a pull request takes neither --revision nor --tag: its branch is its own")
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"--revision {revision} is a commit, which cannot be written to: name a branch")
 
 
 @contextmanager
@@ -263,7 +262,7 @@ def license_in(card: bytes | None) -> str | None:
     return license if isinstance(license, str) else None
 
 
-def was_edited(api: HfApi, repo: str, card: bytes, revision: str | None) -> bool:
+def was_edited(api: HfApi, repo: str, card: bytes | None, revision: str | None) -> bool:
     """Whether a repository's card is another than that of the last push that sent one."""
     pushed = next((entry for entry in api.list_repo_commits(repo, revision=revision) if entry.title == COMMIT), None)
     if pushed is None:
@@ -308,6 +307,8 @@ def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) 
     if tag:
         make_tag(api, repo, tag, done.oid)
     notes = [f"removed there, since the folder does not have it: {name}" for name in old]
+    if "README.md" not in files:
+        notes.append("README.md was edited on the Hub and stays as it is there; --force replaces it")
     return Published(done.pr_url or f"{api.endpoint}/{repo}", done.oid, uploaded=done.oid != before, notes=notes)
 
 
