@@ -1,1 +1,1 @@
-"""Known faults of a checkpoint."""
+"""Known faults of a checkpoint. Import from the file: `checks.doctor`, `checks.examine`."""

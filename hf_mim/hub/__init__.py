@@ -1,1 +1,1 @@
-"""What leaves for the Hub: pushes, cards, and errors in the user's words."""
+"""What leaves for the Hub. Import from the file: `push.push`, `push.write_card`, `card.make_card`, `errors.explain`."""

@@ -82,12 +82,9 @@ def push(
     """
     check_options(revision, tag, pr)
     folder = Path(checkpoint).expanduser()
-    weights = weight_files(folder)
-    api = HfApi()
+    weights, api = weight_files(folder), HfApi()
     with tempfile.TemporaryDirectory() as scratch, hub_errors(repo):
-        if get_token() is None:
-            raise LocalTokenNotFoundError("no token")
-        owned = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+        owned = full_name(api, repo)
         card = read_card(api, owned, revision)
         files = {**weights, **stage(folder, owned, license or license_in(card), Path(scratch))}
         validate(ModelCard.load(files["README.md"]))
@@ -105,6 +102,17 @@ def check_options(revision: str | None, tag: str | None, pr: bool) -> None:
         raise ValueError("a pull request takes neither --revision nor --tag: its branch is its own")
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"--revision {revision} is a commit, which cannot be written to: name a branch")
+
+
+def full_name(api: HfApi, repo: str) -> str:
+    """`owner/name`: without an owner, it is the one whose token is used.
+
+    Raises:
+        LocalTokenNotFoundError: there is no token.
+    """
+    if get_token() is None:
+        raise LocalTokenNotFoundError("no token")
+    return repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
 
 
 @contextmanager
