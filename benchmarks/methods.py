@@ -41,9 +41,9 @@ from hf_mim.training.trainer.arguments import has_bf16
 
 PIXELS = ["model.target=pixel", "model.target_config={normalize: false, loss: l1}"]
 # Teachers see images at the size that they were trained at; their grid is resized to the student's.
-VIT = "{teacher: TEACHERS/vit, match: interpolate, input_size: 28}"
-RESNET = "{teacher: TEACHERS/resnet, match: interpolate, input_size: 32}"
-MAE = "{teacher: RUNS/vit-mae-0-STEPS, match: interpolate, input_size: 28}"
+VIT = "{teacher: TEACHERS/vit, layers: [-1], match: interpolate, input_size: 28}"
+RESNET = "{teacher: TEACHERS/resnet, layers: [-1], match: interpolate, input_size: 32}"
+MAE = "{teacher: RUNS/vit-mae-0-STEPS, layers: [-1], match: interpolate, input_size: 28}"
 NO_TOKEN = "no token"  # not an override: the mask token is set to zero and stays there
 RAW = ["raw"]  # not a run: the pixels themselves are scored
 

