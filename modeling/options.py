@@ -3,6 +3,7 @@ transformers, and imports nothing of this project."""
 
 import difflib
 import inspect
+import reprlib
 from collections.abc import Iterable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -25,19 +26,40 @@ class OptionError(ValueError):
         self.option, self.value = option, value
 
 
+class _Shortened(reprlib.Repr):
+    """Of text and numbers the beginning and the end, of collections the first items."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 8, 8, 8
+        self.maxstring = self.maxother = 120
+        self.maxlong = 40
+
+    def repr_int(self, number: int, level: int) -> str:
+        bits = number.bit_length()
+        return super().repr_int(number, level) if bits < 10_000 else f"a number of {bits:,} bits"
+
+
+def shorten(value: object) -> str:
+    """`repr` for messages: whatever a file holds, it stays a line that can be read."""
+    text = _Shortened().repr(value)
+    return text if len(text) <= 400 else f"{text[:300]} ..."
+
+
 def unknown_choice(kind: str, value: str, choices: Iterable[object]) -> OptionError:
     """The error for a name that is not among the choices; it names the nearest one and lists them all."""
     names = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    name = value[:100] if isinstance(value, str) else shorten(value)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else "."
-    return OptionError(f"unknown {kind} {value!r}{hint} Choices: {', '.join(names) or 'none'}", str(value), value)
+    return OptionError(f"unknown {kind} {shorten(value)}{hint} Choices: {', '.join(names) or 'none'}", name, value)
 
 
 def pair(size: Size) -> Grid:
     """An int or a (height, width) pair as a (height, width) pair of positive ints."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-        raise OptionError(f"a size must be a positive int or a (height, width) pair of them, got {size!r}")
+        raise OptionError(f"a size must be a positive int or a (height, width) pair of them, got {shorten(size)}")
     return sides[0], sides[1]
 
 
@@ -77,7 +99,7 @@ def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
     annotations = {p.name: p.annotation for p in inspect.signature(entries[name]).parameters.values()}
     for option, value in options.items():
         if option not in choices and not takes_any:
-            raise unknown_choice(f"option of {kind} {name!r}", option, choices)
+            raise unknown_choice(f"option of {kind} {shorten(name)}", option, choices)
         if option in choices and not is_of(value, annotations[option]):
             expected = inspect.formatannotation(annotations[option])
-            raise OptionError(f"option {option!r} of {kind} {name!r} must be {expected}, got {value!r}", option, value)
+            raise OptionError(f"option {option!r} of {kind} {name!r} must be {expected}, got {shorten(value)}", option, value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_mim.modeling.options import unknown_choice
+from hf_mim.modeling.options import shorten, unknown_choice
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.recipe_keys import (
     COMMAND_SECTIONS,
@@ -133,12 +133,12 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, dict]:
         path, equals, text = override.partition("=")
         names = path.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
-            raise RecipeError(f"an override looks like section.key=value, not {override!r}")
+            raise RecipeError(f"an override looks like section.key=value, not {shorten(override)}")
         inner: dict = tree
         for name in names[:-1]:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise RecipeError(f"{override!r}: {name} already has the value {inner!r}", path.strip())
+                raise RecipeError(f"{shorten(override)}: {name} already has the value {shorten(inner)}", path.strip())
         kind = type_of(names)
         inner[names[-1]] = parse_text(text, kind) if is_text(kind) else parse_yaml(text, override)
     return tree

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
-from hf_mim.modeling.options import Size, is_of, unknown_choice
+from hf_mim.modeling.options import Size, is_of, shorten, unknown_choice
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.sharing import check_secrets
 
@@ -142,7 +142,7 @@ def check_value(key: str, value: object, kind: typing.Any) -> None:
                 raise RecipeError(str(unknown_choice(key, value, choices)), key)
             return
     if not is_of(value, kind):
-        raise RecipeError(f"{key} must be {describe_type(kind)}, not {value!r}", key)
+        raise RecipeError(f"{key} must be {describe_type(kind)}, not {shorten(value)}", key)
 
 
 def check_keys(
@@ -164,7 +164,7 @@ def check_keys(
         if section not in sections:
             raise RecipeError(str(unknown_choice(f"section{place}", section, sections)), section)
         if not isinstance(values, dict):
-            raise RecipeError(f"section {section!r}{place} must hold keys and values, not {values!r}", section)
+            raise RecipeError(f"section {shorten(section)}{place} must hold keys and values, not {shorten(values)}", section)
         keys = lookup(section)
         for key, value in values.items():
             if key not in keys:
