@@ -322,6 +322,11 @@ def describe(error: Exception) -> str | None:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         return f"{usage()} See hf-mim --help"
+    if "torch" in sys.modules:
+        from hf_mim.training.resources import explain_shortage
+
+        if (message := explain_shortage(error)) is not None:
+            return message
     if "huggingface_hub" in sys.modules:
         from hf_mim.hub.errors import explain
 

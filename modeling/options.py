@@ -102,4 +102,6 @@ def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
             raise unknown_choice(f"option of {kind} {shorten(name)}", option, choices)
         if option in choices and not is_of(value, annotations[option]):
             expected = inspect.formatannotation(annotations[option])
-            raise OptionError(f"option {option!r} of {kind} {name!r} must be {expected}, got {shorten(value)}", option, value)
+            raise OptionError(
+                f"option {option!r} of {kind} {name!r} must be {expected}, got {shorten(value)}", option, value
+            )

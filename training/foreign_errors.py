@@ -1,6 +1,11 @@
 """What can only be told from the text of an exception of another library: all such decisions are here, and
 tests/test_foreign_errors.py makes each library raise its own."""
 
+import errno
+import re
+
+from safetensors import SafetensorError
+
 
 def mismatch_reason(error: RuntimeError) -> str:
     """The line that names the first weight of another shape, of torch's `load_state_dict` or of transformers'
@@ -20,5 +25,20 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def is_torch_write_error(error: BaseException) -> bool:
-    """Whether torch could not write a file: it has no exception of its own for that."""
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    """Whether torch could not write a file: it has no exception of its own for that, and does not say why."""
+    marks = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+
+
+def is_cpu_memory_error(error: BaseException) -> bool:
+    """Whether torch was refused memory by the operating system; that of a device has a class of its own."""
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def foreign_errno(error: BaseException) -> int | None:
+    """The number of the operating system's error; safetensors and torch's shared memory have it in the text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        return int(match[1])
+    return errno.ENOSPC if isinstance(error, RuntimeError) and "No space left on device" in str(error) else None

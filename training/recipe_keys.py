@@ -164,7 +164,9 @@ def check_keys(
         if section not in sections:
             raise RecipeError(str(unknown_choice(f"section{place}", section, sections)), section)
         if not isinstance(values, dict):
-            raise RecipeError(f"section {shorten(section)}{place} must hold keys and values, not {shorten(values)}", section)
+            raise RecipeError(
+                f"section {shorten(section)}{place} must hold keys and values, not {shorten(values)}", section
+            )
         keys = lookup(section)
         for key, value in values.items():
             if key not in keys:

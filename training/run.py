@@ -3,7 +3,6 @@ itself."""
 
 import json
 import os
-import platform
 import shlex
 import signal
 import time
@@ -14,9 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
 
 import accelerate
-import datasets
 import torch
-import transformers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, set_seed
@@ -30,7 +27,9 @@ from hf_mim.training.data.sample import PixelSample
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError, UserError
 from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
+from hf_mim.training.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.manifest import differences, last_whole_checkpoint, read_manifest, versions
 from hf_mim.training.trainer.processes import PeerWatchdog
 from hf_mim.training.trainer.remote import RemoteRun
 from hf_mim.training.trainer.saving import last_checkpoint
@@ -179,16 +178,21 @@ class TrainingRun(Run, Generic[TrainerT]):
             return
         if self.remote is not None:
             self.remote.fetch_last()
-        self.checkpoint = last_checkpoint(self.folder)
+        self.checkpoint, messages = on_main_process(lambda: last_whole_checkpoint(self.folder))
+        for message in messages:
+            self.console.warn(message)
         if self.checkpoint is None:
             self.console.log(f"no complete checkpoint in {self.folder}: starting from the beginning")
+        else:
+            self.console.log(f"resuming from {self.checkpoint}")
+
+    def log_differences(self, trainer: TrainerT) -> None:
+        """Prints in what the run differs from the one that wrote the checkpoint, and what that means."""
+        if self.checkpoint is None:
             return
-        self.console.log(f"resuming from {self.checkpoint}")
-        if (self.folder / "recipe.yaml").is_file():
-            before, now = flatten(recipes.read(str(self.folder))), flatten(self.recipe)
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            if changed:
-                self.console.log(f"with other settings than before: {', '.join(changed)}")
+        before, now = read_manifest(self.checkpoint), trainer.run_record()
+        for message in differences(before, json.loads(json.dumps(now))):
+            self.console.warn(message)
 
     def describe(self, report: Sequence[str] = (), digest: str = "", **lines: str) -> None:
         """As of `Run`; a run that resumes on other data than before says so.
@@ -231,7 +235,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     def execute(self, train: Callable[[], TrainerT], finish: Callable[[TrainerT, float], None]) -> Path:
         """Trains, then calls `finish(trainer, seconds of training)` in every process. Returns the folder."""
         started = time.perf_counter()
-        with self.owning_folder(), self.copying():
+        with self.owning_folder(), self.copying(), self.shortages():
             trainer = train()
             seconds = time.perf_counter() - started
             with self.watchdog():
@@ -245,6 +249,8 @@ class TrainingRun(Run, Generic[TrainerT]):
         Raises:
             SystemExit: with code 143 after SIGTERM, with 1 where another process is gone, which has been said.
         """
+        trainer.recipe = self.recipe
+        self.log_differences(trainer)
         stop = StopCallback(lambda: self.console.log("stopping after this step; saving"))
         trainer.add_callback(stop)
         trainer.add_callback(FolderCheck(self.output))
@@ -269,13 +275,27 @@ class TrainingRun(Run, Generic[TrainerT]):
 
     def watchdog(self) -> PeerWatchdog:
         """A context in which the loss of another process ends the run with what is needed to resume."""
+        return PeerWatchdog(self.arguments.world_size, self.how_to_resume)
 
-        def how_to_resume() -> str:
-            last = last_checkpoint(self.folder)
-            state = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
-            return f"{state}; resume with: {self.resume_command}"
+    def how_to_resume(self) -> str:
+        last = last_checkpoint(self.folder)
+        state = f"the last complete checkpoint is {last}" if last else f"no complete checkpoint in {self.folder}"
+        return f"{state}; resume with: {self.resume_command}"
 
-        return PeerWatchdog(self.arguments.world_size, how_to_resume)
+    @contextmanager
+    def shortages(self) -> Iterator[None]:
+        """A context in which a full disk or a lack of memory, in whatever library, ends the run with what is needed to
+        resume.
+
+        Raises:
+            ResourceError: in place of what the library raises.
+        """
+        try:
+            yield
+        except Exception as error:
+            if (message := explain_shortage(error, [self.folder])) is None:
+                raise
+            raise ResourceError(f"{message}; {self.how_to_resume()}") from error
 
     def _log_stopped(self, trainer: TrainerT) -> None:
         step, steps = trainer.state.global_step, trainer.state.max_steps
@@ -373,14 +393,6 @@ def name_of(source: str) -> str:
 
 
 # ---- sections, machine and versions --------------------------------------------------------------------------------
-def flatten(recipe: dict, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"masking_config": {"ratio": 0.6}}} -> {"model.masking_config.ratio": 0.6}."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def which_run(command: str) -> RecipeError:
     """The error for `training.resume=true` without a run."""
     return RecipeError(f"which run to resume? hf-mim {command} FOLDER training.resume=true", "training.resume")
@@ -407,8 +419,3 @@ def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:
 
 def precision_of(arguments: MIMTrainingArguments) -> str:
     return "bf16" if arguments.bf16 else "float32"
-
-
-def versions() -> dict[str, str]:
-    modules = (torch, transformers, datasets, accelerate)
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}

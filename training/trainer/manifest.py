@@ -19,6 +19,7 @@ from hf_mim.modeling.options import shorten
 
 
 MANIFEST = "manifest.json"
+LEFT_OUT = (MANIFEST, "training_args.bin")
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be used
 MIXED = "from here on images come in another order: the run will not end as it would have without a break"
@@ -51,11 +52,19 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def describe(path: Path) -> dict[str, Any] | None:
-    """Size and checksum of a file; None for a folder and for the manifest."""
-    if not path.is_file() or path.name == MANIFEST:
+    """Size and checksum of a file; None for a folder, and for what a resume does not need."""
+    if not path.is_file() or path.name in LEFT_OUT:
         return None
     with open(path, "rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def update_manifest(folder: Path, name: str) -> None:
+    """Enters a file anew that was changed on purpose."""
+    manifest = read_manifest(folder)
+    if manifest:
+        manifest["files"][name] = describe(folder / name)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -113,7 +122,9 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the latest step whose files are all as they were written, and a message about each later one.
     Those are renamed: the next checkpoints would be removed as the older ones."""
     messages = []
-    steps = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    steps = {
+        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
     for step in sorted(steps, reverse=True):
         path = steps[step]
         if not (path / STATE).is_file() and not (path / MANIFEST).is_file():
@@ -121,10 +132,15 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         damage = find_damage(path)
         if damage is None:
             return path, messages
-        aside = next(p for n in range(1, 1000) if not (p := folder / f"{DAMAGED}{path.name}{f'-{n}' * (n > 1)}").exists())
+        aside = set_aside_name(path)
         path.rename(aside)
         messages.append(f"{path} cannot be used: {damage}; it is {aside.name} now")
     return None, messages
+
+
+def set_aside_name(path: Path) -> Path:
+    names = (path.with_name(f"{DAMAGED}{path.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(name for name in names if not name.exists())
 
 
 # ---- what differs --------------------------------------------------------------------------------------------------
@@ -148,11 +164,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def describe_change(key: str, before: Any, now: Any) -> str:
     if not isinstance(before, dict) or not isinstance(now, dict):
         return f"{shorten(now)} instead of {shorten(before)}"
-    before, now = flatten(before), flatten(now)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if key == "recipe":
         return ", ".join(changed)
-    counts = [name for name in changed if name != "sample"]
-    if not counts:
-        return "as many, but not the same"
-    return ", ".join(f"{name}: {shorten(now.get(name))} instead of {shorten(before.get(name))}" for name in counts)
+    changes = [f"{name}: {now.get(name)} instead of {before.get(name)}" for name in changed if name != "sample"]
+    return ", ".join(changes) or "as many, but not the same"

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from hf_mim.training.data import urls
 from hf_mim.training.data.fetching import cached, fetch_files
 from hf_mim.training.output_folder import LOCK
+from hf_mim.training.trainer.manifest import DAMAGED, update_manifest
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint, publish
 
 
@@ -92,6 +93,7 @@ class RemoteRun(TrainerCallback):
         if state.get("best_model_checkpoint"):  # as the other machine called it
             state["best_model_checkpoint"] = str(self.folder / Path(state["best_model_checkpoint"]).name)
             (staging / MARKER).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            update_manifest(staging, MARKER)
         publish(staging, self.folder / name)
 
     def _complete_there(self) -> list[int]:
@@ -220,7 +222,7 @@ class RemoteRun(TrainerCallback):
         self.saves, self.ending = self.saves + 1, True
         self._copy(self.saves, self._hold(self.saves))
         paths = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
-        own = [p.as_posix() for p in paths if checkpoint_step(p.parts[0]) is None and p.parts[0] not in SCRATCH]
+        own = [p.as_posix() for p in paths if checkpoint_step(p.parts[0]) is None and not is_scratch(p.parts[0])]
         for name in sorted(own, key=lambda name: name == "config.json"):  # what makes a folder a model comes last
             if len(self.failed) > 1:
                 self.failed[name] = next(iter(self.failed.values()))
@@ -238,7 +240,9 @@ class RemoteRun(TrainerCallback):
             self.log(f"all of it is at {self.url}, and a copy in {self.folder}")
 
 
-SCRATCH = (UNFINISHED, OUTGOING, LOCK)
+def is_scratch(name: str) -> bool:
+    """Whether an entry of a run's folder means nothing elsewhere."""
+    return name in (UNFINISHED, OUTGOING, LOCK) or name.startswith(DAMAGED)
 
 
 def checkpoint_step(name: str) -> int | None:

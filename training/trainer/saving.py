@@ -5,7 +5,9 @@ import math
 import os
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +18,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.target_base import Target
+from hf_mim.training.data.fingerprint import fingerprint
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.foreign_errors import is_torch_write_error
+from hf_mim.training.resources import ResourceError, explain_shortage
+from hf_mim.training.trainer.manifest import flatten, versions, write_manifest
 from hf_mim.training.trainer.pushing import PushingTrainer
 
 
@@ -43,6 +48,7 @@ class CheckpointingTrainer(PushingTrainer):
 
     _staging: Path | None = None  # where a checkpoint is being written
     _to_push: str | None = None  # the checkpoint to push when it has its name
+    recipe: dict[str, Any] | None = None  # of the run, for the manifests
 
     @property
     def bare_model(self) -> PreTrainedModel:
@@ -85,6 +91,7 @@ class CheckpointingTrainer(PushingTrainer):
                 self._save_extra_state(self._staging / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_manifest(self._staging / name, self.run_record())
                 publish(self._staging / name, folder / name)
         except Exception as error:
             shutil.rmtree(self._staging, ignore_errors=True)
@@ -101,6 +108,20 @@ class CheckpointingTrainer(PushingTrainer):
             best = self.state.best_model_checkpoint = str(folder / Path(best).name)
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+
+    def run_record(self) -> dict[str, Any]:
+        """What a manifest says of the run; see `manifest.MEANINGS`."""
+        return {
+            "data": self._fingerprint,
+            "total_batch": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "processes": self.args.world_size,
+            "versions": versions(),
+            **({} if self.recipe is None else {"recipe": flatten(self.recipe)}),
+        }
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.train_dataset)
 
     @property
     def is_sharded(self) -> bool:
@@ -216,10 +237,10 @@ def failed_to_write(error: Exception) -> bool:
 
 def cannot_save(folder: Path, name: str, error: Exception) -> OSError:
     """The error that ends a run, with what is left."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = explain_shortage(error, [folder]) or str(error).partition("\n")[0] or type(error).__name__
     last = last_checkpoint(folder)
     left = f"the last complete one is {last}" if last else "there is no older one"
-    return OSError(f"cannot save {folder / name}: {reason}; {left}")
+    return ResourceError(f"cannot save {folder / name}: {reason}; {left}")
 
 
 def not_finite(trainer: CheckpointingTrainer, what: str) -> ValueError:
