@@ -37,7 +37,7 @@ from hf_mim.training.run import Run, best_device, dataset_title, name_of, versio
 FORMAT = 1  # of report.json
 REMEDY = "choose another analyze.output_dir, or remove that folder"
 # What of a config says which encoder is built and what it sees.
-ENCODER_FIELDS = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
+ENCODER_FIELDS: tuple[str, ...] = ("encoder", "encoder_config", "image_size", "num_channels", "image_mean", "image_std")
 ENCODER_FIELDS += ("value_range", "nodata", "eval_crop")
 
 
