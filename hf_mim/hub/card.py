@@ -49,6 +49,7 @@ TASKS = {
     ),
 }
 SHIPPED = "a class-balanced subset of Fashion-MNIST (the data that ships with hf_mim)"
+OWN = "MIMImageProcessor"  # the image processor of this project
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 
 
@@ -70,6 +71,7 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
     size = size_words(folder, config)
     recipe = read_recipe(folder)
     metrics, probe = (shareable(read_json(file_inside(folder, f"{name}.json"))) for name in ("metrics", "probe"))
+    processor = read_json(file_inside(folder, "preprocessor_config.json"))
     data = dataset_of(recipe.get("data"))
     card = ModelCard.from_template(
         card_data(config, task, recipe, repo, license, data, results_of.eval_results(metrics, data)),
@@ -82,6 +84,8 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
         prefix_tokens=plural(prefix_tokens(config), "vector") + " without a patch",
         pooler=code(config.pooler),
         channels=config.num_channels,
+        own_processor=processor.get("image_processor_type") == OWN,
+        preparing=preparing(processor),
         pictures=[{"file": name, "words": text} for name, text in PICTURES.items() if file_inside(folder, name)],
         facts=[(name, value) for name, value in facts(folder, config, task, recipe, metrics, data) if value],
         **results_of.template_fields(metrics, probe),
@@ -92,6 +96,21 @@ def make_card(folder: Path, repo: str, license: str | None = None) -> ModelCard:
     # Jinja leaves the blank lines of what was absent.
     card.content = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
     return card
+
+
+def preparing(processor: dict) -> str:
+    """How to prepare an image, from the fields of an image processor."""
+    if processor.get("image_processor_type") != OWN:
+        return "Open photographs with `transformers.image_utils.load_image`, which turns them upright."
+    lines = [
+        "The image processor is a part of this repository's code. Give it the path of a file (also .npy and TIFF), or "
+        "an array of the values in the file: what transformers' pipelines open has 8 bits and three channels."
+    ]
+    if processor.get("value_range") is not None:
+        lines.append(f"Values of {clean(str(processor['value_range']))} become 0 to 255, others are clipped.")
+    if processor.get("nodata") is not None:
+        lines.append(f"The value {clean(str(processor['nodata']))} stands for missing ones and becomes the mean.")
+    return " ".join(lines)
 
 
 # ---- what the folder says --------------------------------------------------------------------------------------------
