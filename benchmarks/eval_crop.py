@@ -24,7 +24,7 @@ from hf_mim.training.evaluation import frozen
 
 SHAPES = ((48, 72), (72, 48))  # height and width, pixels
 PIECE = 40  # pixels of a side of the pasted image
-COUNTS = {"train": 3000, "test": 1500}
+COUNTS = {"train": 1000, "test": 1000}
 CROPS = ("squeeze", "none", 0.875)
 
 

@@ -17,7 +17,8 @@ from helpers import tiny_config
 from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
 from transformers.image_utils import load_image
 
-from hf_mim import MIMModel
+from hf_mim import MIMForPreTraining, MIMModel
+from hf_mim.doctor.checks import examine
 from hf_mim.modeling.encoder_base import to_grey
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.resizing import fit_whole, resized_shape
@@ -374,3 +375,14 @@ def test_ours_travels_as_code_and_works_in_a_pipeline(tmp_path):
     run = pipeline("image-feature-extraction", model=str(tmp_path / "model"))  # the plugin is imported: no trust asked
     assert isinstance(run.image_processor, MIMImageProcessor)
     assert torch.tensor(run(PIL.Image.fromarray(levels(0, 3)))).isfinite().all()
+
+
+def test_doctor_speaks_of_lost_levels(tmp_path):
+    (tmp_path / "images").mkdir()
+    for seed in range(4):
+        file = tmp_path / "images" / f"{seed}.tif"
+        file.write_bytes(tiff(levels(seed, top=235, kind=np.uint16, size=(16, 16))))
+    MIMForPreTraining(tiny_config(num_channels=1)).save_pretrained(tmp_path / "model")
+    checks = {check.name: check for check in examine(str(tmp_path / "model"), [f"data.dataset={tmp_path / 'images'}"])}
+    assert checks["pixels"].state == "fault" and "2 levels are left" in checks["pixels"].seen
+    assert "data.value_range" in checks["pixels"].remedy

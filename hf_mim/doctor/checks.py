@@ -102,6 +102,9 @@ def examine(source: str, overrides: Sequence[str] = (), say=lambda words: None) 
         return [*checks, Check("predictions and features", "skipped", "nothing can be computed with such weights")]
     say("reading images")
     splits = load_splits(data, encoder.config)
+    if splits.sample.warning:
+        message = splits.sample.warning.removeprefix("warning: ")
+        checks.append(Check("pixels", "fault", *message.split(": ", 1)))
     checks += check_pretraining(source, looked, splits, untrained, say)
     say("comparing the features with those of the untrained twin")
     return checks + check_features(encoder, splits, untrained)
