@@ -1,4 +1,4 @@
-.PHONY: style quality types test bench clean
+.PHONY: style quality types test lower-bounds bench clean
 
 style:
 	ruff check --fix .
@@ -14,6 +14,10 @@ types:
 
 test:
 	pytest
+
+# The fast tests with exactly the lower bounds of pyproject.toml, in a fresh environment: some GB, half an hour.
+lower-bounds:
+	python benchmarks/lower_bounds.py
 
 # Every comparison with a peer, onto docs/benchmarks.md. Continues where it was stopped.
 bench:

@@ -26,12 +26,12 @@ from hf_mim.training.data.sample import PixelSample, fits_stock_processor
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
 from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.evaluation.iou import ious, pixel_counts, predict_mask
+from hf_mim.training.evaluation.iou import ious, predict_mask
 from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
 from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
-from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
+from hf_mim.training.trainer.segmentation_trainer import SegmentationTrainer
 
 
 DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the blocks whose maps UperNet gets: 4, 6, 8 and 12 of 12, as BEiT and MAE choose
@@ -66,7 +66,7 @@ def finetune_segmentation(
     return run.execute(lambda: train(run, trainer), partial(write_results, run, splits))
 
 
-def train(run: FinetuneRun, trainer: "SegmentationTrainer") -> "SegmentationTrainer":
+def train(run: FinetuneRun, trainer: SegmentationTrainer) -> SegmentationTrainer:
     run.train(trainer, partial(run.save_model, trainer))
     return trainer
 
@@ -204,31 +204,6 @@ def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tu
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
-class SegmentationTrainer(FinetuneTrainer):
-    """A `FinetuneTrainer` that evaluates masks at their own sizes. It keeps three numbers per image and class, not the
-    predictions, which for a data set do not fit into memory."""
-
-    def get_train_dataloader(self):
-        # A last batch of one image would stop UperNet's batch norms. For training only: the argument is of both.
-        args, whole = self.args, self.args.train_batch_size * self.args.world_size
-        before, args.dataloader_drop_last = args.dataloader_drop_last, len(self.train_dataset) >= whole
-        try:
-            return super().get_train_dataloader()
-        finally:
-            args.dataloader_drop_last = before
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(inputs["pixel_values"]).logits
-        counts = []
-        for class_scores, labels, size in zip(logits, inputs["labels"], inputs["sizes"].tolist()):
-            predicted, mask = predict_mask(class_scores, size).cpu(), labels[: size[0], : size[1]].cpu()
-            counts.append(pixel_counts(predicted.numpy(), mask.numpy(), logits.shape[1]))
-        counts = torch.from_numpy(np.stack(counts)).to(logits.device)
-        return None, counts, torch.zeros(len(counts), device=logits.device)
-
-
 def make_trainer(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tuple[int, int]):
     arguments, config = run.arguments, model.backbone.config
     arguments.metric_for_best_model = run.recipe["training"].get("metric_for_best_model", "mean_iou")
