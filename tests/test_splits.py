@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_mim.training.data.splits import draw_subset, hold_out, split_of
+from hf_mim.training.data.splits import draw_labelled, draw_scenes, draw_subset, hold_out, hold_out_scenes, split_of
 from hf_mim.training.errors import DataError
 
 
@@ -61,3 +61,25 @@ def test_without_classes_and_with_names():
 def test_the_split_of_a_name():
     names = ["train2017", "Training", "test-00000-of-00001", "val", "valid", "trainer", "unlabeled", "3"]
     assert [split_of(name) for name in names] == ["train", "train", "test", "val", "valid", None, None, None]
+
+
+def test_parts_of_images_with_masks_keep_the_classes():
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        presence = rng.random((40, 8)) < rng.uniform(0.02, 0.5, size=8)
+        presence[:, 0] = True  # the background
+        train, held = hold_out_scenes(presence, 0.2, seed=trial)
+        assert sorted([*train, *held]) == list(range(40)) and 1 <= len(held) <= 8
+        assert (presence[train].any(0) == presence.any(0)).all()
+        drawn = draw_scenes(presence, 10, seed=trial)
+        assert len(set(drawn.tolist())) == 10 and (presence[drawn].any(0) == presence.any(0)).all()
+    assert (
+        len(hold_out_scenes(np.eye(3, dtype=bool), 0.1)[1]) == 1
+    )  # no image can be spared: one is held out all the same
+
+
+def test_only_labelled_images_are_drawn():
+    labels = np.array([-1, 0, 1, -1, 1, 0, 0, -1])
+    assert draw_labelled(labels).tolist() == [1, 2, 4, 5, 6]
+    drawn = draw_labelled(labels, 2)
+    assert set(labels[drawn].tolist()) == {0, 1}

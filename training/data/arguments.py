@@ -117,6 +117,7 @@ class DataArguments:
             raise RecipeError(f"data.color_jitter must be in [0, 1], not {self.color_jitter}", "data.color_jitter")
         if self.color_jitter and self.crop_on_device:
             raise RecipeError("data.color_jitter does not go with data.crop_on_device", "data.color_jitter")
+        self._check_mask_values()
         scale = self.crop_scale
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise RecipeError(
@@ -147,6 +148,19 @@ class DataArguments:
         bands = self.display_bands
         if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0):
             raise RecipeError(f"data.display_bands must be one or three channels, not {bands}", "data.display_bands")
+
+    def _check_mask_values(self) -> None:
+        values = self.mask_values
+        if values is None:
+            return
+        grey = all(isinstance(value, int) for value in values)
+        colours = all(isinstance(value, list) and len(value) == 3 for value in values)
+        if len(values) < 2 or not (grey or colours) or len(set(map(str, values))) < len(values):
+            raise RecipeError(
+                "data.mask_values must be different grey values like [0, 128], or colours like "
+                f"[[0, 0, 0], [255, 0, 0]], one for each of at least two classes, not {values}",
+                "data.mask_values",
+            )
 
 
 @dataclass

@@ -40,22 +40,9 @@ def decode_mask(value, name: str = "without a name", mask_values: list | None = 
         raise BadMask(f"mask {name} is missing")
     colours = mask_values is not None and not isinstance(mask_values[0], int)
     try:
-        if isinstance(value, str | Path):
-            value = read_file(value)
-        if isinstance(value, bytes):
-            is_array = value[:6] == b"\x93NUMPY"
-            value = np.load(io.BytesIO(value), allow_pickle=False) if is_array else PIL.Image.open(io.BytesIO(value))
-        if isinstance(value, PIL.Image.Image):
-            kind = value.format
-            value = value.convert("RGB") if value.mode == "P" and colours else value
-            ids = np.array(value)
-            ids = ids[..., :-1] if value.mode in ("RGBA", "LA") else ids  # transparency is no class
-        else:
-            ids, kind = np.array(value), None
+        ids, kind = _read_mask(value, colours)
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise BadMask(f"cannot read mask {name}: {error}".partition("\n")[0]) from None
-    if ids.ndim == 3:  # equal channels, or a first axis of one
-        ids = ids[..., 0] if (ids == ids[..., :1]).all() else ids[0] if len(ids) == 1 else ids
     if ids.dtype.kind == "f" and np.isfinite(ids).all() and (ids == np.rint(ids)).all():
         ids = ids.astype(np.int64)
     if mask_values is not None and ids.dtype.kind in "uib":
@@ -74,6 +61,31 @@ def decode_mask(value, name: str = "without a name", mask_values: list | None = 
     if ids.size and (ids.min() < 0 or ids.max() > HIGHEST_ID):
         raise BadMask(f"mask {name} holds ids from {ids.min()} to {ids.max()}; use {IGNORE} for pixels of no class")
     return ids
+
+
+def _read_mask(value, colours: bool) -> tuple[np.ndarray, str | None]:
+    """What stands in a mask, (height, width) or with channels; and the format of its file.
+
+    Args:
+        colours: of a palette its colours, not its indices.
+    """
+    if isinstance(value, str | Path):
+        value = read_file(value)
+    if isinstance(value, bytes):
+        is_array = value[:6] == b"\x93NUMPY"
+        value = np.load(io.BytesIO(value), allow_pickle=False) if is_array else PIL.Image.open(io.BytesIO(value))
+    kind, is_image = getattr(value, "format", None), isinstance(value, PIL.Image.Image)
+    if is_image:
+        value = value.convert("RGB") if value.mode == "P" and colours else value
+        ids = np.array(value)
+        ids = ids[..., :-1] if value.mode in ("RGBA", "LA") else ids  # transparency is no class
+    else:
+        ids = np.array(value)
+    if ids.ndim == 3 and (ids == ids[..., :1]).all():
+        ids = ids[..., 0]
+    elif ids.ndim == 3 and len(ids) == 1 and not is_image:
+        ids = ids[0]
+    return ids, kind
 
 
 def map_values(pixels: np.ndarray, values: np.ndarray, name: str) -> np.ndarray:

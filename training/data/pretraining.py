@@ -164,7 +164,8 @@ def add_extra(train: datasets.Dataset, opened: Opened, train_name: str, data: Da
         extra = extra.select_columns([column for column in columns if column in extra.features])
         if columns[0] not in extra.features:
             extra = extra.rename_column(find_columns(extra.features, DataArguments())[0], columns[0])
-        parts.append(extra.cast(datasets.Features({c: train.features[c] for c in extra.features})))
+        features = datasets.Features({column: train.features[column] for column in extra.features})
+        parts.append(extra if features == extra.features else extra.cast(features))
     if len(parts) == 1:
         return train
     return datasets.concatenate_datasets(
