@@ -278,11 +278,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except typer.Exit as error:
         return error.exit_code
+    except BrokenPipeError:  # nobody reads on, as of `| head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays open
+        return 141
     except Exception as error:
         message = describe(error)
         if debug or message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         return 2
 
 
@@ -332,8 +335,12 @@ def describe(error: Exception) -> str | None:
 
         if (message := explain(error)) is not None:
             return message
+    from hf_mim.training.errors import UserError
+
     if not isinstance(error, ValueError | OSError):  # UserError and OptionError are ValueErrors
         return None
+    if isinstance(error, UserError):  # a line already; a name in it may hold line breaks
+        return str(error).replace("\n", "\\n")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

@@ -1,5 +1,9 @@
 """How every command speaks: plain lines, warnings, tables and progress bars, on one console."""
 
+import io
+import os
+import signal
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
@@ -12,6 +16,48 @@ from rich.text import Text
 IMAGES_DONE = "{task.completed:,.0f}/{task.total:,.0f} images"  # for `RunConsole.progress`
 
 
+class StandardOutput(io.TextIOBase):
+    """Standard output that takes any text, and may end before the run does: its reader (`| head`) or its terminal is
+    gone. A training then ends with a checkpoint, as it does by SIGPIPE's cousins; other commands end at once."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding or "utf-8"
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    def write(self, text: str) -> int:
+        try:
+            # Names of files may hold bytes that are no text, and terminals may lack letters.
+            return sys.stdout.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        except OSError:
+            end_of_output()
+            return 0
+
+    def flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            end_of_output()
+
+
+def end_of_output() -> None:
+    """Sends what comes next nowhere, and tells the run.
+
+    Raises:
+        SystemExit: with the code of a process that SIGPIPE ended, where no training waits for that signal.
+    """
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays open
+    number = getattr(signal, "SIGPIPE", None)
+    if number is None or not callable(signal.getsignal(number)):
+        raise SystemExit(141)
+    signal.raise_signal(number)
+
+
 class RunConsole:
     """Prints for people. Messages are text, never markup: a path with brackets is printed as it is, on one line.
 
@@ -21,7 +67,7 @@ class RunConsole:
     """
 
     def __init__(self, console: "Console | RunConsole | None" = None, quiet: bool = False):
-        rich = console.rich if isinstance(console, RunConsole) else console or Console()
+        rich = console.rich if isinstance(console, RunConsole) else console or Console(file=StandardOutput())
         self.rich: Console = Console(quiet=True) if quiet else rich
 
     @property

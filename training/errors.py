@@ -10,7 +10,8 @@ class OneLineError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(message.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2] or message)
+        last = (message.strip().splitlines() or [""])[-1]
+        super().__init__(last.partition(f"{type(self).__name__}: ")[2] or message)
 
 
 class UserError(OneLineError, ValueError):

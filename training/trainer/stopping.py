@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from hf_mim.training.trainer.saving import CheckpointingTrainer, last_checkpoint
 
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # absent on Windows, as is the next
+SIGPIPE = getattr(signal, "SIGPIPE", None)  # Python ignores it, and raises an error in its place
 GRACE = 30  # seconds that a loader's worker goes on after SIGTERM
 
 
@@ -37,6 +39,8 @@ def defer_sigterm(first: Callable[[int], None] | None, number: int) -> None:
     """For a loader's worker, after its own `worker_init_fn`. Schedulers send SIGTERM to every process of a job: without
     workers the step that is running could not be ended. They still end by it, half a minute later."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if SIGHUP is not None:
+        signal.signal(SIGHUP, signal.SIG_IGN)  # it ends when its parent does
     if first is not None:
         first(number)
 
@@ -47,7 +51,8 @@ def is_distributed() -> bool:
 
 
 class StopCallback(TrainerCallback):
-    """Ends training after the step that is running, with a checkpoint, on Ctrl-C and SIGTERM; a context.
+    """Ends training after the step that is running, with a checkpoint, on Ctrl-C, on SIGTERM, and when its terminal
+    (SIGHUP, unless it is ignored, as under nohup) or the reader of its output (SIGPIPE) is gone; a context.
 
     Ctrl-C a second time interrupts at once.
 
@@ -55,7 +60,7 @@ class StopCallback(TrainerCallback):
         stopped: the signal that ended training; None if none did.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP, SIGPIPE) if number is not None)
     SECONDS = 1.0  # a launcher may pass on a signal that the terminal has already sent
 
     def __init__(self, on_signal: Callable[[], None] = lambda: None):
@@ -66,7 +71,9 @@ class StopCallback(TrainerCallback):
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            ignored = [number for number in self.SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+            handled = [number for number in self.SIGNALS if number not in ignored or number == SIGPIPE]
+            self.previous = {number: signal.signal(number, self._receive) for number in handled}
             self.owner = os.getpid()
         return self
 
