@@ -73,6 +73,17 @@ def test_the_learning_rate_follows_the_total_batch(tmp_path):
     assert arguments(tmp_path, learning_rate=0.0, **options).learning_rate == 0
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_both_names_of_activation_checkpointing_work_and_none_warns(tmp_path, name, recwarn):
+    def checkpointed(**options) -> bool:
+        trainer = make(tmp_path, model(), max_steps=1, **options)
+        trainer.train()
+        return any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+
+    assert checkpointed(**{name: True}) and not checkpointed(**{name: False}) and not checkpointed()
+    assert not [warning for warning in recwarn if name in str(warning.message)]
+
+
 def test_bf16_is_on_where_the_machine_has_it(tmp_path, monkeypatch):
     for has in (True, False):
         monkeypatch.setattr(training_arguments, "has_bf16", lambda has=has: has)
