@@ -26,7 +26,7 @@ from .masking import check_masking, sample_masks
 from .options import Grid, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .parts import make_decoder, make_encoder, make_global_head, make_pooler, make_target
-from .poolers import Pooler
+from .pooler_base import Pooler
 from .pyramid import make_pyramid
 from .reconstruction import draw_reconstruction
 

@@ -7,45 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .encoder_base import Encoder, Grid, choose
+from .encoder_base import Encoder, choose
 from .layers import MLP, FixedTables, sincos_2d
-
-
-class Pooler(nn.Module):
-    """Made as `Pooler(encoder, *, apply_final_norm=True, **options)`.
-
-    `apply_final_norm` says whether the pooler sees the tokens after the encoder's last norm. A pooler with
-    `needs_attentions` reads the attention of the encoder's last block, which the model computes for it.
-    """
-
-    out_dim: int
-    needs_attentions = False
-
-    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
-        super().__init__()
-        encoder.check_final_norm(apply_final_norm)
-        self.apply_final_norm = apply_final_norm
-        self.out_dim = encoder.hidden_size
-
-    def forward(
-        self, tokens: Tensor, num_prefix_tokens: int, grid: Grid, attentions: tuple[Tensor, ...] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """tokens (batch, prefix + rows * cols, dim) -> the vector (batch, out_dim), and the patches' weights, which sum
-        to one, (batch, rows * cols) or (batch, heads or queries, rows * cols), None where there are none.
-
-        attentions: for `needs_attentions`. Of the last entry (batch, heads, 1 or length, length) only the first row is
-        read, the class token's, so that a cache may keep that alone. length = prefix + rows * cols.
-        """
-        raise NotImplementedError
-
-
-def at_least_one(**values: int):
-    """Raises:
-    ValueError: a value is below 1.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+from .pooler_base import Pooler, at_least_one
+from .pooler_selection import CentralAttentionPooler, CentralPooler, ClsAttentionPooler
 
 
 def divisors(number: int) -> str:
@@ -324,60 +289,6 @@ class EfficientPooler(Pooler):
         return torch.einsum("bqd,qcd->bqc", pooled, chunks).flatten(1), weights
 
 
-class CentralPooler(Pooler):
-    """The mean of the `size` x `size` patches in the middle (`cp1` to `cp4` in the code of Beyond [cls], 2412.03215).
-    Nothing is learned. As released where the grid's sides are even; with odd sides and size it is the true middle."""
-
-    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, size: int = 2):
-        super().__init__(encoder, apply_final_norm=apply_final_norm)
-        at_least_one(size=size)
-        self.size = size
-        self._check(encoder.base_grid)
-
-    def _check(self, grid: Grid):
-        if self.size > min(grid):
-            raise ValueError(f"size {self.size} is more than the {grid[0]}x{grid[1]} patches; choose 1 to {min(grid)}")
-
-    def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
-        self._check(grid)
-        top, left = ((length - self.size) // 2 for length in grid)
-        weights = tokens.new_zeros(grid)
-        weights[top : top + self.size, left : left + self.size] = 1 / self.size**2
-        weights = weights.flatten().expand(tokens.shape[0], -1)
-        return (weights[:, None] @ tokens[:, num_prefix_tokens:])[:, 0], weights
-
-
-class ClsAttentionPooler(Pooler):
-    """The patches weighed by the class token's attention in the encoder's last block, divided by its sum over patches
-    (`attn-mn` and `attn-lcte` in the code of Beyond [cls], 2412.03215). Nothing is learned.
-
-    Options:
-        head: `mean` over the heads, or `lowest_entropy`, each image's head whose weights over the patches have it.
-    """
-
-    needs_attentions = True
-
-    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, head: str = "mean"):
-        super().__init__(encoder, apply_final_norm=apply_final_norm)
-        if not (encoder.has_cls_token and encoder.has_attentions):
-            raise ValueError(
-                "pooler 'cls_attention' needs an encoder with a class token and attention; choose another, such as "
-                "'mean', 'central', 'abmilp'"
-            )
-        self.head = choose("head", head, ("mean", "lowest_entropy"))
-
-    def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
-        if not attentions:
-            raise ValueError("pooler 'cls_attention' needs the attentions of the encoder's last block, and got none")
-        rows = attentions[-1][:, :, 0, num_prefix_tokens:].float()  # (batch, heads, patches)
-        if self.head == "mean":
-            rows = rows.mean(dim=1, keepdim=True)
-        shares = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-        entropy = -(shares * (shares + 1e-6).log()).sum(dim=-1, keepdim=True)
-        weights = shares.take_along_dim(entropy.argmin(dim=1, keepdim=True), dim=1)[:, 0].to(tokens.dtype)
-        return (weights[:, None] @ tokens[:, num_prefix_tokens:])[:, 0], weights
-
-
 POOLERS = {
     "cls": ClsPooler,
     "mean": MeanPooler,
@@ -389,4 +300,5 @@ POOLERS = {
     "efficient": EfficientPooler,
     "central": CentralPooler,
     "cls_attention": ClsAttentionPooler,
+    "central_attention": CentralAttentionPooler,
 }

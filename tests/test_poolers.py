@@ -270,7 +270,7 @@ def test_around_a_pretrained_model_of_transformers(name, tmp_path):
 def test_a_frozen_encoder_stays_as_it_is(name):
     torch.manual_seed(0)
     fields = {"encoder": "convnet", "encoder_config": RESNET, "image_size": 64}
-    if name in ("cls", "cls_attention", "efficient"):
+    if name in ("cls", "cls_attention", "central_attention", "efficient"):
         fields = {"encoder_config": {**WIDE, "drop_path_rate": 0.9, "num_hidden_layers": 2}}
     model = MIMForImageClassification(tiny_config(**fields, pooler=name, num_labels=3))
     model.freeze_encoder()

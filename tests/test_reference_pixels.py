@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_reference import EXACT, REFERENCE, case, official_file, read
 
-from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.conversion import convert
 from hf_mim.modeling.encoder_base import patchify, unpatchify
 from hf_mim.modeling.parts import make_encoder
@@ -154,7 +154,7 @@ def test_mae_with_decoder_heads(tmp_path):
     model.target.scope = "all"
     prediction = model(pixels, mask, return_loss=False).logits
     torch.testing.assert_close(prediction, expected["prediction"], **EXACT)
-    _, lines = pretraining_model(path, tmp_path, heads=2)
+    _, lines = pretraining_model(path, tmp_path / "again", heads=2)
     assert any("attention heads of the decoder are assumed" in line for line in lines)
 
 
@@ -171,3 +171,27 @@ def test_beyond_cls_head_beside_its_encoder(tmp_path):
     model = MIMForImageClassification.from_pretrained(tmp_path / "ours").eval()
     torch.testing.assert_close(model(pixels).logits, case("beyond_cls_head")[1]["logits"], rtol=1e-5, atol=2e-5)
     assert read(REFERENCE / "beyond_cls_head.weights.safetensors")
+
+
+READINGS = {
+    "cls": ("cls", {}),
+    "pos": ("mean", {}),
+    **{f"cp{size}": ("central", {"size": size}) for size in (1, 2, 3, 4)},
+    **{f"ca{size}": ("central_attention", {"size": size}) for size in (1, 2)},
+    "attn-mn": ("cls_attention", {"head": "mean"}),
+    "attn-lcte": ("cls_attention", {"head": "lowest_entropy"}),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+@torch.no_grad()
+def test_selections_of_beyond_cls(name, tmp_path):
+    inputs, expected = case("beyond_cls_statistics")
+    convert(str(official_file("beyond_cls_statistics", tmp_path)), tmp_path / "ours", heads=3)
+    pooler, options = READINGS[name]
+    options = {"pooler": pooler, "pooler_config": {**options, "apply_final_norm": False}}
+    model = MIMModel.from_pretrained(tmp_path / "ours", **options).eval()
+    found = model(inputs["pixels"]).pooler_output
+    # The release divides these weighted sums by the number of patches, too, which the batch norm behind them undoes.
+    scale = 16 if name.startswith("ca") else 1
+    torch.testing.assert_close(found, scale * expected[f"reading.{name}"], **EXACT)

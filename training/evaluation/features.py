@@ -89,21 +89,21 @@ class Features:
         for layer in self.layers:
             tokens = (encoded.tokens if layer == self.last else encoded.hidden_states[layer]).float()
             tokens = encoder.final_norm(tokens) if self.apply_final_norm else tokens
-            row = encoded.attentions[layer - 1][:, :, 0] if self.attention else None
+            attention = encoded.attentions[layer - 1] if self.attention else None
             if self.poolers is None:
                 result[f"tokens/{layer}"] = tokens
-                if row is not None:
-                    result[f"attention/{layer}"] = row
+                if attention is not None:
+                    result[f"attention/{layer}"] = attention[:, :, 0]
                 continue
             for name, pooler in self.poolers.items():
-                result[f"{name}/{layer}"] = pool(pooler, tokens, encoder.num_prefix_tokens, grid, row)[0]
+                result[f"{name}/{layer}"] = pool(pooler, tokens, encoder.num_prefix_tokens, grid, attention)[0]
         return result
 
 
-def pool(pooler, tokens: Tensor, prefix: int, grid: tuple[int, int], row: Tensor | None = None):
-    """A pooler's vector and weights. Of the attention it gets only what is kept: `row` (batch, heads, length), what the
-    class token attends to, as attention with a single query."""
-    return pooler(tokens, prefix, grid, None if row is None else (row[:, :, None],))
+def pool(pooler, tokens: Tensor, prefix: int, grid: tuple[int, int], attention: Tensor | None = None):
+    """A pooler's vector and weights. attention (batch, heads, length, length), or of stored features what the class
+    token attends to alone, (batch, heads, 1, length)."""
+    return pooler(tokens, prefix, grid, None if attention is None else (attention,))
 
 
 def choose_layers(encoder, layers: list[int], attention: bool = False) -> list[int]:

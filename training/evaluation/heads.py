@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from hf_mim.modeling.poolers import AbmilpPooler
 from hf_mim.training.data.splits import hold_out
 from hf_mim.training.evaluation.features import PoolerChoice, pool
 
@@ -41,20 +42,34 @@ class Schedule:
 class Head(nn.Module):
     """Pooler, normalisation without parameters and linear classifier (Beyond [cls], 2412.03215; MAE, 2111.06377).
 
-    `pooler` None takes vectors that are pooled already.
+    `pooler` None takes vectors that are pooled already. `as_linear` draws the classifier and the pooler's layers as
+    `nn.Linear` does, as Beyond [cls] does for LARS: a score that starts at zero would take the raw first gradient
+    there, since the trust ratio is 1 at norm 0. Else the classifier starts small, as in MAE.
     """
 
-    def __init__(self, pooler, dim: int, classes: int):
+    def __init__(self, pooler, dim: int, classes: int, as_linear: bool = False):
         super().__init__()
         self.pooler = pooler
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
         self.classifier = nn.Linear(dim, classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        if as_linear:
+            draw_as_linear(pooler)
+        else:
+            nn.init.normal_(self.classifier.weight, std=0.01)
+            nn.init.zeros_(self.classifier.bias)
 
     def classify(self, vectors: Tensor) -> Tensor:
         """(batch, dim) -> logits (batch, classes)."""
         return self.classifier(self.norm(vectors))
+
+
+def draw_as_linear(pooler: nn.Module | None) -> None:
+    for module in () if pooler is None else pooler.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        if isinstance(module, AbmilpPooler):
+            for parameter in (module.score, module.score_bias):
+                nn.init.uniform_(parameter, -(module.score.shape[1] ** -0.5), module.score.shape[1] ** -0.5)
 
 
 @dataclass
@@ -111,9 +126,9 @@ class Group:
         self.learned = any(True for _ in self.fixed.parameters())
         self.vectors_only = vectors_only
 
-    def make(self, classes: int, learning_rate: float, seed: int) -> Trained:
+    def make(self, classes: int, learning_rate: float, seed: int, as_linear: bool = False) -> Trained:
         pooler = self.choice.make(self.model) if self.learned else None
-        head = Head(pooler, self.fixed.out_dim, classes).to(self.model.device)
+        head = Head(pooler, self.fixed.out_dim, classes, as_linear).to(self.model.device)
         return Trained(self.choice.name, self.layer, learning_rate, seed, head)
 
     def pool(self, features: dict[str, Tensor], pooler=None) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +136,8 @@ class Group:
         if self.vectors_only:
             return features[f"{self.choice.name}/{self.layer}"], None
         row = features.get(f"attention/{self.layer}")
-        return pool(pooler or self.fixed, features[f"tokens/{self.layer}"], self.prefix, self.grid, row)
+        attention = None if row is None else row[:, :, None]
+        return pool(pooler or self.fixed, features[f"tokens/{self.layer}"], self.prefix, self.grid, attention)
 
     def vectors(self, features: dict[str, Tensor], heads: list[Trained]):
         """The vectors (batch, dim) of every head."""
@@ -188,7 +204,7 @@ def train_heads(
     """
     train, validation = map(torch.from_numpy, hold_out(labels.numpy(), share, seed))
     generator = torch.Generator().manual_seed(seed)
-    heads = make_heads(rates, classes, seed)
+    heads = make_heads(rates, classes, seed, as_linear=schedule.optimizer == "lars")
     everything = [member for members in heads.values() for member in members]
     batch_size = max(2, min(schedule.batch_size, len(train) // FEWEST_STEPS))
     optimizer = make_optimizer(everything, schedule, batch_size)
@@ -205,10 +221,12 @@ def train_heads(
     return [member.at_its_best() for member in everything]
 
 
-def make_heads(rates: dict[Group, list[float]], classes: int, seed: int) -> dict[Group, list[Trained]]:
+def make_heads(
+    rates: dict[Group, list[float]], classes: int, seed: int, as_linear: bool = False
+) -> dict[Group, list[Trained]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return {group: [group.make(classes, rate, seed) for rate in of] for group, of in rates.items()}
+        return {group: [group.make(classes, rate, seed, as_linear) for rate in of] for group, of in rates.items()}
 
 
 def set_rates(optimizer, factor: float) -> None:

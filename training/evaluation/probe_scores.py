@@ -6,10 +6,10 @@ from torch import Tensor
 
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.evaluation.bootstrap import LEVEL, ROUNDS, accuracy_interval
-from hf_mim.training.evaluation.features import ImageViews, pool
+from hf_mim.training.evaluation.features import ImageViews
 from hf_mim.training.evaluation.frozen import TEST_IMAGES, TRAIN_IMAGES, frozen_protocol, raw_pixels
 from hf_mim.training.evaluation.metrics import POOLINGS, READOUTS
-from hf_mim.training.evaluation.readouts import LinearProbe
+from hf_mim.training.evaluation.readouts import LinearProbe, stratified_folds
 
 
 SHOTS = (1, 5, 10)  # labelled images of every class
@@ -85,7 +85,11 @@ def score_few_labels(train: Tensor, train_labels: Tensor, test: Tensor, test_lab
     for shots in (*SHOTS, *SHARES):
         subsets = [chosen for seed in seeds if (chosen := draw(train_labels, shots, seed)) is not None]
         if len(subsets) == len(seeds):
-            predicted = [LinearProbe(train[chosen], train_labels[chosen])(test).argmax(1) for chosen in subsets]
+            predicted = []
+            for chosen in subsets:
+                labels = train_labels[chosen]
+                probe = LinearProbe(train[chosen], labels, held_out=stratified_folds(labels))
+                predicted.append(probe(test).argmax(1))
             name = str(shots) if shots >= 1 else f"{shots:.0%}"
             entries[name] = accuracy_interval(torch.stack(predicted) == test_labels)
     return entries
@@ -132,14 +136,8 @@ def weights_over_images(source, positions: Tensor, groups, heads: list) -> dict[
         if group.vectors_only:
             continue
         with torch.no_grad():
-            weights = pool_weights(group, features, head)
+            weights = group.pool(features, head.head.pooler)[1]
         if weights is not None:
             weights = weights if weights.ndim == 2 else weights.mean(dim=1)
             weights_of[head.name] = (weights / weights.sum(dim=1, keepdim=True)).float().cpu()
     return weights_of
-
-
-def pool_weights(group, features: dict[str, Tensor], trained) -> Tensor | None:
-    row = features.get(f"attention/{group.layer}")
-    pooler = trained.head.pooler if group.learned else group.fixed
-    return pool(pooler, features[f"tokens/{group.layer}"], group.prefix, group.grid, row)[1]

@@ -17,6 +17,7 @@ from hf_mim.training.data.splits import hold_out
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of scikit-learn, from the strongest penalty to the weakest
+FOLDS = 5  # of a cross-validation
 PATIENCE = 2  # penalties in a row that do worse than the best, after which weaker ones are not tried
 MAX_STEPS, TOLERANCE = 200, 3e-4  # of L-BFGS; the tolerance is of the slope of the mean loss
 UNSEEN = -1e4  # the logit of a class without a training example; finite, since maps of logits are interpolated
@@ -77,7 +78,8 @@ class LinearProbe:
         features: (examples, dim).
         labels: class numbers (examples,).
         classes: how many there are; None is up to the highest label.
-        held_out: bool (examples,), to choose the penalty by; None is a fifth of every class.
+        held_out: bool (examples,), to choose the penalty by, or several of them, whose scores are averaged; None is a
+            fifth of every class. Without any the penalty is 1.
         score: what the best penalty has most of.
 
     Attributes:
@@ -91,11 +93,12 @@ class LinearProbe:
         features: Tensor,
         labels: Tensor,
         classes: int | None = None,
-        held_out: Tensor | None = None,
+        held_out: Tensor | list[Tensor] | None = None,
         score: Score = percent,
     ):
         self.classes = classes or int(labels.max()) + 1
         held_out = draw_fifth(labels) if held_out is None else held_out
+        held_out = held_out if isinstance(held_out, list) else [held_out]
         self.mean, deviation, self.varies = moments(features)
         deviation = deviation[self.varies]
         standardized = (features - self.mean)[:, self.varies] / deviation
@@ -107,15 +110,19 @@ class LinearProbe:
         """(examples, dim) -> logits (examples, classes)."""
         return (features - self.mean)[:, self.varies] @ self.weight + self.bias
 
-    def _fit(self, features: Tensor, labels: Tensor, held_out: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    def _fit(self, features: Tensor, labels: Tensor, held_out: list[Tensor], score: Score) -> tuple[Tensor, Tensor]:
         """The weight (dim, classes) and bias (classes,) for the best penalty."""
-        self.penalty, best_score, best, fit, worse = 1.0, -1.0, None, None, 0
-        for penalty in PENALTIES if held_out.any() and not held_out.all() else ():
-            fit = fit_logistic(features[~held_out], labels[~held_out], self.classes, penalty, fit)
-            reached = score((features[held_out] @ fit[0] + fit[1]).argmax(1), labels[held_out])
+        folds = [fold for fold in held_out if fold.any() and not fold.all()]
+        fits: list[tuple[Tensor, Tensor] | None] = [None] * len(folds)
+        self.penalty, best_score, best, worse = 1.0, -1.0, None, 0
+        for penalty in PENALTIES if folds else ():
+            reached = 0.0
+            for i, fold in enumerate(folds):
+                fits[i] = weight, bias = fit_logistic(features[~fold], labels[~fold], self.classes, penalty, fits[i])
+                reached += score((features[fold] @ weight + bias).argmax(1), labels[fold]) / len(folds)
             worse = worse + 1 if reached < best_score else 0
             if reached > best_score:
-                self.penalty, best_score, best = penalty, reached, fit
+                self.penalty, best_score, best = penalty, reached, fits[0]
             if worse == PATIENCE:
                 break
         return fit_logistic(features, labels, self.classes, self.penalty, best)
@@ -127,6 +134,18 @@ def draw_fifth(labels: Tensor) -> Tensor:
     if len(labels) > len(labels.unique()):
         drawn[hold_out(labels.numpy(), 0.2)[1]] = True
     return drawn
+
+
+def stratified_folds(labels: Tensor) -> list[Tensor]:
+    """`FOLDS` parts that together are all examples, each bool (examples,), every class in each of them and in the rest;
+    none where a class has fewer examples than that."""
+    numbers = torch.zeros(len(labels), dtype=torch.long)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < FOLDS:
+            return []
+        numbers[members] = torch.arange(len(members)) % FOLDS
+    return [numbers == fold for fold in range(FOLDS)]
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

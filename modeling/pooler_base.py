@@ -1,0 +1,42 @@
+"""The contract of a pooler."""
+
+from torch import Tensor, nn
+
+from .encoder_base import Encoder, Grid
+
+
+class Pooler(nn.Module):
+    """Made as `Pooler(encoder, *, apply_final_norm=True, **options)`.
+
+    `apply_final_norm` says whether the pooler sees the tokens after the encoder's last norm. A pooler with
+    `needs_attentions` reads the attention of the encoder's last block, which the model computes for it.
+    """
+
+    out_dim: int
+    needs_attentions = False
+
+    def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
+        super().__init__()
+        encoder.check_final_norm(apply_final_norm)
+        self.apply_final_norm = apply_final_norm
+        self.out_dim = encoder.hidden_size
+
+    def forward(
+        self, tokens: Tensor, num_prefix_tokens: int, grid: Grid, attentions: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens (batch, prefix + rows * cols, dim) -> the vector (batch, out_dim), and the patches' weights, which sum
+        to one, (batch, rows * cols) or (batch, heads or queries, rows * cols), None where there are none.
+
+        attentions: for `needs_attentions`. The last entry is read, (batch, heads, length, length) with length =
+        prefix + rows * cols; `cls_attention` needs its first row only, so that a cache may keep that alone.
+        """
+        raise NotImplementedError
+
+
+def at_least_one(**values: int):
+    """Raises:
+    ValueError: a value is below 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
