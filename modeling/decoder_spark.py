@@ -39,19 +39,10 @@ class SparKDecoder(Decoder):
         norm: str | None = None,
     ):
         super().__init__(config, encoder)
-        if encoder.mask_style != "sparse" or encoder.strides is None:
-            raise ValueError(
-                "decoder 'spark' needs encoder 'convnet' with mask_style 'sparse'; 'unet' takes any ConvNet"
-            )
-        coarsest = encoder.strides[-1]
-        if coarsest & (coarsest - 1):
-            raise ValueError(
-                f"decoder 'spark' doubles its map up to the pixels: a stride of {coarsest} is no power of 2"
-            )
+        strides = sparse_strides(encoder)
+        coarsest = strides[-1]
         if out_dim != coarsest**2 * config.num_channels:
-            raise ValueError(
-                "decoder 'spark' predicts pixels, and this target is not of pixels; 'unet' takes any target"
-            )
+            raise ValueError("decoder 'spark' predicts pixels; choose decoder 'unet' for any other target")
         if norm is None:
             norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) else "layer"
         if norm not in NORMS:
@@ -62,7 +53,7 @@ class SparKDecoder(Decoder):
         self.inputs = nn.ModuleList()
         self.map_index: list[int | None] = []  # which of the encoder's maps enters a block
         for i, width in enumerate(widths[:-1]):
-            index = _last_of_stride(encoder.strides, coarsest >> i)
+            index = _last_of_stride(strides, coarsest >> i)
             self.map_index.append(index)
             if index is not None:
                 channels = encoder.num_features[index]
@@ -123,6 +114,20 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features.movedim(1, -1)).movedim(-1, 1)
+
+
+def sparse_strides(encoder: Encoder) -> list[int]:
+    """The strides of the maps of a sparse ConvNet, the coarsest last.
+
+    Raises:
+        ValueError: the encoder is not sparse, or its coarsest stride is not a power of 2.
+    """
+    if encoder.mask_style != "sparse" or encoder.strides is None:
+        raise ValueError("decoder 'spark' needs encoder 'convnet' with mask_style 'sparse'; 'unet' takes any ConvNet")
+    coarsest = encoder.strides[-1]
+    if coarsest & (coarsest - 1):
+        raise ValueError(f"decoder 'spark' doubles its map up to the pixels: stride {coarsest} is not a power of 2")
+    return encoder.strides
 
 
 def _last_of_stride(strides: list[int], stride: int) -> int | None:

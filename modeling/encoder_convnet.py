@@ -1,6 +1,6 @@
 """ConvNets as masked encoders: the blocks are those of transformers and timm, the masking is ours."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,28 +77,34 @@ class ConvNetEncoder(Encoder):
         self.norm_eps = getattr(getattr(self.network, "layernorm", None), "eps", None)
         if self.norm_eps is not None:
             # It acts after pooling: see `pooled_norm`.
-            self.final_norm = self.network.layernorm if final_norm else self.final_norm
+            self.final_norm = cast(nn.Module, self.network.layernorm) if final_norm else self.final_norm
             self.network.layernorm = nn.Identity()
-        depth = len(self.strides) - 1
-        if not 0 <= mask_stage < depth:
-            raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
-        for name, value in (("mask_after_downsampling", mask_after_downsampling), ("final_norm", final_norm)):
-            if value and (self.norm_eps is None or mask_style == "sparse"):
-                raise ValueError(f"{name} needs model_type convnext or convnextv2 and a mask_style that is not sparse")
+        self._check_options(mask_stage, mask_after_downsampling=mask_after_downsampling, final_norm=final_norm)
         self.norm_eps = None if final_norm else self.norm_eps
         self.mask_stage, self.mask_after_downsampling = mask_stage, mask_after_downsampling
         self.mask_level = len(self.strides) - 1 if mask_style == "sparse" else mask_stage + mask_after_downsampling
         self.hidden_size = self.num_features[-1]
         self._name_stages(self.num_features)
         self.base_grid = self.token_grid(*pair(config.image_size))
-        width = self.num_features[self.mask_level]
         self.sparse_mask = SparseMask()
         if mask_style == "sparse":
             make_sparse(self.network, self.sparse_mask)
-        has_token = use_mask_token and mask_style != "sparse"
+        self._add_mask_token(use_mask_token, mask_scale_init_value)
+
+    def _check_options(self, mask_stage: int, **convnext_only: bool):
+        depth = len(self.strides) - 1
+        if not 0 <= mask_stage < depth:
+            raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
+        for name, value in convnext_only.items():
+            if value and (self.norm_eps is None or self.mask_style == "sparse"):
+                raise ValueError(f"{name} needs model_type convnext or convnextv2 and a mask_style that is not sparse")
+
+    def _add_mask_token(self, use_mask_token: bool, scale: float | None):
+        width = self.num_features[self.mask_level]
+        has_token = use_mask_token and self.mask_style != "sparse"
         self.mask_token = nn.Parameter(torch.zeros(width)) if has_token else None
-        scaled = use_mask_token and mask_style == "add" and mask_scale_init_value is not None
-        self.initial_scale = float(mask_scale_init_value or 0)
+        scaled = use_mask_token and self.mask_style == "add" and scale is not None
+        self.initial_scale = float(scale or 0)
         self.mask_scale = nn.Parameter(torch.full((width,), self.initial_scale)) if scaled else None
 
     def init_parameters(self):

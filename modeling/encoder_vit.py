@@ -145,12 +145,11 @@ class ViTEncoder(Encoder):
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
         self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
         self._add_positions(position_embedding, dim, depth, heads)
-        intermediate_size = mlp_width(dim, mlp, intermediate_size)
         post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
         self._add_norms(embedding_norm, final_norm, layer_norm_eps)
-        block = partial(ViTLayer, config, dim, heads, intermediate_size, mlp, qk_norm, post_norm=post_norm)
-        rates = drop_path_rates(drop_path_rate, depth)
-        self.layers = nn.ModuleList(block(layer_scale_init_value, rate, layer_norm_eps) for rate in rates)
+        width = mlp_width(dim, mlp, intermediate_size)
+        block = partial(ViTLayer, config, dim, heads, width, mlp, qk_norm, layer_scale_init_value, post_norm=post_norm)
+        self.layers = nn.ModuleList(block(rate, layer_norm_eps) for rate in drop_path_rates(drop_path_rate, depth))
 
     def _add_norms(self, embedding_norm: bool, final_norm: bool, eps: float):
         self.embedding_norm = nn.LayerNorm(self.hidden_size, eps=eps) if embedding_norm else nn.Identity()

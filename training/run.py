@@ -14,9 +14,8 @@ from typing import Any, Generic, Self, TypeVar, cast
 
 import accelerate
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import Size, pair
@@ -25,15 +24,15 @@ from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.sample import PixelSample
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import RecipeError, UserError
+from hf_mim.training.errors import RecipeError
 from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
 from hf_mim.training.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.manifest import differences, last_whole_checkpoint, read_manifest, versions
-from hf_mim.training.trainer.processes import PeerWatchdog
+from hf_mim.training.trainer.processes import PeerWatchdog, on_main_process
 from hf_mim.training.trainer.remote import RemoteRun
 from hf_mim.training.trainer.saving import last_checkpoint
-from hf_mim.training.trainer.stopping import StopCallback
+from hf_mim.training.trainer.stopping import FolderCheck, StopCallback
 from hf_mim.training.trainer.trainer import MIMTrainer
 
 
@@ -41,7 +40,6 @@ from hf_mim.training.trainer.trainer import MIMTrainer
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 DATA_REPORT = "data.json"
 SHIPPED = "Fashion-MNIST subset (shipped)"
-ResultT = TypeVar("ResultT")
 REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -355,35 +353,6 @@ class TrainingRun(Run, Generic[TrainerT]):
             "cpus": os.cpu_count(),
             "versions": versions(),
         }
-
-
-class FolderCheck(TrainerCallback):
-    """Ends a run whose folder was removed: the Trainer would make another one, with the last checkpoint alone."""
-
-    def __init__(self, output: OutputFolder):
-        self.output = output
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            self.output.check()
-
-    on_epoch_end = on_step_end
-
-
-# ---- processes -----------------------------------------------------------------------------------------------------
-def on_main_process(action: Callable[[], ResultT]) -> ResultT:
-    """What `action` gives, or the `UserError` that it raises, in every process; only the main one runs it."""
-    state, outcome = accelerate.PartialState(), [None, None]
-    if state.is_main_process:
-        try:
-            outcome = [action(), None]
-        except UserError as error:
-            outcome = [None, error]
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return cast(ResultT, outcome[0])
 
 
 def name_of(source: str) -> str:

@@ -1,5 +1,6 @@
 """What segmentation works on: images with masks in three splits, and their classes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,13 +71,7 @@ def load_masked_splits(
     limits = {"train": data.max_train_images, "validation": data.max_eval_images, "test": data.max_eval_images}
     limits = {name: count if count is None else max(1, count) for name, count in limits.items()}
     if data.dataset is None:
-        sources: dict = {
-            name: Scenes(name, min(count, limits[name] or count), num_channels=config.num_channels)
-            for name, count in COUNTS.items()
-        }
-        counts = {name: IdCounts.read(source, name, console) for name, source in sources.items()}
-        names = name_classes(classes or sources["train"].classes, highest(counts))
-        return _masked_splits(sources, counts, names, "composed from the test images", [], PixelSample(), data)
+        return _composed_splits(data, config.num_channels, limits, classes, console)
     opened = open_pairs(data)
     train, test = choose_splits(opened, data)
     chosen = {"train": train, "validation": other_test_split(opened, train, test), "test": test}
@@ -84,22 +79,15 @@ def load_masked_splits(
     report = [*opened.notes, describe_columns(columns[0], None, masks=columns[1]).replace("no labels, ", "")]
     sample, data = look_at(opened[train], config, data, seed, columns[0])
     decode = Decoder(config, data)
-    sources, counts = {}, {}
+    sources: dict[str, Pairs] = {}
+    counts: dict[str, IdCounts] = {}
     for name, split in chosen.items():
         if split is not None:
             sources[name] = Pairs(opened[split], *columns, decode, data.mask_values)
             counts[name] = IdCounts.read(sources[name], name, console)
     names = name_classes(classes or len(data.mask_values or ()) or None, highest(counts))
     note = f"split {test}" if test is not None else f"held out from {train}"
-    for name in ("test", "validation"):
-        if name not in sources:
-            if len(sources["train"]) < 2:
-                raise DataError(f"{data.dataset} has too few images: one to train on, one to validate and one to test")
-            parts = hold_out_scenes(counts["train"].presence(len(names)))
-            whole = sources["train"], counts["train"]
-            (sources["train"], sources[name]), (counts["train"], counts[name]) = (
-                [entry.select(part) for part in parts] for entry in whole
-            )
+    _hold_out(sources, counts, len(names), str(data.dataset))
     for name, limit in limits.items():
         if limit is not None and limit < len(sources[name]):
             part = draw_scenes(counts[name].presence(len(names)), limit, seed if name == "train" else 0)
@@ -112,8 +100,30 @@ def load_masked_splits(
     return splits
 
 
+def _composed_splits(
+    data: DataArguments, channels: int, limits: dict, classes: int | list[str] | None, console: RunConsole | None
+) -> MaskedSplits:
+    sources = {
+        name: Scenes(name, min(count, limits[name] or count), num_channels=channels) for name, count in COUNTS.items()
+    }
+    counts = {name: IdCounts.read(source, name, console) for name, source in sources.items()}
+    names = name_classes(classes or sources["train"].classes, highest(counts))
+    return _masked_splits(sources, counts, names, "composed from the test images", [], PixelSample(), data)
+
+
+def _hold_out(sources: dict, counts: dict, classes: int, dataset: str) -> None:
+    """Adds the splits `test` and `validation` where they are missing: parts of `train`, which loses them."""
+    for name in ("test", "validation"):
+        if name not in sources:
+            if len(sources["train"]) < 2:
+                raise DataError(f"{dataset} has too few images: one to train on, one to validate and one to test")
+            parts = hold_out_scenes(counts["train"].presence(classes))
+            for entries in (sources, counts):
+                entries["train"], entries[name] = (entries["train"].select(part) for part in parts)
+
+
 def _masked_splits(
-    sources: dict,
+    sources: Mapping[str, MaskedSource],
     counts: dict,
     names: list[str],
     note: str,
@@ -136,7 +146,9 @@ def _masked_splits(
         report.append(f"{100 * ignored / (ignored + totals['train'].sum()):.1f} % of the training pixels have no class")
     shares = totals["train"] / totals["train"].sum()
     return MaskedSplits(
-        **{name: sources[name] for name in COUNTS},
+        train=sources["train"],
+        validation=sources["validation"],
+        test=sources["test"],
         classes=names,
         shares=shares,
         note=note,

@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
+from hf_mim.training.errors import UserError
 from hf_mim.training.foreign_errors import is_lost_peer
 
 
@@ -19,6 +22,7 @@ LOOK_EVERY = 1.0  # seconds between two looks at the other processes
 PATIENCE = 5.0  # seconds in which a process may find out itself: its own error is better, and GPUs only wait
 SETTLE = 2.0  # seconds between a broken connection and the end of who broke it
 CLAIM = "hf_mim/lost"
+ResultT = TypeVar("ResultT")
 
 
 class PeerWatchdog:
@@ -124,3 +128,19 @@ def is_alive(process: psutil.Process) -> bool:
 def is_lost(error: BaseException) -> bool:
     """Whether it comes from an operation of all processes that one of them did not take part in."""
     return isinstance(error, dist.DistError) or is_lost_peer(error)
+
+
+def on_main_process(action: Callable[[], ResultT]) -> ResultT:
+    """What `action` gives, or the `UserError` that it raises, in every process; only the main one runs it."""
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, error]
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_mim.training.output_folder import OutputFolder
 from hf_mim.training.trainer.saving import CheckpointingTrainer, last_checkpoint
 
 
@@ -109,3 +110,16 @@ class StopCallback(TrainerCallback):
         number = torch.tensor(self.received or 0, device=args.device)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
         return int(number)
+
+
+class FolderCheck(TrainerCallback):
+    """Ends a run whose folder was removed: the Trainer would make another one, with the last checkpoint alone."""
+
+    def __init__(self, output: OutputFolder):
+        self.output = output
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.output.check()
+
+    on_epoch_end = on_step_end
