@@ -225,8 +225,7 @@ def convert(
     from hf_mim.conversion import convert as run
     from hf_mim.conversion.reading import size_of
 
-    size, more = size_of(image_size), {"decoder_heads": decoder_heads, "encoder": encoder, "force": force}
-    for line in run(source, out, heads, size, timm_name, **more):
+    for line in run(source, out, heads, size_of(image_size), timm_name, decoder_heads, encoder, force):
         typer.echo(line)
 
 

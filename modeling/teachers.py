@@ -241,7 +241,8 @@ def lite0_teacher(output_stride: int | None = None) -> TeacherModel:
         )
     import timm  # slow to import, and only this teacher needs it
 
-    network = timm.create_model("tf_efficientnet_lite0", **({"output_stride": output_stride} if output_stride else {}))
+    options: dict[str, Any] = {"output_stride": output_stride} if output_stride else {}
+    network: Any = timm.create_model("tf_efficientnet_lite0", **options)
     weights, own = torch.load(files[0], map_location="cpu", weights_only=True), network.state_dict()
 
     def kinds(state):  # the order tells which weight is which, provided that all fit
@@ -258,8 +259,8 @@ def lite0_teacher(output_stride: int | None = None) -> TeacherModel:
 def timm_images(images: dict) -> MIMConfigBase:
     """What the images of a timm model are like, of its `pretrained_cfg`."""
     channels, *size = images["input_size"]
-    statistics = {f"image_{name}": list(images[name]) for name in ("mean", "std")}
-    return MIMConfigBase(image_size=size, num_channels=channels, **statistics)
+    mean, std = list(images["mean"]), list(images["std"])
+    return MIMConfigBase(image_size=size, num_channels=channels, image_mean=mean, image_std=std)
 
 
 def timm_teacher(source: str, config: Any) -> TeacherModel:

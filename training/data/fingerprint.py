@@ -24,7 +24,8 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
         return {"shards": dataset.shards.count, "sample": _digest(name.encode() for name in names)}
     if not isinstance(dataset, Sized):
         return {}
-    rows, columns = None, ()
+    rows: Any = None
+    columns: tuple[str, ...] = ()
     if isinstance(dataset, MIMDataset):
         rows, columns = dataset.files, (dataset.image_column,)
     elif isinstance(dataset, MaskedDataset) and isinstance(dataset.source, Pairs):

@@ -111,8 +111,8 @@ def fit_readouts(tokens: Tensor, labels: Tensor, sources: Tensor, classes: int) 
     images, image = np.unique(sources.numpy(), return_inverse=True)
     presence = np.zeros((len(images), classes), dtype=bool)
     presence[image, labels.numpy()] = True
-    held = hold_out_scenes(presence, 0.2)[1] if len(images) > 1 else []
-    held_out = torch.from_numpy(np.isin(image, held))
+    scenes = hold_out_scenes(presence, 0.2)[1] if len(images) > 1 else np.empty(0, dtype=np.int64)
+    held_out = torch.from_numpy(np.isin(image, scenes))
 
     def score(predicted: Tensor, labels: Tensor) -> float:
         return float(mean_iou(pixel_counts(predicted.numpy(), labels.numpy(), classes, NEITHER)))

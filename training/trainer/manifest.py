@@ -121,7 +121,7 @@ def is_readable(path: Path) -> bool:
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the latest step whose files are all as they were written, and a message about each later one.
     Those are renamed: the next checkpoints would be removed as the older ones."""
-    messages = []
+    messages: list[str] = []
     steps = {
         int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
