@@ -1,15 +1,13 @@
-.PHONY: style quality types test lower-bounds bench clean
+.PHONY: style quality test lower-bounds bench clean
 
 style:
 	ruff check --fix .
 	ruff format .
 
+# The type checker is configured in pyproject.toml.
 quality:
 	ruff check .
 	ruff format --check .
-
-# The type checker, configured in pyproject.toml.
-types:
 	mypy
 
 test:
