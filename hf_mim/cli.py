@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hf_mim.processor import tune_for_processor
+from hf_mim.cpu import tune_for_cpu
 
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 # {command: the sections of its overrides}, which are checked before anything heavy is imported
 SECTIONS: dict[str, tuple[str, ...]] = {}
-TUNED: set[str] = set()  # commands that compute for long; see `tune_for_processor`
+TUNED: set[str] = set()  # commands that compute for long; see `tune_for_cpu`
 
 
 def command(*sections: str, tuned: bool = False) -> Callable[[Callable], Callable]:
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments and "--help" not in arguments and arguments != ["recipes"]:  # those need nothing heavy
             check_words(*arguments)
             if arguments[0] in TUNED:
-                tune_for_processor()
+                tune_for_cpu()
             silence_libraries()
         group = typer.main.get_command(app)
         return group.main(args=arguments, prog_name="hf-mim", standalone_mode=False) or 0

@@ -1,4 +1,4 @@
-"""Settings for training on the processor. torch and OpenMP read them once, when torch is imported."""
+"""Settings for training on a CPU. torch and OpenMP read them once, when torch is imported."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import sys
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
-def tune_for_processor() -> None:
+def tune_for_cpu() -> None:
     """Sets them in this process's environment, unless there is a GPU or torch is imported already. What is set stays.
 
     GOMP_SPINCOUNT=1000, where nothing about waiting is set: threads that spin for long while they wait for each other

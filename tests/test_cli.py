@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mim import cli, processor
+from hf_mim import cli, cpu
 from hf_mim.training.recipe import recipe_files
 
 
@@ -126,8 +126,8 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 TUNED = """
 import re, sys
-from hf_mim import cli, processor
-processor.GPUS = ("/nowhere",)
+from hf_mim import cli, cpu
+cpu.GPUS = ("/nowhere",)
 code = cli.main(sys.argv[1:])
 import torch
 tensor = torch.ones(2**24)  # the first to be computed by several threads, and large
@@ -141,7 +141,7 @@ for line in open("/proc/self/smaps"):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says how memory was asked for")
-def test_the_commands_that_compute_are_tuned_for_the_processor():
+def test_the_commands_that_compute_are_tuned_for_the_cpu():
     def run(*words, **settings) -> tuple[str, str]:
         names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
         environment = {name: value for name, value in os.environ.items() if name not in names}
@@ -160,27 +160,27 @@ def test_the_commands_that_compute_are_tuned_for_the_processor():
     assert spin == "7" and large_pages == "False"
 
 
-def test_settings_for_the_processor_are_left_where_there_is_a_gpu_or_torch(monkeypatch):
+def test_settings_for_the_cpu_are_left_where_there_is_a_gpu_or_torch(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    monkeypatch.setattr(processor, "GPUS", ("/nowhere", "/dev/null"))
+    monkeypatch.setattr(cpu, "GPUS", ("/nowhere", "/dev/null"))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    processor.tune_for_processor()
-    monkeypatch.setattr(processor, "GPUS", ("/nowhere",))
+    cpu.tune_for_cpu()
+    monkeypatch.setattr(cpu, "GPUS", ("/nowhere",))
     monkeypatch.setitem(sys.modules, "torch", None)
-    processor.tune_for_processor()
+    cpu.tune_for_cpu()
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    processor.tune_for_processor()
+    cpu.tune_for_cpu()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1" and "GOMP_SPINCOUNT" not in os.environ
 
 
 WITHOUT_TORCH = """
 import io
 import sys
-from hf_mim import cli, processor
+from hf_mim import cli, cpu
 for words, message in {
     ("pretrain", "maee"): "did you mean 'mae'",
     ("pretrain", "mae", "model.masking_config.ratio"): "looks like section.key=value",

@@ -1,4 +1,4 @@
-"""Output folders: which one a command writes into, and that nobody else does meanwhile."""
+"""Where a command writes: which folder, that nobody else writes there meanwhile, and that nothing is replaced."""
 
 import errno
 import os
@@ -184,3 +184,28 @@ def choose_folder(output_dir: str | None, stem: str, traces: tuple[str, ...], re
 
 def holds_run(location: str, trace: str, remedy: str) -> FolderError:
     return FolderError(f"{location} holds another run ({trace}): {remedy}", location)
+
+
+# ---- files and folders without a run -------------------------------------------------------------------------------
+def check_new_file(path: Path, force: bool = False) -> None:
+    """Raises:
+    FolderError: there is something already, and it is not to be replaced.
+    """
+    if path.is_dir():
+        raise FolderError(f"{path} is a folder; give the name of a file", str(path))
+    if path.exists() and not force:
+        raise FolderError(f"{path} exists already; choose another name, or replace it with --force", str(path))
+
+
+def check_new_folder(folder: Path, force: bool = False) -> None:
+    """Raises:
+    FolderError: it is a file, or holds something, and that is not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder} is not a folder", str(folder))
+    content = next(folder.iterdir(), None) if folder.is_dir() else None
+    if content is not None and not force:
+        message = (
+            f"{folder} is not empty (it holds {content.name}); choose another folder, or write into it with --force"
+        )
+        raise FolderError(message, str(folder))

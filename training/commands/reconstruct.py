@@ -13,7 +13,7 @@ from hf_mim.training.data.decoding import Decoder, Undecodable
 from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.transforms import sample_rng
 from hf_mim.training.errors import DataError, FolderError
-from hf_mim.training.outputs import check_new_file
+from hf_mim.training.output_folder import check_new_file
 from hf_mim.training.plots import pictures
 
 

@@ -26,7 +26,7 @@ from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
-from hf_mim.training.outputs import check_new_file
+from hf_mim.training.output_folder import check_new_file
 from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import PeerWatchdog
 
