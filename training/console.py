@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from typing import IO, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,7 +68,7 @@ class RunConsole:
     """
 
     def __init__(self, console: "Console | RunConsole | None" = None, quiet: bool = False):
-        rich = console.rich if isinstance(console, RunConsole) else console or Console(file=StandardOutput())
+        rich = console.rich if isinstance(console, RunConsole) else console or Console(file=cast(IO[str], StandardOutput()))
         self.rich: Console = Console(quiet=True) if quiet else rich
 
     @property
