@@ -68,8 +68,12 @@ class RunConsole:
     """
 
     def __init__(self, console: "Console | RunConsole | None" = None, quiet: bool = False):
-        rich = console.rich if isinstance(console, RunConsole) else console or Console(file=cast(IO[str], StandardOutput()))
-        self.rich: Console = Console(quiet=True) if quiet else rich
+        if quiet:
+            self.rich = Console(quiet=True)
+        elif isinstance(console, RunConsole):
+            self.rich = console.rich
+        else:
+            self.rich = console or Console(file=cast(IO[str], StandardOutput()))
 
     @property
     def is_terminal(self) -> bool:
