@@ -120,7 +120,7 @@ def test_pretraining_goes_on_where_nothing_can_be_evaluated(tmp_path, names, rea
 
 def test_one_class_is_not_evaluated(tmp_path):
     table(tmp_path / "train.parquet", ["a"] * 30)
-    assert splits_of(tmp_path).note == "all labelled images are of one class"
+    assert splits_of(tmp_path).note == "all 30 labelled images are of one class, 'a'"
 
 
 def test_unlabelled_images_are_trained_on_and_left_out_of_evaluation(tmp_path):

@@ -371,12 +371,12 @@ def parquet(path, labels, **features):
 @pytest.mark.parametrize(
     ("labels", "feature", "options", "words"),
     [
-        ([0.5 * i for i in range(30)], datasets.Value("float32"), [], "no column seems to hold any"),
+        ([0.5 * i for i in range(30)], datasets.Value("float32"), [], "'label' holds float32 values such as"),
         ([0.5 * i for i in range(30)], datasets.Value("float32"), ["data.label_column=label"], "'label' holds float32"),
-        ([0] * 30, None, [], "all 27 training images are of one class, '0'"),
+        ([0] * 30, None, [], "all 30 labelled images are of one class, '0'"),
         ([0, 1] * 15, datasets.ClassLabel(num_classes=99), [], "26 training images are fewer than the 99 classes"),
-        ([0, 1, None] * 10, None, [], "not every image has a label"),
-        ([0, 1] * 5, None, [], "too few images to hold any out"),
+        ([-1, None] * 15, None, [], "here: no labels"),
+        ([0, 1] * 5, None, [], "10 labelled images are too few to hold any out"),
         ([0, 1] * 15, None, ["probe.poolers=[abmlip]"], "did you mean 'abmilp'"),
         ([0, 1] * 15, None, ["probe.pooler_config.abmilp.dept=2"], "did you mean 'depth'"),
         ([0, 1] * 15, None, ["probe.poolers=[efficient]"], "num_queries 32 times d_out 1 does not divide"),

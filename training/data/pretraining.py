@@ -111,7 +111,8 @@ def split_rows(
     """
     train = opened[train_name]
     if labels.present < 2:
-        return train, None, "all labelled images are of one class" if labels.present else "no labels"
+        count, name = len(train) - labels.missing, labels.classes[int(labels.numbers.max())] if labels.present else ""
+        return train, None, f"all {count:,} labelled images are of one class, {name!r}" if count else "no labels"
     if test_name is None:
         return hold_out_test(train, train_name, label_column, labels)
     test = opened[test_name]
