@@ -100,22 +100,31 @@ def recipes():
     RunConsole().show(table)
 
 
-@command()
+@command("data")
 def reconstruct(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
-    image: Annotated[Path, typer.Argument(help="An image file.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE | SECTION.KEY=VALUE]", help="An image file; without, images of the data it was trained on."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
     force: Force = False,
     bands: Annotated[str, typer.Option(help="Channels to show as red, green and blue, such as 3,2,1; or one.")] = "",
 ):
-    """Hide parts of an image and let a checkpoint fill them in."""
-    from hf_mim.training.commands.reconstruct import reconstruct_file
+    """Hide parts of an image, or of images of a run's own data, and let a checkpoint fill them in."""
+    from hf_mim.training.commands import reconstruct as run
 
     try:
         chosen = [int(band) for band in bands.split(",")] if bands else None
     except ValueError:
         raise typer.BadParameter(f"--bands takes numbers like 3,2,1, not {bands!r}") from None
-    reconstruct_file(checkpoint, image, out, force=force, bands=chosen)
+    image, overrides = split(words)
+    if image is None:
+        run.reconstruct_examples(checkpoint, out, overrides, force=force, bands=chosen)
+    else:
+        run.reconstruct_file(checkpoint, Path(image), out, force=force, bands=chosen)
     typer.echo(out)
 
 

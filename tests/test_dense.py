@@ -177,7 +177,7 @@ def test_an_encoder_that_sees_the_classes_reads_them(tmp_path):
     torch.manual_seed(0)
     MIMForPreTraining(tiny_config(image_size=32, num_channels=1)).save_pretrained(tmp_path / "model")
     write_pairs(tmp_path / "images", tmp_path / "masks", 30, size=(32, 32), channels=1)
-    words = [f"data.dataset={tmp_path}", "probe.layer=0", f"probe.output_dir={tmp_path / 'out'}"]
+    words = [f"data.dataset={tmp_path}", "probe.layer=0", f"probe.output_dir={tmp_path}-out"]
     found = json.loads((probe_dense(str(tmp_path / "model"), words, QUIET) / "dense.json").read_text())
     for column in ("trained", "raw_pixels"):
         assert found[column]["linear"]["patches"]["mean_iou"] > 95

@@ -239,14 +239,15 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_on_the_command_line_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
     for i in range(3):
-        rows(20).to_parquet(tmp_path / f"train-{i}.parquet")
+        rows(20).to_parquet(tmp_path / "data" / f"train-{i}.parquet")
     words = [
         "pretrain",
         "quick",
         *TINY,
         "data.streaming=true",
-        f"data.dataset={tmp_path}",
+        f"data.dataset={tmp_path / 'data'}",
         "data.max_train_images=null",
     ]
     words += ["training.per_device_train_batch_size=4", "training.save_strategy=steps", "training.save_steps=5"]

@@ -387,7 +387,7 @@ def parquet(path, labels, **features):
         ([0, 1] * 15, None, ["probe.learning_rates=[0.1, -1]"], "must be above 0"),
         ([0, 1] * 15, None, ["probe.epoch=3"], "did you mean 'epochs'"),
         ([0, 1] * 15, None, ["training.max_steps=3"], "unknown section"),
-        ([0, 1] * 15, None, ["data.streaming=true"], "leave out data.streaming"),
+        ([0, 1] * 15, None, ["data.streaming=true"], "set data.streaming=false"),
         ([0, 1] * 15, None, ["probe.pooler_config.mean.apply_final_norm=false"], "set probe.apply_final_norm"),
     ],
 )

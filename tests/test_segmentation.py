@@ -21,6 +21,7 @@ from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
 from hf_mim.training.commands.finetune import finetune, read_recipe
 from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter
+from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.masked import load_masked_splits
@@ -136,9 +137,9 @@ def run(pretrained, tmp_path_factory):
 
 
 def test_the_task_alone_names_its_recipe():
-    _, recipe, _ = read_recipe("x", None, ["task=segmentation"])
+    _, recipe, _ = read_recipe("x", None, ["task=segmentation"], RunConsole())
     assert recipe["finetune"]["task"] == "segmentation" and recipe["finetune"]["head_size"] == 32
-    assert "task" not in read_recipe("x", None, [])[1]["finetune"]
+    assert "task" not in read_recipe("x", None, [], RunConsole())[1]["finetune"]
 
 
 def test_a_run_leaves_a_segmenter_its_scores_and_a_picture(run):
@@ -215,7 +216,7 @@ def test_a_convnet_on_colour_photographs_of_several_sizes(tmp_path):
     for split, count in (("train", 6), ("test", 3)):
         write_pairs(tmp_path / split / "images", tmp_path / split / "masks", count)
     words = [*TINY, f"data.dataset={tmp_path}", "finetune.classes=[sky, ground, tree]", "model.image_size=[64, 96]"]
-    words += ["training.max_steps=1", f"training.output_dir={tmp_path / 'out'}", "finetune.pyramid=null"]
+    words += ["training.max_steps=1", f"training.output_dir={tmp_path}-out", "finetune.pyramid=null"]
     folder = finetune(str(tmp_path / "model"), "segmentation_small", words, QUIET)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["iou"]) == ["sky", "ground", "tree"] and metrics["evaluation"]["test"] == "split test"
@@ -307,12 +308,12 @@ def bad_folder(name: str, folder: Path) -> None:
 )
 def test_bad_input_is_one_line(name, words, message, pretrained, tmp_path, capsys):
     bad_folder(name, tmp_path)
-    words = [f"data.dataset={tmp_path}", f"training.output_dir={tmp_path / 'out'}", *TINY, *words]
+    words = [f"data.dataset={tmp_path}", f"training.output_dir={tmp_path}-out", *TINY, *words]
     assert main(["finetune", pretrained, "segmentation_small", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
-    assert not (tmp_path / "out").exists()
+    assert not Path(f"{tmp_path}-out").exists()
 
 
 def test_data_without_masks_names_its_columns(pretrained, tmp_path):

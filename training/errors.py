@@ -54,6 +54,18 @@ class CheckpointError(UserError):
         self.source = source
 
 
+class EvaluationError(UserError):
+    """A model was trained and saved, and its evaluation failed.
+
+    Attributes:
+        folder: of the run.
+    """
+
+    def __init__(self, message: str, folder: str = ""):
+        super().__init__(message)
+        self.folder = folder
+
+
 class FolderError(UserError):
     """An output folder that cannot be used.
 

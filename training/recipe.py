@@ -155,13 +155,16 @@ def expand_task(overrides: Sequence[str], section: str) -> list[str]:
     return [f"{section}.{word}" if word.startswith("task=") else word for word in overrides]
 
 
-def read_sections(overrides: Sequence[str], **classes: type) -> tuple:
+def read_sections(overrides: Sequence[str], base: dict | None = None, **classes: type) -> tuple:
     """The overrides of a command that has no recipe, as one dataclass for each section: `data=DataArguments`.
+
+    Args:
+        base: {section: {key: value}} that they change.
 
     Raises:
         RecipeError: an unknown section or key, or a value of another type or out of range.
     """
-    tree = parse_overrides(overrides)
+    tree = merge(base or {}, parse_overrides(overrides))
     check_keys(tree, "", classes, lambda section: fields_of(classes[section]))
     return tuple(kind(**tree.get(name, {})) for name, kind in classes.items())
 

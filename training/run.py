@@ -20,12 +20,21 @@ from transformers import set_seed
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import Size, pair
 from hf_mim.training import recipe as recipes
+from hf_mim.training.advice import (
+    SHORT,
+    Length,
+    describe_duration,
+    failed_evaluation,
+    length_of,
+    warning_of_length,
+)
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.sample import PixelSample
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import RecipeError
+from hf_mim.training.errors import EvaluationError, RecipeError
 from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
+from hf_mim.training.own_data import SHIPPED, check_outside
 from hf_mim.training.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.manifest import differences, last_whole_checkpoint, read_manifest, versions
@@ -39,7 +48,6 @@ from hf_mim.training.trainer.trainer import MIMTrainer
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
 DATA_REPORT = "data.json"
-SHIPPED = "Fashion-MNIST subset (shipped)"
 REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -61,6 +69,13 @@ class Run:
     data: DataArguments
     output: OutputFolder
     console: RunConsole
+
+    def __post_init__(self):
+        """Raises:
+        FolderError: the output folder lies in that of the data.
+        """
+        if not getattr(self.arguments, "resume", False):  # of a run that lies there, the folder is left out of the data
+            check_outside(self.location, self.data.dataset)
 
     @property
     def folder(self) -> Path:
@@ -133,6 +148,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     checkpoint: Path | None = None
     data_report: list[str] = field(default_factory=list)
     model: nn.Module = field(init=False, repr=False)
+    length: Length = field(init=False, repr=False)
 
     # ---- before ----------------------------------------------------------------------------------------------------
     @classmethod
@@ -208,6 +224,13 @@ class TrainingRun(Run, Generic[TrainerT]):
                 "the data are not those of the run so far; before: " + ("; ".join(changed) or "other files or contents")
             )
 
+    def describe_length(self, dataset, least: int = SHORT, drop_last: bool | None = None) -> None:
+        """Prints how long the run is, with a warning where it is shorter than `least` steps."""
+        self.length = length_of(dataset, self.arguments, drop_last)
+        super().describe(length=str(self.length))
+        if (warning := warning_of_length(self.length, least)) is not None:
+            self.console.warn(warning)
+
     def describe_training(self) -> str:
         """Batch, learning rate and machine, on one line."""
         arguments = self.arguments
@@ -254,6 +277,10 @@ class TrainingRun(Run, Generic[TrainerT]):
         trainer.add_callback(FolderCheck(self.output))
         if self.remote is not None:
             trainer.add_callback(self.remote)
+        if self.checkpoint is None:
+            size = pair(self.recipe["model"].get("image_size") or trainer.bare_model.config.image_size)
+            if (duration := describe_duration(trainer, self.length, size)) is not None:
+                super().describe(estimated_time=duration)
         try:
             with stop, self.watchdog():
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -266,6 +293,16 @@ class TrainingRun(Run, Generic[TrainerT]):
         if stop.stopped is not None:
             self._log_stopped(trainer)
             raise KeyboardInterrupt if stop.stopped == signal.SIGINT else SystemExit(128 + stop.stopped)
+
+    def try_evaluation(self, evaluate: Callable[[], dict]) -> tuple[dict, EvaluationError | None]:
+        """What an evaluation gives, and None; where it fails, what `failed_evaluation` says."""
+        try:
+            return evaluate(), None
+        except Exception as error:
+            again = f"hf-mim probe {shlex.quote(self.location)}"
+            if last_checkpoint(self.folder) is not None:
+                again = self.resume_command
+            return failed_evaluation(error, self.folder, self.location, again)
 
     def copying(self) -> AbstractContextManager:
         """Around what writes into the folder: at its end the URL has all of it, where there is one."""

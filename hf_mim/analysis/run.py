@@ -31,6 +31,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.output_folder import choose_folder
+from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.run import Run, best_device, dataset_title, name_of, versions
 
 
@@ -154,7 +155,8 @@ def measure_and_write(run: Analysis, command: str, started: float) -> None:
 def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunConsole | None) -> Analysis:
     """Checks everything that can be wrong, from the quickest to the slowest, and prints what will run."""
     console = RunConsole(console)
-    data, arguments = recipes.read_sections(overrides, data=DataArguments, analyze=AnalyzeArguments)
+    base = {"data": own_data(sources, chosen_data(overrides), console)}
+    data, arguments = recipes.read_sections(overrides, base, data=DataArguments, analyze=AnalyzeArguments)
     check_sources(sources)
     check_local("analyze.output_dir", arguments.output_dir)
     stem = f"analyze-{name_of(sources[0])}" + (f"-and-{len(sources) - 1}-more" if len(sources) > 1 else "")

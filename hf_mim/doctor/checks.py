@@ -37,8 +37,15 @@ from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import frozen
-from hf_mim.training.evaluation.feature_statistics import effective_rank
+from hf_mim.training.evaluation.feature_statistics import (
+    describe_explained,
+    effective_rank,
+    explained_share,
+    nearly_constant,
+)
 from hf_mim.training.evaluation.readouts import NearestNeighbours
+from hf_mim.training.evaluation.twin import BETTER, WORSE, chance, compare
+from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.trainer.monitor import COLLAPSED_RANK, COLLAPSED_SPREAD
 
 
@@ -49,7 +56,7 @@ TOKENS_PER_CODE = 10  # fewer, and a living code may go unseen
 DEAD = 0.5  # the share of dead codes from which on the codebook is at fault
 WORK = 3e12  # parameters x tokens x images: how much k-NN may cost; a minute for a ViT-B on a few cores
 FEWEST, MOST = 160, 1800  # images of k-NN, a third of them to test on
-SEED_SPREAD = 2.0  # percent: the standard deviation of untrained k-NN over seeds, of the recipe quick
+UNEXPLAINED = 0.03  # of the loss of the mean: a model that is better by less has learned little but the mean
 
 
 def doctor(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> int:
@@ -66,13 +73,17 @@ def doctor(source: str, overrides: Sequence[str] = (), console: Console | RunCon
         ValueError, OSError: the checkpoint or the data cannot be read.
     """
     console = RunConsole(console)
+    base = {"data": own_data([source], chosen_data(overrides), console)}
+    (data,) = recipes.read_sections(overrides, base, data=DataArguments)
     with console.status("looking at the weights") as status:
-        checks = examine(source, overrides, status.update)
+        checks = examine(source, data, status.update)
     console.show(table_of(checks))
-    faults = [check for check in checks if check.state == "fault"]
-    for check in faults:
-        console.show(Text.assemble((f"{check.name}: ", "bold"), check.remedy))
+    faults, unclear = ([check for check in checks if check.state == state] for state in ("fault", "unclear"))
+    for check in checks:
+        if check.remedy:
+            console.show(Text.assemble((f"{check.name}: ", "bold"), check.remedy))
     found = f"{len(faults)} fault{'s' * (len(faults) > 1)} found" if faults else "no known fault found"
+    found += f"; unclear: {', '.join(check.name for check in unclear)}" if unclear else ""
     console.log(f"{source}: {found}")
     return int(bool(faults))
 
@@ -85,11 +96,10 @@ def table_of(checks: list[Check]) -> Table:
     return table
 
 
-def examine(source: str, overrides: Sequence[str] = (), say=lambda words: None) -> list[Check]:
+def examine(source: str, data: DataArguments, say=lambda words: None) -> list[Check]:
     """All checks, the quick ones first. Arguments and errors as of `doctor`; `say` is told what is going on."""
-    (data,) = recipes.read_sections(overrides, data=DataArguments)
     if data.streaming:
-        message = "doctor draws images at random, which data.streaming=true does not allow"
+        message = "doctor draws images at random: set data.streaming=false"
         raise RecipeError(message, "data.streaming")
     source = resolve(source)
     encoder = load_encoder(source)
@@ -102,12 +112,26 @@ def examine(source: str, overrides: Sequence[str] = (), say=lambda words: None) 
         return [*checks, Check("predictions and features", "skipped", "nothing can be computed with such weights")]
     say("reading images")
     splits = load_splits(data, encoder.config)
+    pixels = check_pixels(splits)
+    later = check_pretraining(source, looked, splits, untrained, say)
+    say("comparing the features with those of the untrained twin")
+    later += check_features(encoder, splits, untrained)
+    if pixels.state != "ok":  # what follows may follow from them
+        for check in later:
+            check.remedy = check.remedy and f"the pixels may be the cause; mend them first. Then: {check.remedy}"
+    return [*checks, pixels, *later]
+
+
+def check_pixels(splits: Splits) -> Check:
+    """Whether there is something to see in the images."""
     if splits.sample.warning:
         message = splits.sample.warning.removeprefix("warning: ")
-        checks.append(Check("pixels", "fault", *message.split(": ", 1)))
-    checks += check_pretraining(source, looked, splits, untrained, say)
-    say("comparing the features with those of the untrained twin")
-    return checks + check_features(encoder, splits, untrained)
+        return Check("pixels", "fault", *message.split(": ", 1))
+    dataset = splits.train.without_augmentation()
+    (batch,) = dataset.__getitems__(draw_subset(len(dataset), IMAGES).tolist())
+    if (problem := nearly_constant(batch.images)) is not None:
+        return Check("pixels", "note", problem)
+    return Check("pixels", "ok", f"{len(batch.images)} images, neither few levels nor nearly constant ones")
 
 
 # ---- what pretraining left -----------------------------------------------------------------------------------------
@@ -123,7 +147,7 @@ def check_pretraining(source: str, looked: Looked, splits: Splits, untrained: bo
     checks = check_target(model, pixel_values, splits)
     if untrained:
         return [*checks, Check("predictions", "skipped", "nothing was trained")]
-    return checks + check_predictions(model, pixel_values)
+    return checks + check_predictions(model, pixel_values) + check_loss(model, pixel_values)
 
 
 def is_mim(source: str) -> bool:
@@ -225,6 +249,21 @@ def check_predictions(model: MIMForPreTraining, pixel_values: Tensor) -> list[Ch
     return [Check("predictions", "ok", seen), follows]
 
 
+@torch.no_grad()
+def check_loss(model: MIMForPreTraining, pixel_values: Tensor) -> list[Check]:
+    """Whether the model predicts better than by a mean."""
+    grid = model.mask_grid(*pixel_values.shape[2:])
+    rngs = [np.random.default_rng(seed) for seed in range(len(pixel_values))]
+    share = explained_share(model, pixel_values, sample_masks(model.config, grid, rngs))
+    if share is None:
+        return []
+    seen = f"{describe_explained(model, share)}, on {len(pixel_values)} images"
+    if share > UNEXPLAINED:
+        return [Check("loss", "ok", seen)]
+    remedy = "it has learned hardly more than the mean: train longer, or raise the learning rate"
+    return [Check("loss", "unclear", f"{seen}: not distinguishable from predicting the mean", remedy)]
+
+
 def hidden_predictions(model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
     """(batch, hidden, dim)"""
     predicted = model(pixel_values, masks, return_loss=False).logits
@@ -284,17 +323,21 @@ def knn_of(features: list[dict[str, Tensor]], labels: list[Tensor]) -> float:
 
 
 def compare_with_twin(trained: float, untrained: float, images: int) -> Check:
-    """A fault only beyond three standard deviations of chance: of the images drawn, and of the twin's seed."""
-    drawn = sum(share * (1 - share) / images for share in (trained / 100, untrained / 100))
-    margin = 3 * math.sqrt(1e4 * drawn + SEED_SPREAD**2)
+    """Better beyond the 95 percent interval of chance, at fault below three of its deviations, else unclear."""
+    deviation, verdict = chance(trained, untrained, images), compare(trained, untrained, images)
+    low, high = untrained - WORSE * deviation, untrained + BETTER * deviation
     seen = (
         f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images "
-        f"(at fault below {untrained - margin:.1f})"
+        f"(at fault below {low:.1f}, better above {high:.1f})"
     )
-    if margin >= untrained:
-        return Check("better than untrained", "skipped", f"{seen}: too few images to tell")
-    if trained >= untrained - margin:
+    if verdict == "better":
         return Check("better than untrained", "ok", seen)
+    if verdict == "unclear":
+        remedy = (
+            "train longer, or give more labelled images to tell by (data.dataset). A run of few steps looks so, and "
+            "so does data whose classes raw pixels tell apart"
+        )
+        return Check("better than untrained", "unclear", f"{seen}: not distinguishable from untrained", remedy)
     remedy = (
         "training has destroyed more than it built. A run that has just begun looks so too: train it further. Else "
         "check that these images are normalised as in training (image_mean, image_std, channels), then lower the "

@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 
-STATES = {"ok": "green", "fault": "bold red", "note": "yellow", "skipped": "dim"}
+STATES = {"ok": "green", "fault": "bold red", "unclear": "yellow", "note": "yellow", "skipped": "dim"}
 ABSOLUTE = re.compile(r"(learned_positions\.table|pos(ition)?_?embed(ding)?s?(\.weight)?)$")
 RELATIVE = re.compile(r"relative(\.\d+)?\.table$|relative_position_bias_table$")
 
 
 @dataclass
 class Check:
-    """name: what was looked at. state: one of `STATES`. seen: in words and numbers. remedy: what to do, of a fault."""
+    """name: what was looked at. state: one of `STATES`. seen: in words and numbers. remedy: what to do, of a fault, or
+    where it is unclear whether there is one."""
 
     name: str
     state: str

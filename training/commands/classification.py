@@ -17,6 +17,7 @@ from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
+from hf_mim.training.advice import SHORT_FINETUNING
 from hf_mim.training.checkpoint import (
     config_errors,
     encoder_errors,
@@ -239,6 +240,7 @@ def describe(run: FinetuneRun, model: MIMForImageClassification, splits: Labelle
         fine_tuning=", ".join([trained, *used]),
         training=run.describe_training(),
     )
+    run.describe_length(splits.train, SHORT_FINETUNING)
 
 
 def save(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
@@ -254,20 +256,14 @@ def save(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
 
 def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, seconds: float) -> None:
     """Evaluates what was saved, in every process, and writes metrics.json and confusion.png in one."""
-    results: dict = {"classes": splits.classes}
-    for name, dataset in {"validation": splits.validation, "test": splits.test}.items():
-        if dataset is None:
-            continue
-        predictions, labels = trainer.predict_arrays(dataset)
-        rounded = {key: round(value, 5) for key, value in score_classes(predictions, labels).items()}
-        results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}
-        last, matrix = name, confusion_matrix(predictions, labels)
+    results, failure = run.try_evaluation(lambda: evaluate(run, splits, trainer))
     if not trainer.is_world_process_zero():
         return
-    results[last]["confusion"] = matrix.tolist()
-    draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
     best = trainer.state.best_global_step if run.arguments.load_best_model_at_end else None
-    run.write_metrics(trainer, seconds, results | {"best_step": best, "chosen_by": f"validation {METRIC}"})
+    chosen = {"best_step": best, "chosen_by": f"validation {METRIC}"}
+    run.write_metrics(trainer, seconds, {"classes": splits.classes, **results, **chosen})
+    if failure is not None:
+        raise failure
     run.console.show(results_table(results))
     folder = shlex.quote(run.location)
     run.log_next_steps(
@@ -275,6 +271,22 @@ def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, s
         *([f"the adapter alone: {folder}/{ADAPTER}"] if run.options.lora else []),
         f"next, share it: hf-mim push {folder} me/my-model",
     )
+
+
+def evaluate(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer) -> dict:
+    """{"validation", "test": scores}, in every process; draws confusion.png in one."""
+    results: dict = {}
+    for name, dataset in {"validation": splits.validation, "test": splits.test}.items():
+        if dataset is None:
+            continue
+        predictions, labels = trainer.predict_arrays(dataset)
+        rounded = {key: round(value, 5) for key, value in score_classes(predictions, labels).items()}
+        results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}
+        last, matrix = name, confusion_matrix(predictions, labels)
+    results[last]["confusion"] = matrix.tolist()
+    if trainer.is_world_process_zero():
+        draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
+    return results
 
 
 def results_table(results: dict) -> Table:

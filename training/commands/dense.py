@@ -14,7 +14,7 @@ from hf_mim.modeling.options import Size, unknown_choice
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.probe_setup import REMEDY
-from hf_mim.training.commands.segmentation import SCENES, SHOWN, input_size
+from hf_mim.training.commands.segmentation import SHOWN, input_size
 from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.masked import load_masked_splits
@@ -24,6 +24,7 @@ from hf_mim.training.evaluation.dense import UNITS, DenseProbeData, dense_protoc
 from hf_mim.training.evaluation.features import Features, choose_layers
 from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_intervals, score_masks
 from hf_mim.training.output_folder import choose_folder
+from hf_mim.training.own_data import SCENES, chosen_data, own_data
 from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import Run, best_device, dataset_title, name_of, on_device, size_title, versions
 from hf_mim.training.trainer.arguments import has_bf16
@@ -108,7 +109,8 @@ def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole 
     """Checks everything that can be wrong, from the quickest to the slowest, and prints where results will be."""
     console = RunConsole(console)
     overrides = recipes.expand_task(overrides, "probe")
-    arguments, data = recipes.read_sections(overrides, probe=DenseArguments, data=DataArguments)
+    base = {"data": own_data([source], chosen_data(overrides), console, SCENES)}
+    arguments, data = recipes.read_sections(overrides, base, probe=DenseArguments, data=DataArguments)
     check_local("probe.output_dir", arguments.output_dir)
     model = load_encoder(source).float()
     size = input_size(model, arguments.image_size, data.dataset is None)

@@ -1,5 +1,6 @@
 """The command `finetune`: from an encoder and labelled images to a model that does a task."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hf_mim.training.commands.segmentation import finetune_segmentation
 from hf_mim.training.console import RunConsole
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
+from hf_mim.training.own_data import SCENES, SHIPPED, own_data
 from hf_mim.training.run import which_run
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 
@@ -43,14 +45,16 @@ def finetune(
         KeyboardInterrupt: after Ctrl-C, and a checkpoint.
         SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
-    source, recipe, paper = read_recipe(source, name, list(overrides))
+    quiet = os.environ.get("RANK", "0") != "0"  # of another process than the first
+    source, recipe, paper = read_recipe(source, name, list(overrides), RunConsole(console, quiet))
     if FinetuneArguments(**recipe["finetune"]).task == "segmentation":
         return finetune_segmentation(source, recipe, console, paper)
     return finetune_classification(set_up(source, recipe, console, paper))
 
 
-def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[str, dict, str]:
-    """-> what to fine-tune, the resolved recipe, which names it as `model.init_from`, and the recipe's paper.
+def read_recipe(source: str, name: str | None, overrides: list[str], console: RunConsole) -> tuple[str, dict, str]:
+    """-> what to fine-tune, the resolved recipe, which names it as `model.init_from`, and the recipe's paper. Its data,
+    where nobody chooses any, are those of the run that `source` is of.
 
     Raises:
         RecipeError: as of `recipe.resolve`, or there is no run to resume.
@@ -68,5 +72,8 @@ def read_recipe(source: str, name: str | None, overrides: list[str]) -> tuple[st
     if continues:
         folder, source = source, recipe["model"].get("init_from") or source
         recipe["training"].setdefault("output_dir", folder)
+    else:
+        shipped = SCENES if recipe["finetune"].get("task") == "segmentation" else SHIPPED
+        recipe["data"] = own_data([source], recipe["data"], console, shipped) | recipe["data"]
     recipe["model"] = {"init_from": source, **{k: v for k, v in recipe["model"].items() if k != "init_from"}}
     return source, recipe, recipes.read_header(recipes.find(name)).get("paper", "")

@@ -63,9 +63,9 @@ def set_up(source: str, recipe: dict, console: Console | RunConsole | None = Non
     """
     options, data = FinetuneArguments(**recipe["finetune"]), DataArguments(**recipe["data"])
     if data.streaming:
-        raise RecipeError("fine-tuning needs data with a length: leave out data.streaming", "data.streaming")
+        raise RecipeError("fine-tuning needs data with a length: set data.streaming=false", "data.streaming")
     if data.crop_on_device:
-        raise RecipeError("fine-tuning crops in the loader: leave out data.crop_on_device", "data.crop_on_device")
+        raise RecipeError("fine-tuning crops in the loader: set data.crop_on_device=false", "data.crop_on_device")
     arguments = training_arguments(recipe["training"])
     output_dir = recipe["training"].get("output_dir")
     if arguments.resume and output_dir is None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -16,7 +15,9 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
+from hf_mim.training.advice import warning_of_twin
 from hf_mim.training.checkpoint import config_errors, load_model
+from hf_mim.training.commands.reconstruct import draw_examples
 from hf_mim.training.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.base import ImageDataset
@@ -24,17 +25,17 @@ from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.processors import processor_for
+from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import frozen
-from hf_mim.training.evaluation.feature_statistics import teacher_of
+from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teacher_of
 from hf_mim.training.evaluation.metrics import frozen_scores
-from hf_mim.training.plots import pictures
 from hf_mim.training.plots.charts import draw_loss
 from hf_mim.training.run import TrainingRun, dataset_title, on_device, size_title, which_run
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
-from hf_mim.training.trainer.monitor import TeacherMonitor, TrainingMonitor
+from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.throughput import mean_throughput
 from hf_mim.training.trainer.trainer import MIMTrainer
@@ -148,6 +149,12 @@ def describe(run: PretrainRun) -> None:
         method=f"{config.masking} masks, {config.target} target, {config.decoder} decoder",
         training=run.describe_training(),
     )
+    run.describe_length(train)
+    if isinstance(train, MIMDataset):
+        whole = train.without_augmentation()
+        examples = whole.__getitems__(draw_subset(len(whole), IMAGES).tolist())[0].images
+        if (problem := nearly_constant(examples)) is not None:
+            run.console.warn(f"warning: {problem}")
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -191,17 +198,10 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
         draw_loss(trainer.state.log_history, run.folder / "loss.png")
     dataset = run.splits.test or run.splits.train
     if isinstance(dataset, MIMDataset):
-        reconstruct_examples(run, dataset.without_augmentation()).save(run.folder / "reconstructions.png")
-
-
-def reconstruct_examples(run: PretrainRun, dataset: MIMDataset) -> Image.Image:
-    """The picture of some test images, or of training images where there are no others; masks are those of epoch 0."""
-    dataset.set_epoch(0)
-    grid = run.model.mask_grid(*pair(run.config.image_size))
-    batch = MIMCollator(run.config, grid)(dataset.__getitems__(pictures.examples(dataset)))
-    run.model.eval()
-    pixel_values, masks = (batch[name].to(run.model.device) for name in ("pixel_values", "bool_masked_pos"))
-    return pictures.draw_reconstructions(run.model.reconstruct(pixel_values, masks, with_target=True))
+        try:
+            draw_examples(run.model, dataset.without_augmentation()).save(run.folder / "reconstructions.png")
+        except Exception as error:  # the weights are saved; whatever is wrong, the evaluation may still be had
+            run.console.warn(f"warning: reconstructions.png was not drawn: {type(error).__name__}: {error}")
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
@@ -220,8 +220,12 @@ def finish(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None:
 
 
 def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None:
-    """Evaluates where there are labels, writes metrics.json and prints the table."""
-    results = evaluate(run) if run.splits.test is not None else {}
+    """Evaluates where there are labels, writes metrics.json and prints the table.
+
+    Raises:
+        EvaluationError: the evaluation failed; what else is known is written.
+    """
+    results, failure = run.try_evaluation(lambda: evaluate(run) if run.splits.test is not None else {})
     results |= {
         **run.metadata(trainer, seconds),
         **mean_throughput(trainer.state.log_history),
@@ -234,14 +238,33 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TeacherMonitor):
             results["teacher"] = callback.diversity
+        if isinstance(callback, TrainingMonitor) and callback.explained is not None:
+            results["explained"] = round(callback.explained, 4)
     run.write_json("metrics.json", results)
     if (bad := results["bad_images"])["count"]:
         first = f"; the first: {bad['first']}" if bad["first"] else ""
         run.console.log(f"skipped {bad['count']} images that cannot be used{first}")
+    if failure is not None:
+        raise failure
     if "trained" in results:
         run.console.show(results_table(results))
     else:
         run.console.log(f"Not evaluated: {run.splits.note}")
+    log_advice(run, trainer, results)
+
+
+def log_advice(run: PretrainRun, trainer: MIMTrainer, results: dict) -> None:
+    """Prints at the end what the model explains, the warnings that still hold, and whether it is better than
+    untrained."""
+    if "explained" in results:
+        run.console.log(f"at the end, {describe_explained(run.model, results['explained'])}")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrainingMonitor):
+            for warning in callback.standing.values():
+                run.console.warn(f"warning: {warning}")
+    warning = warning_of_twin(results, run.length) if "trained" in results else None
+    if warning is not None:
+        run.console.warn(warning)
 
 
 def missing_values(splits: Splits) -> dict | None:

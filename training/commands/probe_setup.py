@@ -24,6 +24,7 @@ from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
 from hf_mim.training.output_folder import choose_folder
+from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.run import Run, best_device, name_of, on_device
 
 
@@ -155,7 +156,8 @@ class Probe(Run):
 def set_up(source: str, overrides: Sequence[str], console: Console | RunConsole | None = None) -> Probe:
     """Checks everything that can be wrong, from the quickest to the slowest, and prints where results will be."""
     console = RunConsole(console)
-    arguments, data = recipes.read_sections(overrides, probe=ProbeArguments, data=DataArguments)
+    base = {"data": own_data([source], chosen_data(overrides), console)}
+    arguments, data = recipes.read_sections(overrides, base, probe=ProbeArguments, data=DataArguments)
     check_local("probe.output_dir", arguments.output_dir)
     if arguments.views > 1 and data.crop_scale is None:
         data = replace(data, crop_scale=VIEW_SCALE)
@@ -192,7 +194,7 @@ def check_labels(data: DataArguments) -> None:
     DataError: there are no labels, or of a type that names no classes.
     """
     if data.streaming:
-        raise RecipeError("probing reads its images more than once: leave out data.streaming", "data.streaming")
+        raise RecipeError("probing reads its images more than once: set data.streaming=false", "data.streaming")
     splits = open_dataset(data)
     features = splits[choose_splits(splits, data)[0]].features
     _, label = find_columns(features, data)

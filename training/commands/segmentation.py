@@ -16,6 +16,7 @@ from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.modeling.options import OptionError, Size, pair
+from hf_mim.training.advice import SHORT_FINETUNING
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
 from hf_mim.training.console import RunConsole, make_table
@@ -28,6 +29,7 @@ from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollato
 from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.evaluation.iou import ious, predict_mask
 from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
+from hf_mim.training.own_data import SCENES
 from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import dataset_title, size_title
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
@@ -36,7 +38,6 @@ from hf_mim.training.trainer.segmentation_trainer import SegmentationTrainer
 
 DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the blocks whose maps UperNet gets: 4, 6, 8 and 12 of 12, as BEiT and MAE choose
 SHOWN = 8  # images in the picture
-SCENES = "scenes composed from the shipped images"  # the data where none is named
 # Of `FinetuneArguments`, what has no meaning here.
 ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "randaugment", "random_erasing", "class_weights", "lora")
 
@@ -201,6 +202,8 @@ def describe(run: FinetuneRun, model: MIMUperNet, splits: MaskedSplits, size: tu
         f"maps of {', '.join(model.backbone.out_features)}",
         training=run.describe_training(),
     )
+    whole_batch = run.arguments.train_batch_size * run.arguments.world_size
+    run.describe_length(splits.train, SHORT_FINETUNING, drop_last=len(splits.train) >= whole_batch)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -241,26 +244,35 @@ def segmentation_processor(
 
 # ---- after ---------------------------------------------------------------------------------------------------------
 def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationTrainer, seconds: float) -> None:
-    """Evaluates on the test images, writes metrics.json and segmentation.png, and prints the table."""
-    best = trainer.state.best_metric
+    """Evaluates on the test images, writes metrics.json and segmentation.png, and prints the table.
+
+    Raises:
+        EvaluationError: the evaluation failed; what else is known is written.
+    """
     trained_on, model = cast(MaskedDataset, trainer.train_dataset), cast(MIMUperNet, trainer.model)
     dataset = MaskedDataset(splits.test, trained_on.config, trained_on.size, False)
-    counts, _ = trainer.predict_arrays(dataset)
+    results, failure = run.try_evaluation(lambda: evaluate(splits, dataset, trainer))
     if not trainer.is_world_process_zero():
         return
-    results = {
-        **score_masks(counts),
-        "intervals": mask_intervals(counts),
-        "iou": dict(zip(splits.classes, [None if np.isnan(v) else 100 * v for v in ious(counts.sum(axis=0))])),
-        "best_validation_mean_iou": best,
-        "pretrained": not run.options.from_scratch,
-        "evaluation": {"test_images": len(dataset), "test": splits.note},
-    }
-    run.write_metrics(trainer, seconds, results)
+    known = {"best_validation_mean_iou": trainer.state.best_metric, "pretrained": not run.options.from_scratch}
+    run.write_metrics(trainer, seconds, results | known)
+    if failure is not None:
+        raise failure
     with trainer.averaged():
         draw_examples(model, dataset, splits.classes).save(run.folder / "segmentation.png")
     run.console.show(results_table(results))
     run.log_next_steps()
+
+
+def evaluate(splits: MaskedSplits, dataset: MaskedDataset, trainer: SegmentationTrainer) -> dict:
+    """The scores on the test images, in every process."""
+    counts, _ = trainer.predict_arrays(dataset)
+    return {
+        **score_masks(counts),
+        "intervals": mask_intervals(counts),
+        "iou": dict(zip(splits.classes, [None if np.isnan(v) else 100 * v for v in ious(counts.sum(axis=0))])),
+        "evaluation": {"test_images": len(dataset), "test": splits.note},
+    }
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
-from hf_mim.modeling.teachers import load_teacher
+from hf_mim.modeling.teachers import TeacherModel, load_teacher
 from hf_mim.training import recipe as recipes
 from hf_mim.training.console import RunConsole, make_table
 from hf_mim.training.data.arguments import DataArguments
@@ -27,6 +27,7 @@ from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
 from hf_mim.training.output_folder import check_new_file
+from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import PeerWatchdog
 
@@ -34,13 +35,25 @@ from hf_mim.training.trainer.processes import PeerWatchdog
 IMAGES = 256  # on which a teacher is described
 BATCH = 32
 PATCHLESS = {"size": "tiny", "num_hidden_layers": 1, "patch_size": 1}  # an encoder that takes any image size
+RECIPE = "maskdistill_small"
 
 
-def images_of(recipe: dict, config, count: int) -> list[Tensor]:
-    """Batches of the first `count` training images, whole: `pixel_values` (batch, channels, height, width)."""
-    data = DataArguments(**{**recipe["data"], "max_train_images": count})
+def images_of(
+    source: str, overrides: Sequence[str], config: MIMConfig, count: int, console: RunConsole
+) -> list[Tensor]:
+    """Batches of up to `count` training images, whole: `pixel_values` (batch, channels, height, width). They are of the
+    run that the teacher is of, where nobody chooses any."""
+    chosen = chosen_data(overrides)
+    section = {**own_data([source], chosen, console), **chosen}
+    data = DataArguments(**{**section, "max_train_images": count})
     dataset = load_splits(data, config).train.without_augmentation()
     return list(pixel_loader(dataset, config, BATCH))
+
+
+def image_fields(model: TeacherModel) -> dict:
+    """What a teacher's images are like, as fields of a `MIMConfig`."""
+    fields = {name: getattr(model.config, name) for name in ("image_size", "num_channels", "image_mean", "image_std")}
+    return {**fields, "image_size": list(pair(fields["image_size"]))}
 
 
 def describe_teacher(
@@ -50,7 +63,7 @@ def describe_teacher(
 
     Args:
         source: Hub id or local folder.
-        overrides: `data.dataset=...` and the like; images are those of the recipe `maskdistill_small` otherwise.
+        overrides: `data.dataset=...` and the like; without, images are those of the run that the teacher is of.
 
     Returns:
         per layer: name, dim, grid (rows, cols) at the teacher's own input size, token diversity.
@@ -60,10 +73,9 @@ def describe_teacher(
     """
     console = RunConsole(console)
     model = load_teacher(source)
-    recipe = recipes.resolve("maskdistill_small", overrides)
-    fields = {name: getattr(model.config, name) for name in ("image_size", "num_channels", "image_mean", "image_std")}
-    config = MIMConfig(**{**fields, "image_size": list(pair(fields["image_size"])), "encoder_config": PATCHLESS})
-    batches, seconds = images_of(recipe, config, IMAGES), 0.0
+    recipes.resolve(RECIPE, overrides)  # raises where one is wrong
+    config = MIMConfig(**image_fields(model), encoder_config=PATCHLESS)
+    batches, seconds = images_of(source, overrides, config, IMAGES, console), 0.0
     maps: dict[str, list[Tensor]] = {name: [] for name in model.encoder.stage_names}
     with console.progress() as bar, torch.inference_mode():
         for pixel_values in bar.track(batches, description="running the teacher"):
@@ -109,8 +121,9 @@ def fit_codebook(
 
     Args:
         out: a safetensors file with `codes` (codes, dim).
-        overrides: of the recipe `maskdistill_small`, with the last layer and match `interpolate`: its image size,
-            encoder and `target_config` (layers, match, norm) say what the features are.
+        overrides: of the recipe `maskdistill_small`, with the last layer and match `interpolate`; its `target_config`
+            (layers, match, norm) says what the features are. Without `model.image_size`, `num_channels` or an encoder,
+            images and patches are the teacher's own.
         codes: 256 to 1024 for small data, 8192 in BEiT.
         force: replace a file that is there already.
 
@@ -138,13 +151,12 @@ def _fit_codebook(
 ) -> dict:
     from sklearn.cluster import MiniBatchKMeans
 
-    teacher = [f"model.target_config.{option}" for option in (f"teacher={source}", "layers=[-1]", "match=interpolate")]
-    recipe = recipes.resolve("maskdistill_small", [*teacher, *overrides])
-    config = MIMConfig(**recipe["model"])
+    config = student_config(source, overrides)
+    console.log(f"images: {size_title(config.image_size)} pixels, {config.num_channels} channels")
     encoder = make_encoder(config)
     target = TeacherFeatureTarget(config, encoder, **config.options("target"))
     grid = encoder.mask_grid(*pair(config.image_size))
-    batches = images_of(recipe, config, images)
+    batches = images_of(source, overrides, config, images, console)
     with console.progress() as bar:
         track = bar.track(batches, description="running the teacher")
         features = torch.cat([target.targets(batch, grid)["patches"].flatten(0, 1) for batch in track])
@@ -155,6 +167,20 @@ def _fit_codebook(
     table = torch.from_numpy(np.ascontiguousarray(kmeans.cluster_centers_, dtype=np.float32))
     save_file({"codes": table}, out)
     return report_usage(table, features, out, console)
+
+
+def student_config(source: str, overrides: Sequence[str]) -> MIMConfig:
+    """Of a student that sees images as the teacher does, but for what overrides change of the recipe."""
+    options = [f"model.target_config.{option}" for option in (f"teacher={source}", "layers=[-1]", "match=interpolate")]
+    recipe = recipes.resolve(RECIPE, [*options, *overrides])
+    chosen, teacher = recipes.parse_overrides(overrides).get("model", {}), load_teacher(source)
+    fields = image_fields(teacher)
+    if chosen.get("num_channels", fields["num_channels"]) != fields["num_channels"]:
+        fields = {"image_size": fields["image_size"]}  # mean and std are per channel
+    if not {"image_size", "encoder", "encoder_config"} & chosen.keys():
+        down, right = teacher.stage_strides()[-1]
+        recipe["model"]["encoder_config"]["patch_size"] = down if down == right else [down, right]
+    return MIMConfig(**{**recipe["model"], **fields, **{name: recipe["model"][name] for name in chosen}})
 
 
 def report_usage(table: Tensor, features: Tensor, out: Path, console: Console | RunConsole | None = None) -> dict:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,17 @@ SHARDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 TABLES = {"metadata.csv", "metadata.jsonl"}  # of `datasets`' image folders
 BOOKKEEPING = {"dataset_info.json", "state.json", "dataset_dict.json"}  # of `datasets`' `save_to_disk`
 ENDINGS_NAMED = 5  # in a message
+# Files of which a folder holds all of a group: it is the output folder of a command.
+RUNS = (
+    {"recipe.yaml", "config.json"},
+    {"recipe.yaml", "metrics.json"},
+    {"recipe.yaml", "watch"},
+    {"recipe.yaml", "checkpoint"},
+    {"probe.json", "probe.png"},
+    {"dense.json", "dense.png"},
+    {"report.json", "report.html"},
+)
+RUN_MARKS = set[str]().union(*RUNS)
 
 
 @dataclass
@@ -33,20 +44,24 @@ class Listing:
         files: images, arrays and shards.
         tables: see `TABLES`.
         passed_over: how many others there are of each ending; hidden ones and second links count as such.
+        runs: output folders of commands, relative to the data set, whose files are left out.
     """
 
     files: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+    runs: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What was passed over, for people; [] where nothing was."""
+        named = ", ".join(self.runs[:ENDINGS_NAMED]) + (", ..." if len(self.runs) > ENDINGS_NAMED else "")
+        notes = [f"left out, since they are output folders of runs: {named}"] if self.runs else []
         count = self.passed_over.total()
         if not count:
-            return []
+            return notes
         kinds = [f"{number:,} {kind}" for kind, number in self.passed_over.most_common(ENDINGS_NAMED)]
         kinds += ["others"] if len(self.passed_over) > ENDINGS_NAMED else []
-        return [f"{count:,} of {count + len(self.files):,} files were passed over: {', '.join(kinds)}"]
+        return [*notes, f"{count:,} of {count + len(self.files):,} files were passed over: {', '.join(kinds)}"]
 
     def digest(self, place: str) -> str:
         """Of the names of the files and, here, their sizes: whether two runs have the same data."""
@@ -92,8 +107,14 @@ def list_place(place: str) -> Listing:
     files = _list_url(place) if urls.is_url(place) else list(_list_local(place, listing.passed_over))
     if files == [place] and Path(place).suffix not in SHARDS:
         raise DataError(f"{place} is a file, but not a parquet, arrow or tar file; give a folder for images", place)
+    listing.runs = find_runs(file[len(place) + 1 :] for file in files)
+    if "." in listing.runs:
+        raise DataError(f"{place} is the output folder of a run, whose pictures are no data", place)
+    inside = tuple(f"{place}/{run}/" for run in listing.runs)
     for file in files:
         name, ending = file.rpartition("/")[2], os.path.splitext(file)[1]
+        if file.startswith(inside):
+            continue
         if file != place and is_hidden(file[len(place) + 1 :]):
             listing.passed_over["hidden"] += 1
         elif name in TABLES:
@@ -105,6 +126,23 @@ def list_place(place: str) -> Listing:
         else:
             listing.passed_over[ending.lower() or "without an ending"] += 1
     return listing
+
+
+def find_runs(names: Iterable[str]) -> list[str]:
+    """The folders, of files relative to a data set, that are output folders of commands; "." is the data set itself.
+    Those within another one are not named."""
+    marks: dict[str, set[str]] = {}
+    for name in names:
+        *folders, file = name.split("/")
+        if file in RUN_MARKS:
+            marks.setdefault("/".join(folders) or ".", set()).add(file)
+        if folders and (mark := folders[-1].partition("-")[0]) in RUN_MARKS:
+            marks.setdefault("/".join(folders[:-1]) or ".", set()).add(mark)
+    runs: list[str] = []
+    for folder in sorted(folder for folder, found in marks.items() if any(group <= found for group in RUNS)):
+        if not any(folder.startswith(f"{run}/") for run in runs):
+            runs.append(folder)
+    return runs
 
 
 def is_hidden(name: str) -> bool:

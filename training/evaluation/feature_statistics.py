@@ -1,11 +1,26 @@
-"""What features say of themselves, without labels: how different the tokens of an image are, in how many directions
-images differ, and what predicting the mean costs."""
+"""What pixels and features say of themselves, without labels: whether pixels vary, how different the tokens of
+an image are, in how many directions images differ, what predicting the mean costs, and how much better a model is."""
 
 import torch
 from torch import Tensor
 
+from hf_mim.modeling.target_base import DISTANCES
+
 
 DEAD_SHARE = 0.1  # of the codes of a codebook may be unused before there is a warning
+EVEN = 2.0  # levels: images whose pixels deviate by less are all but constant
+
+
+def nearly_constant(images: Tensor) -> str | None:
+    """What is wrong with images (count, channels, height, width), uint8, half of which are nearly constant."""
+    deviations = images.float().std(dim=(2, 3)).mean(dim=1)
+    share = (deviations < EVEN).float().mean().item()
+    if share < 0.5:
+        return None
+    return (
+        f"{100 * share:.0f} percent of {len(images)} images are all but constant (their pixels deviate by less than "
+        f"{EVEN:g} of 255): there is little to learn from. Look at the images, and at how their values are read"
+    )
 
 
 def token_diversity(tokens: Tensor) -> dict[str, float]:
@@ -40,6 +55,25 @@ def diversity_of(tokens: Tensor, norms: Tensor) -> Tensor:
     # The sum of all cosines is the squared norm of the sum of unit vectors: no tokens x tokens matrix.
     total = (inverse[:, None] @ tokens)[:, 0].square().sum(dim=1)
     return 1 - (total - directed.sum(dim=1)) / (count * (count - 1))
+
+
+@torch.no_grad()
+def explained_share(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> float | None:
+    """1 - the loss over that of predicting the mean: of squared errors, the share of the target's variance that the
+    predictions explain. Args: as of `loss_of_the_mean`. Returns: None where there is no such mean, or it is exact."""
+    mean_loss = loss_of_the_mean(model, pixel_values, bool_masked_pos)
+    if mean_loss is None or not mean_loss > 0:
+        return None
+    loss = model(pixel_values, bool_masked_pos, generator=torch.Generator().manual_seed(0)).loss
+    return 1 - loss.item() / mean_loss
+
+
+def describe_explained(model, share: float) -> str:
+    """`explained_share` in words."""
+    squared = getattr(model.target, "distance", None) is DISTANCES["mse"]
+    if squared:
+        return f"{100 * share:.1f} percent of the target's variance is explained"
+    return f"the loss is {100 * share:.1f} percent below that of predicting the mean"
 
 
 @torch.no_grad()

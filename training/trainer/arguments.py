@@ -80,6 +80,8 @@ class MIMTrainingArguments(OptimizationArguments):
             raise ValueError(f"training.watch_every must be a number of steps, a share or 0, not {self.watch_every}")
         if self.bf16 == "auto":
             self.bf16 = has_bf16() and not self.fp16
+        if self.dataloader_num_workers == 0:  # what only workers have, recipes may say all the same
+            self.dataloader_persistent_workers, self.dataloader_prefetch_factor = False, None
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             raise ValueError(
                 "training.lr_scheduler_type=cosine_with_min_lr needs its floor: set "

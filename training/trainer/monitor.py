@@ -62,7 +62,9 @@ class TrainingMonitor(TrainerCallback):
         self.trainer, self.splits, self.folder, self.every, self.warn = trainer, splits, folder, every, warn
         self.model = cast(MIMForPreTraining, trainer.bare_model)
         self.warned: set[str] = set()
+        self.standing: dict[str, str] = {}  # warnings that hold at the last check
         self.mean_loss: float | None = None
+        self.explained: float | None = None  # see `explained_share`: of the steps before the last check
         self.last = 0  # step of the last check
         self.checks = trainer.is_world_process_zero()
 
@@ -125,8 +127,12 @@ class TrainingMonitor(TrainerCallback):
         if self.mean_loss is not None:
             results["watch_mean_loss"] = self.mean_loss
         results |= {f"watch_{name}": value for name, value in self.model.target.log_metrics().items()}
+        self.standing = {}
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
+        if losses and self.mean_loss:
+            self.explained = results["watch_explained"] = 1 - float(np.mean(losses)) / self.mean_loss
         self._warn_of_codes(results)
-        self._warn_of_collapse(state, rank, spread, features.shape[1])
+        self._warn_of_collapse(state, rank, spread, features.shape[1], losses)
         self.trainer.log(results)
         show_picture(self.trainer, picture, path, state.global_step)
 
@@ -142,14 +148,13 @@ class TrainingMonitor(TrainerCallback):
     def _measure_target(self, inputs: dict[str, Tensor]) -> None:
         self.mean_loss = loss_of_the_mean(self.model, **inputs)
 
-    def _warn_of_collapse(self, state, rank: float, spread: float, dim: int) -> None:
+    def _warn_of_collapse(self, state, rank: float, spread: float, dim: int, losses: list[float]) -> None:
         if rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD:
             what = f"effective rank {rank:.1f} of {dim}" if spread >= COLLAPSED_SPREAD else "all images have the same"
             remedy = "lower training.base_learning_rate or lengthen training.warmup_steps"
             if self.target_moves:
                 remedy += ", or let the target move more slowly (decay in model.target_config)"
             self._warn_once("collapse", f"the features have collapsed at step {state.global_step} ({what}): {remedy}")
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
         late = state.global_step >= PATIENCE * state.max_steps
         if late and losses and self.mean_loss is not None and np.mean(losses) > PLATEAU * self.mean_loss:
             self._warn_once(
@@ -170,6 +175,7 @@ class TrainingMonitor(TrainerCallback):
             )
 
     def _warn_once(self, sign: str, text: str) -> None:
+        self.standing[sign] = text
         if sign not in self.warned:
             self.warned.add(sign)
             self.warn(f"warning: {text}")

@@ -11,6 +11,7 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 
 
+TIMED = 8  # images of which a processor is timed before training
 # Dense bfloat16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the device's name.
 PEAKS = {
     "B200": 2250e12,
@@ -50,6 +51,42 @@ def flops_per_image(model: MIMForPreTraining) -> float:
         parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
         torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return float(counter.get_total_flops())
+
+
+def seconds_per_step(trainer, shape: tuple[int, int, int]) -> float | None:
+    """How long a device computes for one optimizer step, measured on a few images of noise before training. Neither
+    weights nor gradients, modes or random states are changed.
+
+    Args:
+        trainer: a `MIMTrainer`.
+        shape: channels, height and width of the images.
+
+    Returns:
+        None where it cannot be told: of several processes, sharded or compiled models, or without the memory.
+    """
+    args, model = trainer.args, trainer.model
+    if args.world_size > 1 or args.n_gpu > 1 or args.torch_compile or trainer.is_sharded:
+        return None
+    count = min(args.train_batch_size, TIMED) if args.device.type == "cpu" else args.train_batch_size
+    training = model.training
+    with torch.random.fork_rng():
+        pixel_values = torch.randn(count, *shape, device=args.device)
+        model.eval()  # batch norms and what counts codes must not see noise
+        try:
+            for _ in range(2):  # the first one warms up
+                started = time.perf_counter()
+                with trainer.compute_loss_context_manager():
+                    outputs = model(pixel_values=pixel_values)
+                    loss = outputs.loss if outputs.loss is not None else outputs.logits.float().mean()
+                loss.backward()
+                loss.item()  # waits for the device
+                seconds = time.perf_counter() - started
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(training)
+    return seconds * args.train_batch_size / count * args.gradient_accumulation_steps
 
 
 class Throughput:
