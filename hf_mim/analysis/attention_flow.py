@@ -75,7 +75,7 @@ class AttentionFlow(Measurement):
         encoder = model.encoder
         self.prefix, self.has_cls = encoder.num_prefix_tokens, encoder.has_cls_token
         self.registers = self.prefix - int(self.has_cls)
-        self.averages, self.maps, self.wanted, self.seen = Averages(), {"mean": [], "sharp": []}, 0, 0
+        self.averages, self.maps, self.seen = Averages(), {"mean": [], "sharp": []}, 0
         try:
             self.blocks = len(attention_modules(model))
         except ValueError as error:
@@ -84,35 +84,38 @@ class AttentionFlow(Measurement):
     def attention(self, block: int, weights: Tensor) -> None:
         # A few images at a time: their matrices stay in the processor's cache through all the passes over them.
         at_once = len(weights) if weights.is_cuda else max(1, CACHED // weights[0].numel())
-        found = [self._statistics(part) for part in weights.split(at_once)]
-        for name in found[0]:
-            self.averages.add(name, block, torch.cat([part[name] for part in found]))
-        wanted = max(0, min(len(weights), self.setting.examples - self.seen))
-        if self.has_cls and wanted:
-            self._keep_maps(block, weights[:wanted, :, 0, self.prefix :])
+        parts = [self._statistics(part) for part in weights.split(at_once)]
+        for name in parts[0]:
+            self.averages.add(name, block, torch.cat([part[name] for part in parts]))
+        num_examples = max(0, min(len(weights), self.setting.examples - self.seen))
+        if self.has_cls and num_examples:
+            self._keep_maps(block, weights[:num_examples, :, 0, self.prefix :])
 
     def _statistics(self, weights: Tensor) -> dict[str, Tensor]:
         """weights (images, heads, length, length) -> (images,) each, means over heads."""
-        first, found = self.prefix, {}
+        first, statistics = self.prefix, {}
         mass, entropy, to_patches = row_statistics(weights, first)
         own = to_patches[:, :, first:].diagonal(dim1=2, dim2=3)
-        found["patch_self"] = own.mean(dim=(1, 2))
-        found["patch_self_adj"] = (own / mass[:, :, first:]).mean(dim=(1, 2))
-        found["patch_entropy"] = entropy[:, :, first:].mean(dim=(1, 2))
+        statistics["patch_self"] = own.mean(dim=(1, 2))
+        statistics["patch_self_adj"] = (own / mass[:, :, first:]).mean(dim=(1, 2))
+        statistics["patch_entropy"] = entropy[:, :, first:].mean(dim=(1, 2))
         if self.has_cls:
             to_itself = weights[:, :, 0, 0]
-            found["cls_cls"], found["cls_cls_adj"] = to_itself.mean(dim=1), (to_itself / mass[:, :, 0]).mean(dim=1)
-            found["cls_patch"], found["cls_entropy"] = (
+            statistics["cls_cls"], statistics["cls_cls_adj"] = (
+                to_itself.mean(dim=1),
+                (to_itself / mass[:, :, 0]).mean(dim=1),
+            )
+            statistics["cls_patch"], statistics["cls_entropy"] = (
                 to_patches[:, :, 0].mean(dim=(1, 2)),
                 entropy[:, :, 0].mean(dim=1),
             )
-            found["patch_cls"] = weights[:, :, first:, 0].mean(dim=(1, 2))
+            statistics["patch_cls"] = weights[:, :, first:, 0].mean(dim=(1, 2))
         if self.registers:
             to_registers = weights[..., int(self.has_cls) : first].sum(dim=-1)
-            found["patch_register"] = to_registers[:, :, first:].mean(dim=(1, 2))
+            statistics["patch_register"] = to_registers[:, :, first:].mean(dim=(1, 2))
             if self.has_cls:
-                found["cls_register"] = to_registers[:, :, 0].mean(dim=1)
-        return found
+                statistics["cls_register"] = to_registers[:, :, 0].mean(dim=1)
+        return statistics
 
     def _keep_maps(self, block: int, looks: Tensor) -> None:
         """looks (images, heads, patches), what [cls] gives to them."""
@@ -159,7 +162,7 @@ class AttentionFlow(Measurement):
         }
 
     def _summary(self, patches: int) -> str:
-        last, most = self.blocks - 1, math.log(patches)
+        last, maximum = self.blocks - 1, math.log(patches)
 
         def share(name: str) -> str:
             return percent(self.averages.mean(name, last))
@@ -170,5 +173,5 @@ class AttentionFlow(Measurement):
         entropy = self.averages.mean("cls_entropy", last)
         return (
             f"In the last block [cls] gives {share('cls_cls')} of its attention to itself and spreads the rest with an "
-            f"entropy of {entropy:.2f} of at most {most:.2f} nats; a patch gives {share('patch_self')} to itself."
+            f"entropy of {entropy:.2f} of at most {maximum:.2f} nats; a patch gives {share('patch_self')} to itself."
         )

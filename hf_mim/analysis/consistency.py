@@ -106,8 +106,8 @@ class Consistency(Measurement):
     def result(self) -> dict:
         scalars = {"image_accuracy": self.averages.scalar("image_accuracy", "images whose mean token has their class")}
         for name, title in NUMBERS.items():
-            for merge, words in MERGES.items():
-                scalars[f"{name}_{merge}"] = self.averages.scalar(f"{name}_{merge}", f"{title}, {words}")
+            for merge, merge_title in MERGES.items():
+                scalars[f"{name}_{merge}"] = self.averages.scalar(f"{name}_{merge}", f"{title}, {merge_title}")
         for name, scalar in scalars.items():
             scalar["unit"] = "cosine" if name.startswith("global") else "share"
         shares = {name: percent(scalar["value"]) for name, scalar in scalars.items()}

@@ -52,11 +52,11 @@ def attention_modules(model) -> list[nn.Module]:
     Raises:
         ValueError: it has none, or not one per block over all tokens; the message is a sentence for the report.
     """
-    found = []
+    calls = []
 
     def note(module, query, key, *arguments, **options):
         out, weights = exact_attention(module, query, key, *arguments, **options)
-        found.append((module, tuple(weights.shape)))
+        calls.append((module, tuple(weights.shape)))
         return out, weights
 
     config, encoder = model.config, model.encoder
@@ -64,11 +64,11 @@ def attention_modules(model) -> list[nn.Module]:
     pixel_values = torch.zeros(1, config.num_channels, height, width, device=model.device)
     with torch.inference_mode(), replaced_attention(encoder, note):
         length = encoder(pixel_values.to(model.dtype)).tokens.shape[1]
-    if not found:
+    if not calls:
         raise ValueError("This encoder has no attention, or computes it in a way that cannot be looked into.")
-    if any(shape[0] != 1 or shape[2:] != (length, length) for _, shape in found):
+    if any(shape[0] != 1 or shape[2:] != (length, length) for _, shape in calls):
         raise ValueError("This encoder attends within windows or between scales, not from every token to every token.")
-    modules = [module for module, _ in found]
+    modules = [module for module, _ in calls]
     if len(set(modules)) != len(modules) or not all(block_of(encoder, module) for module in modules):
         raise ValueError("This encoder's blocks cannot be told apart.")
     return modules

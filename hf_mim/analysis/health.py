@@ -30,8 +30,8 @@ class Moments:
         gram = self.products
         if centred:
             gram = gram - torch.outer(self.total, self.total) / self.count
-        most = min(self.count - int(centred), len(gram))
-        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)[:most]
+        rank = min(self.count - int(centred), len(gram))
+        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)[:rank]
 
 
 def rank_of(singular_values: Tensor, eps: float = 0.0) -> float:
@@ -90,14 +90,14 @@ class FeatureHealth(Measurement):
         rankme = rank_of(self.final.singular_values(centred=False), RANKME_EPS)
         deviations = self.deviations()
         dead = int((deviations <= DEAD * deviations.square().mean().sqrt()).sum())
-        dims, most = len(deviations), min(len(deviations), self.final.count - 1)
+        dims, max_rank = len(deviations), min(len(deviations), self.final.count - 1)
         last, blocks = max(self.averages.sums["norm_outliers"]), list(range(len(ranks)))
         share = self.averages.mean("norm_outliers", last)
         rank_curve = {"x": blocks, "mean": ranks, "low": None, "high": None, "x_label": "block", "unit": "dimensions"}
         return {
             "title": self.title,
-            "summary": f"The {self.final.count} images' features spread over {final:.0f} of at most {most} dimensions; "
-            f"{dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block have an "
+            "summary": f"The features of {self.final.count} images spread over {final:.0f} of at most {max_rank} "
+            f"dimensions; {dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block have an "
             "outlying norm.",
             "normal": self.normal,
             "images": self.final.count,

@@ -58,9 +58,9 @@ def write_report(folder: Path, results: dict) -> Path:
     drawings = {name: charts(name, *entries_of(name, results), styles) for name in measurement_names(results)}
     unfinished = folder / "report.unfinished"
     unfinished.write_text(render(folder, results, styles, drawings), encoding="utf-8")
-    for name, found in drawings.items():
-        if found:
-            figures.save_png(folder / f"{name}.png", {chart.title: chart.drawing for chart in found}, styles)
+    for name, drawn in drawings.items():
+        if drawn:
+            figures.save_png(folder / f"{name}.png", {chart.title: chart.drawing for chart in drawn}, styles)
     path = folder / "report.html"
     unfinished.replace(path)
     return path
@@ -84,7 +84,7 @@ def render(folder: Path, results: dict, styles: dict[str, Style], drawings: dict
         legend=[(label, figures.line_sample(style), style) for label, style in styles.items()],
         columns=headline_columns(encoders),
         rows=[headline_row(label, encoders, styles) for label in by_twin(encoders)],
-        sections=[section(folder, name, results, styles, found) for name, found in drawings.items()],
+        sections=[section(folder, name, results, styles, drawn) for name, drawn in drawings.items()],
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     )
 
@@ -234,8 +234,8 @@ def heat_charts(present: dict[str, dict], between: dict) -> list[Chart]:
     ]
 
 
-def capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def maps(folder: Path, examples: list[str], present: dict[str, dict], styles: dict[str, Style]) -> list[dict]:
@@ -244,13 +244,13 @@ def maps(folder: Path, examples: list[str], present: dict[str, dict], styles: di
     pictures = [figures.data_uri(path.read_bytes()) for path in files if path.is_file()]
     shown = []
     for kind in dict.fromkeys(kind for entry in present.values() for kind in entry.get("maps", {})):
-        found = {label: entry["maps"][kind] for label, entry in present.items() if kind in entry.get("maps", {})}
+        entries = {label: entry["maps"][kind] for label, entry in present.items() if kind in entry.get("maps", {})}
         rows = []
-        for label, entry in found.items():
+        for label, entry in entries.items():
             uris = [[figures.map_uri(block) for block in image] for image in entry["images"]]
             last = [blocks[-1] for blocks in uris]
             rows.append({"label": label, "sample": figures.line_sample(styles[label]), "last": last, "blocks": uris})
-        shown.append({"title": capital(next(iter(found.values()))["title"]), "pictures": pictures, "rows": rows})
+        shown.append({"title": capital(next(iter(entries.values()))["title"]), "pictures": pictures, "rows": rows})
     return shown
 
 

@@ -26,13 +26,13 @@ def measure(
         advance: is told how many images were encoded.
     """
     names = arguments.measurements or MEASUREMENTS
-    wanted = any(MEASUREMENTS[name].needs_prototypes for name in names)
+    needs_prototypes = any(MEASUREMENTS[name].needs_prototypes for name in names)
     setting = Setting(
         images=len(images.measured),
         grid=model.encoder.token_grid(*images.size),
         common_grid=shared,
         classes=images.classes,
-        prototypes=class_prototypes(model, images, arguments.batch_size, advance) if wanted else None,
+        prototypes=class_prototypes(model, images, arguments.batch_size, advance) if needs_prototypes else None,
         examples=arguments.examples,
         seed=arguments.seed,
     )

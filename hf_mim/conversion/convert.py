@@ -85,51 +85,56 @@ def with_encoder(head: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"there is no file {path}")
     # Pretraining files have a decoder, fine-tuned ones a classifier, which would be taken for what the file is about.
     unused = r"(fc_norm|head|lm_head|decoder\w*)\.|mask_token|decoder_pos_embed"
-    kept = {name: value for name, value in read_file(path)[0].items() if not re.match(unused, name)}
-    return kept | {f"head.{name}": value for name, value in head.items()}
+    encoder = {name: value for name, value in read_file(path)[0].items() if not re.match(unused, name)}
+    return encoder | {f"head.{name}": value for name, value in head.items()}
 
 
-def own_names(found: Converted) -> dict[str, Tensor]:
+def own_names(converted: Converted) -> dict[str, Tensor]:
     """The weights as the model that is saved names them."""
-    if model_class(found) is MIMModel:
-        return found.state
+    if model_class(converted) is MIMModel:
+        return converted.state
     heads = ("decoder.", "classifier.")
-    return {name if name.startswith(heads) else f"mim.{name}": value for name, value in found.state.items()}
+    return {name if name.startswith(heads) else f"mim.{name}": value for name, value in converted.state.items()}
 
 
-def model_class(found: Converted):
-    if found.classifier:
+def model_class(converted: Converted):
+    if converted.classifier:
         return MIMForImageClassification
-    return MIMForPreTraining if found.pretraining else MIMModel
+    return MIMForPreTraining if converted.pretraining else MIMModel
 
 
-def build(found: Converted) -> MIMModel | MIMForPreTraining | MIMForImageClassification:
+def build(converted: Converted) -> MIMModel | MIMForPreTraining | MIMForImageClassification:
     """The model with the weights in it; it must take all of them, and lack none but those of a new pooler."""
-    model = model_class(found)(MIMConfig(**found.fields))
-    state = own_names(found)
+    model = model_class(converted)(MIMConfig(**converted.fields))
+    state = own_names(converted)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    new = () if found.classifier else ("pooler.", "mim.pooler.")
+    new = () if converted.classifier else ("pooler.", "mim.pooler.")
     lacking = [name for name in missing if not name.startswith(new)]
     if lacking or unexpected:
         raise ValueError(f"the weights do not fill the model: {', '.join((lacking + unexpected)[:4])}")
     return model.eval()
 
 
-def summary(found: Converted) -> dict:
+def summary(converted: Converted) -> dict:
     """What became of every key, for `conversion.json`."""
-    return {"kind": found.kind, "used": sorted(found.weights.used), "left": found.weights.left, "notes": found.notes}
+    return {
+        "kind": converted.kind,
+        "used": sorted(converted.weights.used),
+        "left": converted.weights.left,
+        "notes": converted.notes,
+    }
 
 
-def report(found: Converted, source: str, model) -> list[str]:
+def report(converted: Converted, source: str, model) -> list[str]:
     config = model.config
     options = {name: value for name, value in config.encoder_config.items() if not isinstance(value, dict)}
-    lines = [f"{source}: {found.kind}", f"  used: {len(found.weights.used)} weights"]
+    lines = [f"{source}: {converted.kind}", f"  used: {len(converted.weights.used)} weights"]
     lines.append(f"  encoder {config.encoder}: " + ", ".join(f"{name} {value}" for name, value in options.items()))
     reasons: dict[str, list[str]] = {}
-    for name, reason in found.weights.left.items():
+    for name, reason in converted.weights.left.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         more = f" and {len(names) - 6} more, see conversion.json" if len(names) > 6 else ""
         lines.append(f"  not used ({reason}): {', '.join(names[:6])}{more}")
-    lines += [f"  note: {note}" for note in found.notes]
+    lines += [f"  note: {note}" for note in converted.notes]
     return [*lines, f"  saved as {type(model).__name__}"]

@@ -84,7 +84,7 @@ def native_convnet(weights: Weights, model_type: str, options: dict, channels: i
     with torch.device("meta"):
         network = native_model(config, native_config(config, model_type, options))
     state = {}
-    for name, wanted in network.state_dict().items():
+    for name, target in network.state_dict().items():
         theirs = timm_name(model_type, name)
         if name.startswith("layernorm."):  # it acts after pooling
             continue
@@ -92,12 +92,12 @@ def native_convnet(weights: Weights, model_type: str, options: dict, channels: i
             state[f"encoder.network.{name}"] = torch.zeros((), dtype=torch.long)
             continue
         value = weights.take(theirs)
-        if value.numel() != wanted.numel():
+        if value.numel() != target.numel():
             raise ValueError(
                 f"{theirs} is {tuple(value.shape)}, which no plain {model_type} has. For another ConvNet of timm say "
                 "which: --timm-name NAME"
             )
-        state[f"encoder.network.{name}"] = value.reshape(wanted.shape)
+        state[f"encoder.network.{name}"] = value.reshape(target.shape)
     return fields, state
 
 
@@ -151,9 +151,8 @@ def timm_convnet(weights: Weights, name: str, image_size) -> tuple[dict, dict[st
     fields["encoder_config"] = {"model_type": "timm", "model_name": name}
     with torch.device("meta"):
         encoder: Any = MIMModel(MIMConfig(**fields)).encoder
-    wanted = encoder.network.state_dict()
     state = {}
-    for own, like in wanted.items():
+    for own, like in encoder.network.state_dict().items():
         _, _, theirs = own.split(".", 2)  # parts.<number>.<name>, where timm writes stages.0 as stages_0
         flat, *rest = theirs.split(".", 1)
         theirs = theirs if theirs in weights else ".".join([re.sub(r"_(\d+)$", r".\1", flat), *rest])

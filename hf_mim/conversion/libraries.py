@@ -73,15 +73,15 @@ def convert_timm(folder: Path, fields: dict, hints: Hints) -> Converted:
             raise ValueError(f"timm's {name} uses {activation}, and our encoder GELU")
         heads, eps = blocks[0].attn.num_heads, blocks[0].norm1.eps
         size = list(network.patch_embed.img_size)
-        found = convert_state(tensors, Hints(heads, size, eps=eps, statistics=statistics))
+        converted = convert_state(tensors, Hints(heads, size, eps=eps, statistics=statistics))
     else:
         try:
-            found = convert_state(dict(tensors), Hints(image_size=hints.image_size, statistics=statistics))
+            converted = convert_state(dict(tensors), Hints(image_size=hints.image_size, statistics=statistics))
         except ValueError:  # a ConvNet that transformers does not have
             named = Hints(image_size=hints.image_size, timm_name=name, statistics=statistics)
-            found = convert_state(tensors, named)
-    found.kind = f"timm's {name}"
-    return found
+            converted = convert_state(tensors, named)
+    converted.kind = f"timm's {name}"
+    return converted
 
 
 def load_pretrained(source: str, model_class):
@@ -108,18 +108,18 @@ def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
     eps, size = native.layer_norm_eps, native.image_size
     fields, state, notes = vit.vit_encoder(weights, native.num_attention_heads, size, eps)
     state = {f"encoder.{name}": value for name, value in state.items()}
-    found = Converted(f"transformers' {kind}", fields, state, weights, notes)
+    converted = Converted(f"transformers' {kind}", fields, state, weights, notes)
     if kind != "vit_mae":
-        found.fields["encoder_config"]["mask_style"] = "token"
+        converted.fields["encoder_config"]["mask_style"] = "token"
     if with_decoder:
         hints = Hints(decoder_heads=native.decoder_num_attention_heads, eps=eps)
         hints.arguments = {"norm_pix_loss": native.norm_pix_loss}
-        found = with_mae_decoder(found, hints)
-        found.kind = "transformers' vit_mae with its decoder"
+        converted = with_mae_decoder(converted, hints)
+        converted.kind = "transformers' vit_mae with its decoder"
     finish(weights)
     weights.left |= dict.fromkeys(unexpected, "the head of the old task")
-    found.fields |= load_statistics(source)
-    return found
+    converted.fields |= load_statistics(source)
+    return converted
 
 
 def load_statistics(source: str) -> dict:

@@ -70,10 +70,10 @@ def convert_state(tensors: dict[str, Tensor], hints: Hints) -> Converted:
             f"the keys of the file are of no kind known here (the first: {', '.join(list(tensors)[:3])}). "
             f"Known: {'; '.join(KINDS)}"
         )
-    found = reader(tensors, hints)
-    found.fields |= hints.statistics
-    finish(found.weights)
-    return found
+    converted = reader(tensors, hints)
+    converted.fields |= hints.statistics
+    finish(converted.weights)
+    return converted
 
 
 def recognise(tensors: dict[str, Tensor], hints: Hints):
@@ -112,49 +112,49 @@ def read_vit(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     weights = Weights(tensors, vit.renamer(table))
     fields, state, notes = vit.vit_encoder(weights, hints.heads, hints.image_size, hints.eps)
     options = fields["encoder_config"]
-    found = Converted("", fields, {f"encoder.{name}": value for name, value in state.items()}, weights, notes)
+    converted = Converted("", fields, {f"encoder.{name}": value for name, value in state.items()}, weights, notes)
     if "decoder_pred.weight" in weights and "decoder_embed.weight" in weights:
-        return with_mae_decoder(found, hints)
+        return with_mae_decoder(converted, hints)
     head = next((n for n in ("decoder.0", "neck.decoder.0", "neck.decoder_pred.0") if f"{n}.weight" in weights), None)
     if head is not None:
-        return with_pixel_head(found, head, "A2MIM" if head == "neck.decoder_pred.0" else "SimMIM")
+        return with_pixel_head(converted, head, "A2MIM" if head == "neck.decoder_pred.0" else "SimMIM")
     if any("attention_predictor." in name for name in weights.tensors):
-        return with_abmilp_head(found, hints)
+        return with_abmilp_head(converted, hints)
     if "lm_head.weight" in weights and "mask_token" in weights:
-        return with_token_head(found)
+        return with_token_head(converted)
     if openmixup:
-        found.kind = "A2MIM or another ViT of OpenMixup"
+        converted.kind = "A2MIM or another ViT of OpenMixup"
     elif any(name.startswith("encoder.") for name in tensors):
-        found.kind = "SimMIM"
+        converted.kind = "SimMIM"
         options["mask_style"] = "token"
     elif options["position_embedding"] == "sincos":
-        found.kind = "MAE, the encoder"
+        converted.kind = "MAE, the encoder"
     else:
-        found.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
-    return found
+        converted.kind = "BEiT" if "relative" in str(options["position_embedding"]) else "ViT with the names of timm"
+    return converted
 
 
-def with_token_head(found: Converted) -> Converted:
+def with_token_head(converted: Converted) -> Converted:
     """BEiT's, BEiT-v2's or DTM's linear head on every token. Codes number thousands, features of a teacher hundreds."""
-    weights, fields = found.weights, found.fields
+    weights, fields = converted.weights, converted.fields
     rows = len(weights.tensors["lm_head.weight"])
     second = any(name.startswith("cls_pt_layers") for name in weights.tensors)
-    found.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
+    converted.kind = "BEiT-v2" if second else "DTM" if rows < 2048 else "BEiT or BEiT-v2"
     fields["encoder_config"]["mask_style"] = "token"
     features = {"name": "teacher_feature", "teacher": "openai/clip-vit-base-patch16", "project": True, "norm": "none"}
-    if found.kind == "DTM":
+    if converted.kind == "DTM":
         features["feature_dims"] = [rows]
         fields |= {"target": "token_morphing", "target_config": {"features": features, "halves": "alternating"}}
-        found.notes.append("the file does not name its teacher: CLIP ViT-B/16 assumed, as in the released program")
+        converted.notes.append("the file does not name its teacher: CLIP ViT-B/16 assumed, as in the released program")
     else:
         features["feature_dims"] = [512]
         fields |= {"target": "discrete_token", "target_config": {"features": features, "num_codes": rows}}
-        found.notes.append("the codes that its head predicts are those of a tokenizer that is not in the file")
+        converted.notes.append("the codes that its head predicts are those of a tokenizer that is not in the file")
     fields |= {"decoder": "linear", "masking": "block", "masking_config": {"ratio": 0.38}}  # 75 of 196
-    found.state["encoder.mask_token"] = weights.take("mask_token").flatten()
-    found.state |= {f"decoder.head.linear.{part}": weights.take(f"lm_head.{part}") for part in ("weight", "bias")}
-    found.pretraining = True
-    return found
+    converted.state["encoder.mask_token"] = weights.take("mask_token").flatten()
+    converted.state |= {f"decoder.head.linear.{part}": weights.take(f"lm_head.{part}") for part in ("weight", "bias")}
+    converted.pretraining = True
+    return converted
 
 
 def read_data2vec(tensors: dict[str, Tensor], hints: Hints) -> Converted:
@@ -162,53 +162,55 @@ def read_data2vec(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     fields, state, notes = vit.vit_encoder(weights, hints.heads, hints.image_size, hints.eps)
     fields["encoder_config"] |= {"block_norm": "post", "mask_style": "drop"}
     state = {f"encoder.{name}": value for name, value in state.items()}
-    found = Converted("data2vec 2.0, the encoder", fields, state, weights, notes)
+    converted = Converted("data2vec 2.0, the encoder", fields, state, weights, notes)
     if "decoder.proj.weight" in weights:
         decoder, values = data2vec_decoder(weights)
-        found.kind, found.pretraining = "data2vec 2.0", True
-        found.fields |= decoder
-        found.state |= values
+        converted.kind, converted.pretraining = "data2vec 2.0", True
+        converted.fields |= decoder
+        converted.state |= values
         notes.append("these are the student's weights; its teacher, a moving average, begins anew with them")
-    return found
+    return converted
 
 
-def with_abmilp_head(found: Converted, hints: Hints) -> Converted:
-    found.kind = "Beyond [cls]"
+def with_abmilp_head(converted: Converted, hints: Hints) -> Converted:
+    converted.kind = "Beyond [cls]"
     try:
-        fields, state = abmilp_classifier(found.weights, found.fields, hints.arguments)
+        fields, state = abmilp_classifier(converted.weights, converted.fields, hints.arguments)
     except ValueError as error:
-        found.notes.append(f"{error}: only the encoder is converted")
-        return found
+        converted.notes.append(f"{error}: only the encoder is converted")
+        return converted
     if "abmilp_cond" not in hints.arguments:
-        found.notes.append("the file does not say whether its pooling head reads positions: assumed that it does not")
+        converted.notes.append(
+            "the file does not say whether its pooling head reads positions: assumed that it does not"
+        )
     if hints.arguments.get("return_block"):
         block = hints.arguments["return_block"]
-        found.notes.append(f"the head was trained on block {block} of the encoder, and reads the last one here")
-    found.notes.append("the batch norm before the classifier is folded into it: the same in evaluation")
-    found.fields |= fields
-    found.state |= state
-    found.classifier = True
-    return found
+        converted.notes.append(f"the head was trained on block {block} of the encoder, and reads the last one here")
+    converted.notes.append("the batch norm before the classifier is folded into it: the same in evaluation")
+    converted.fields |= fields
+    converted.state |= state
+    converted.classifier = True
+    return converted
 
 
-def with_mae_decoder(found: Converted, hints: Hints) -> Converted:
-    found.kind = "MAE with its decoder"
+def with_mae_decoder(converted: Converted, hints: Hints) -> Converted:
+    converted.kind = "MAE with its decoder"
     try:
-        fields, state = vit.mae_decoder(found.weights, found.fields, hints.decoder_heads, hints.eps)
+        fields, state = vit.mae_decoder(converted.weights, converted.fields, hints.decoder_heads, hints.eps)
     except ValueError as error:
-        found.notes.append(f"{error}: only the encoder is converted")
-        return found
+        converted.notes.append(f"{error}: only the encoder is converted")
+        return converted
     if hints.decoder_heads is None:
         number = fields["decoder_config"]["num_attention_heads"]
-        found.notes.append(f"{number} attention heads of the decoder are assumed: --decoder-heads says otherwise")
+        converted.notes.append(f"{number} attention heads of the decoder are assumed: --decoder-heads says otherwise")
     normalize = hints.arguments.get("norm_pix_loss")
     if normalize is None:
-        found.notes.append("the file does not say whether the targets were normalised per patch: assumed")
+        converted.notes.append("the file does not say whether the targets were normalised per patch: assumed")
     target = {"target": "pixel", "target_config": {"normalize": normalize is not False}}
-    found.fields |= {**fields, **target, "masking": "random", "masking_config": {"ratio": 0.75}}
-    found.state |= state
-    found.pretraining = True
-    return found
+    converted.fields |= {**fields, **target, "masking": "random", "masking_config": {"ratio": 0.75}}
+    converted.state |= state
+    converted.pretraining = True
+    return converted
 
 
 # A2MIM's losses, which differ by architecture and are not in the weights: those of the released configurations.
@@ -219,55 +221,57 @@ A2MIM_LOSSES = {
 }
 
 
-def with_pixel_head(found: Converted, head: str, kind: str) -> Converted:
+def with_pixel_head(converted: Converted, head: str, kind: str) -> Converted:
     """SimMIM's and A2MIM's head, where it is one 1x1 convolution and the token that it goes with is there."""
-    weights, fields, options = found.weights, found.fields, found.fields["encoder_config"]
-    found.kind = kind
+    weights, fields, options = converted.weights, converted.fields, converted.fields["encoder_config"]
+    converted.kind = kind
     a2mim, unit = kind == "A2MIM", 2
     if fields["encoder"] == "native":
         swin_token = swin_mask_token(weights)
-        found.state |= swin_token
+        converted.state |= swin_token
         complete, unit = bool(swin_token), 2 ** (len(options["depths"]) - 1)
     elif fields["encoder"] == "vit":
         token = weights.maybe("mask_token")
         if token is not None:
-            found.state["encoder.mask_token"] = token.flatten()
+            converted.state["encoder.mask_token"] = token.flatten()
         options |= {"mask_style": "add", "pixel_fill": "mean"} if a2mim else {"mask_style": "token"}
         complete = token is not None
     else:
-        complete = mask_parts(weights, fields, found.state)
+        complete = mask_parts(weights, fields, converted.state)
         unit = 1 if options.get("mask_after_downsampling") else 2
     fields |= {"masking": "random", "masking_config": {"ratio": 0.6, "unit": unit}, "decoder": "linear"}
     if a2mim:
         loss = A2MIM_LOSSES[options.get("model_type", fields["encoder"])]
         fields |= {"target": "frequency", "target_config": dict(loss)}
-        found.notes.append("the file does not say its losses: those of the released configurations assumed")
+        converted.notes.append("the file does not say its losses: those of the released configurations assumed")
     else:
         fields |= {"target": "pixel", "target_config": {"normalize": False, "loss": "l1"}}
     if not complete or weights.tensors[f"{head}.weight"].shape[2:] != (1, 1):
-        found.notes.append("the head is not the one that goes with our linear decoder: only the encoder is converted")
+        converted.notes.append(
+            "the head is not the one that goes with our linear decoder: only the encoder is converted"
+        )
         for name in ("encoder.mask_token", "encoder.mask_scale", "encoder.network.embeddings.mask_token"):
-            found.state.pop(name, None)
-        return found
+            converted.state.pop(name, None)
+        return converted
     with torch.device("meta"):
         decoder = MIMForPreTraining(MIMConfig(**fields)).decoder
     rows, cols = decoder.base_grid
     height, width = pair(fields["image_size"])
-    found.state |= vit.pixel_head(
+    converted.state |= vit.pixel_head(
         weights, head, fields["num_channels"], decoder.factor, (height // rows, width // cols)
     )
-    found.pretraining = True
-    return found
+    converted.pretraining = True
+    return converted
 
 
 def read_swin(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     """SimMIM's, with its head, or a fine-tuned one without."""
     weights = Weights(tensors, vit.renamer(SWIN))
     fields, state, notes = swin_encoder(weights, hints.image_size, eps=1e-5)
-    found = Converted("Swin", fields, state, weights, notes)
+    converted = Converted("Swin", fields, state, weights, notes)
     if "decoder.0.weight" in weights:
-        return with_pixel_head(found, "decoder.0", "SimMIM")
-    return found
+        return with_pixel_head(converted, "decoder.0", "SimMIM")
+    return converted
 
 
 def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
@@ -281,49 +285,49 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
     size = hints.image_size or (None if black is None else list(black.shape[2:]))
     fields, state, notes = (resnet if is_resnet else convnext)(weights, size)
     name = "ResNet" if is_resnet else "ConvNeXt"
-    found = Converted(name, fields, state, weights, notes)
+    converted = Converted(name, fields, state, weights, notes)
     if any(key.startswith("sparse_encoder.") for key in tensors):
-        found.kind = f"SparK, {name}"
+        converted.kind = f"SparK, {name}"
         if "dense_decoder.proj.weight" in weights:
-            with_spark_decoder(found)
+            with_spark_decoder(converted)
     elif "neck.decoder_pred.0.weight" in weights:
         if not is_resnet:
-            norm_every_position(found)
-        found = with_pixel_head(found, "neck.decoder_pred.0", "A2MIM")
-        if found.pretraining:
-            leave_pooled_norm(found)
-        found.kind = f"A2MIM, {name}"
-    return found
+            norm_every_position(converted)
+        converted = with_pixel_head(converted, "neck.decoder_pred.0", "A2MIM")
+        if converted.pretraining:
+            leave_pooled_norm(converted)
+        converted.kind = f"A2MIM, {name}"
+    return converted
 
 
-def norm_every_position(found: Converted) -> None:
+def norm_every_position(converted: Converted) -> None:
     """A2MIM's ConvNeXt norms the last map, not what is pooled of it."""
-    if NEW_POOLED_NORM not in found.notes:
-        found.fields["encoder_config"]["final_norm"] = True
+    if NEW_POOLED_NORM not in converted.notes:
+        converted.fields["encoder_config"]["final_norm"] = True
         for suffix in ("weight", "bias"):
-            found.state[f"encoder.final_norm.{suffix}"] = found.state.pop(f"pooled_norm.{suffix}")
+            converted.state[f"encoder.final_norm.{suffix}"] = converted.state.pop(f"pooled_norm.{suffix}")
 
 
-def with_spark_decoder(found: Converted) -> None:
-    cells = math.prod(length // 32 for length in pair(found.fields["image_size"]))
+def with_spark_decoder(converted: Converted) -> None:
+    cells = math.prod(length // 32 for length in pair(converted.fields["image_size"]))
     hidden = cells - round(0.4 * cells)  # as released: the visible share is rounded
-    fields, state = spark_decoder(found.weights, hidden / cells)
-    found.fields |= fields
-    found.fields["encoder_config"] |= {"mask_style": "sparse", "pixel_fill": "none"}
-    found.state |= state
-    found.pretraining = True
-    leave_pooled_norm(found)
+    fields, state = spark_decoder(converted.weights, hidden / cells)
+    converted.fields |= fields
+    converted.fields["encoder_config"] |= {"mask_style": "sparse", "pixel_fill": "none"}
+    converted.state |= state
+    converted.pretraining = True
+    leave_pooled_norm(converted)
 
 
-def leave_pooled_norm(found: Converted) -> None:
+def leave_pooled_norm(converted: Converted) -> None:
     """A model for pretraining has no pooling, hence not the norm after it."""
-    found.notes[:] = [note for note in found.notes if note != NEW_POOLED_NORM]
+    converted.notes[:] = [note for note in converted.notes if note != NEW_POOLED_NORM]
     for suffix in ("weight", "bias"):
-        if found.state.pop(f"pooled_norm.{suffix}", None) is not None:
-            name = found.weights.sources.get(f"head.norm.{suffix}")
-            if name in found.weights.used:
-                found.weights.used.remove(name)
-                found.weights.left[name] = "it acts after pooling, which a model for pretraining does not do"
+        if converted.state.pop(f"pooled_norm.{suffix}", None) is not None:
+            name = converted.weights.sources.get(f"head.norm.{suffix}")
+            if name in converted.weights.used:
+                converted.weights.used.remove(name)
+                converted.weights.left[name] = "it acts after pooling, which a model for pretraining does not do"
 
 
 def finish(weights: Weights) -> None:

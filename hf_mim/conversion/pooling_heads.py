@@ -64,10 +64,10 @@ def abmilp_options(weights: Weights, prefix: str, fields: dict, arguments: dict)
     Raises:
         ValueError: neither the weights nor the arguments say one of them.
     """
-    found = (
+    matches = (
         re.fullmatch(rf"({re.escape(prefix)}attention_predictor\.(\d+))\.weight", name) for name in weights.tensors
     )
-    layers = [match[1] for match in sorted(filter(None, found), key=lambda match: int(match[2]))]
+    layers = [match[1] for match in sorted(filter(None, matches), key=lambda match: int(match[2]))]
     options: dict[str, Any] = {"apply_final_norm": False, "depth": len(layers)}
     if len(layers) > 1:
         options["activation"] = told(arguments, "abmilp_act", ("tanh", "relu"))

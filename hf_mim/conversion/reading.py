@@ -51,8 +51,8 @@ class Weights:
 
     def count(self, pattern: str) -> int:
         """One more than the largest number that `pattern` catches in a name; 0 where there is none."""
-        found = [re.match(pattern, name) for name in self.tensors]
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        matches = [re.match(pattern, name) for name in self.tensors]
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
 
     def leave(self, pattern: str, reason: str) -> None:
         """Says why what is left of the names that match the pattern is not used."""

@@ -133,10 +133,10 @@ def relative_tables(weights: Weights, depth: int) -> tuple[dict[str, Tensor], li
     names: list[str] = []
     sizes: list[Grid] = []
     table = "relative_position_bias_table"
-    found = {"shared_relative": weights.maybe(f"rel_pos_bias.{table}")}
-    found |= {f"relative.{i}": weights.maybe(f"blocks.{i}.attn.{table}") for i in range(depth)}
+    tables = {"shared_relative": weights.maybe(f"rel_pos_bias.{table}")}
+    tables |= {f"relative.{i}": weights.maybe(f"blocks.{i}.attn.{table}") for i in range(depth)}
     weights.leave(r".*relative_position_index$", "computed from the size")
-    for name, value in found.items():
+    for name, value in tables.items():
         if value is None:
             continue
         # BEiT keeps the biases of the class token, to patches, from patches, to itself, in the last three rows.
@@ -260,8 +260,8 @@ def mae_decoder(weights: Weights, fields: dict, heads: int | None, eps: float) -
     state |= linear(weights, "decoder_embed", "decoder.embed.linear")
     state |= linear(weights, "decoder_norm", "decoder.norm") | linear(weights, "decoder_pred", "decoder.head")
     for i in range(depth):
-        found = block(weights, f"decoder_blocks.{i}", options)
-        state |= {f"decoder.layers.{i}.{name}": value for name, value in found.items()}
+        layer = block(weights, f"decoder_blocks.{i}", options)
+        state |= {f"decoder.layers.{i}.{name}": value for name, value in layer.items()}
     # 16 heads in all of the official models, whose decoders are 512 wide.
     decoder: dict[str, Any] = {
         "hidden_size": dim,
