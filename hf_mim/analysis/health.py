@@ -97,8 +97,8 @@ class FeatureHealth(Measurement):
         return {
             "title": self.title,
             "summary": f"The features of {self.final.count} images spread over {final:.0f} of at most {max_rank} "
-            f"dimensions; {dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block have an "
-            "outlying norm.",
+            f"dimensions; {dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block "
+            "have an outlying norm.",
             "normal": self.normal,
             "images": self.final.count,
             "curves": {

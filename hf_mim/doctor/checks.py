@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def check_pixels(splits: Splits) -> Check:
     if splits.sample.warning:
         message = splits.sample.warning.removeprefix("warning: ")
         return Check("pixels", "fault", *message.split(": ", 1))
-    dataset = splits.train.without_augmentation()
+    dataset = cast(MIMDataset, splits.train).without_augmentation()  # `examine` refuses streams
     (batch,) = dataset.__getitems__(draw_subset(len(dataset), IMAGES).tolist())
     if (problem := nearly_constant(batch.images)) is not None:
         return Check("pixels", "note", problem)

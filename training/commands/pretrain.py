@@ -262,9 +262,9 @@ def log_advice(run: PretrainRun, trainer: MIMTrainer, results: dict) -> None:
         if isinstance(callback, TrainingMonitor):
             for warning in callback.standing.values():
                 run.console.warn(f"warning: {warning}")
-    warning = warning_of_twin(results, run.length) if "trained" in results else None
-    if warning is not None:
-        run.console.warn(warning)
+    worse = warning_of_twin(results, run.length) if "trained" in results else None
+    if worse is not None:
+        run.console.warn(worse)
 
 
 def missing_values(splits: Splits) -> dict | None:
