@@ -173,8 +173,8 @@ def codebook(
     model: Annotated[str, typer.Argument(help="The teacher: a vision model on the Hub, or a local folder.")],
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     overrides: Overrides = None,
-    codes: Annotated[int, typer.Option(help="How many; 256 to 1024 for small data.")] = 512,
-    images: Annotated[int, typer.Option(help="How many training images to fit them on.")] = 2000,
+    codes: Annotated[int, typer.Option(min=2, help="How many; 256 to 1024 for small data.")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="How many training images to fit them on.")] = 2000,
     force: Force = False,
 ):
     """Fit a codebook of a teacher's features, for the target discrete_token."""

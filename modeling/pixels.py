@@ -34,6 +34,10 @@ class UnreadableImage(ValueError):
     """A file that is no image, a broken one, or one with more pixels than are allowed."""
 
 
+class MissingDecoder(ValueError):
+    """A file of a kind that needs a library which is not installed."""
+
+
 # ---- values --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PixelRules:
@@ -311,7 +315,7 @@ def _read_tiff(file: bytes, num_channels: int, max_pixels: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
-        raise ValueError("is a TIFF file whose channels need tifffile: pip install 'hf-mim[tiff]'") from None
+        raise MissingDecoder("is a TIFF file whose channels need tifffile: pip install 'hf-mim[tiff]'") from None
     try:
         with tifffile.TiffFile(io.BytesIO(file)) as opened:
             series = opened.series[0]
@@ -341,7 +345,7 @@ def _read_png16(file: bytes, num_channels: int) -> np.ndarray:
     try:
         from torchvision.io import ImageReadMode, decode_png
     except ImportError:  # no torchvision, or one that has left decoding to others
-        raise ValueError("is a PNG file with 16 bits a channel, which needs torchvision's decode_png") from None
+        raise MissingDecoder("is a PNG file with 16 bits a channel, which needs torchvision's decode_png") from None
     values = decode_png(torch.frombuffer(bytearray(file), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     pixels = values.permute(1, 2, 0).numpy()
     with PIL.Image.open(io.BytesIO(file)) as image:

@@ -285,3 +285,31 @@ def test_another_number_of_channels_takes_its_own_mean_and_std():
     assert "image_mean" not in recipe["model"] and MIMConfig(**recipe["model"]).image_mean == [0.485, 0.456, 0.406]
     kept = recipes.resolve("quick", ["model.num_channels=2", "model.image_mean=[0.1, 0.2]", "model.image_std=[1, 1]"])
     assert MIMConfig(**kept["model"]).image_mean == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("key", [*recipe_keys.MORE_THAN_ZERO, recipe_keys.MAX_STEPS])
+def test_nothing_of_what_must_be_more_than_zero_may_be_zero(key):
+    section = key.partition(".")[0]
+    with pytest.raises(RecipeError, match=f"{key} must be more than 0, not 0"):
+        recipes.check_names([f"{key}=0"], section, [section])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.save_steps=5"], "training.save_steps has no effect: training.save_strategy is epoch"),
+        (["training.save_steps=5", "training.save_strategy=steps"], None),
+        (["model.encoder_config.size=tiny"], "model.encoder_config.size has no effect: patch_size, hidden_size"),
+        (["model.encoder_config.size=tiny", "model.encoder_config.hidden_size=null"], None),
+        (["training.learning_rate=0.1", "training.max_steps=5"], None),  # meant to win over what the recipe says
+        (["data.shuffle_buffer=5"], "data.shuffle_buffer has no effect: data.streaming is false"),
+    ],
+)
+def test_a_setting_without_effect_is_said(overrides, message):
+    messages = recipes.without_effect(recipes.resolve("a2mim_vit_small", overrides))
+    assert [text for text in messages if message and text.startswith(message)] or (message is None and not messages)
+
+
+@pytest.mark.parametrize("name", recipes.recipe_files())
+def test_no_shipped_recipe_says_what_has_no_effect(name):
+    assert recipes.without_effect(recipes.resolve(name)) == []

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.data.urls import LOCAL, is_url
+from hf_mim.training.declared import check_declared, check_file
 from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.foreign_errors import mismatch_reason
 
@@ -45,6 +46,23 @@ def weight_errors(source: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise misfit(source, mismatch_reason(error)) from None
+
+
+@contextmanager
+def damage_errors(source: str) -> Iterator[None]:
+    """Around what makes a model of a checkpoint as it is.
+
+    Raises:
+        CheckpointError: in place of what goes wrong inside with a config or weights that are damaged.
+    """
+    try:
+        yield
+    except (ValueError, OSError, torch.OutOfMemoryError):  # a line already; the Hub, the disk or memory
+        raise
+    except Exception as error:
+        reason = mismatch_reason(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {reason[:300]}"
+        raise CheckpointError(f"{source} is damaged, its config or its weights: {reason}", source) from error
 
 
 def misfit(source: str, reason: str) -> CheckpointError:
@@ -90,14 +108,16 @@ def read_config(source: str) -> dict[str, Any]:
         CheckpointError: there is none, or it cannot be read.
     """
     location = resolve(source)
+    check_file(Path(location) / "config.json", source)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(location)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, AttributeError) as error:  # what a file holds is anything
         # With its cause: the command explains what the Hub said from there.
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"no checkpoint at {source}: {reason}", source) from error
     if not fields:
         raise CheckpointError(f"no checkpoint at {source}: there is no config.json", source)
+    check_declared(fields, source, location)
     return fields
 
 
@@ -125,7 +145,8 @@ def load_config(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMCo
             fields[f"{key}_config"] = {}
     for follows in ("stage_names", "out_features", "out_indices"):
         fields.pop(follows, None)
-    return MIMConfig.from_dict(fields)
+    with nullcontext() if changes else damage_errors(checkpoint):  # or what is asked for is at fault
+        return MIMConfig.from_dict(fields)
 
 
 def load_model(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMForPreTraining:
@@ -135,7 +156,7 @@ def load_model(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMFor
         CheckpointError: as of `load_config`, or the weights do not fit the changed config.
     """
     config = load_config(checkpoint, changes)
-    with weight_errors(checkpoint):
+    with damage_errors(checkpoint), weight_errors(checkpoint):
         return MIMForPreTraining.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True)
 
 
@@ -146,7 +167,7 @@ def model_type_of(source: str) -> str:
         CheckpointError: there is no model, or it is one of timm.
     """
     kind = read_config(source).get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise CheckpointError(f"no checkpoint at {source}: there is no config.json that names a model type", source)
     if kind == "timm_wrapper":
         message = f"{source} is a timm model: convert it first with hf-mim convert {source} FOLDER"
@@ -180,9 +201,10 @@ def load_encoder(source: str) -> MIMModel:
     """
     kind, location = model_type_of(source), resolve(source)
     if kind == MIMConfig.model_type:
-        model = MIMModel.from_pretrained(location, add_pooling_layer=False, use_safetensors=True)
+        with damage_errors(source):
+            model = MIMModel.from_pretrained(location, add_pooling_layer=False, use_safetensors=True)
     else:
-        with encoder_errors(source, kind):
+        with damage_errors(source), encoder_errors(source, kind):
             model = MIMModel.from_encoder(location, add_pooling_layer=False)
     return model.eval().requires_grad_(False)
 

@@ -25,14 +25,37 @@ RECIPES = Path(__file__).parent / "recipes"
 PARTS = ("encoder", "masking", "decoder", "target", "pooler")
 # What a recipe's header may say, each as `# Key: text`, continued on indented lines.
 HEADER_KEYS = ("Paper", "Command", "Cost", "Result")
+VIT_SIZES = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # what `size` stands for
 # Sections that not every recipe has: the command of that name is what runs a recipe that has it.
 COMMANDS = ("finetune",)
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}  # of recipes, by the command that runs them
 
 
 # ---- YAML whose scalars mean what they look like -------------------------------------------------------------------
+LENGTH, VALUES, LEVELS = 200_000, 20_000, 40  # at most: of the text, its values with aliases written out, its nesting
+
+
 class Loader(yaml.SafeLoader):
-    """SafeLoader of YAML 1.1, but `1e-4` is a number, and `no`, `on` and `1:30` are text."""
+    """SafeLoader of YAML 1.1, but `1e-4` is a number, and `no`, `on` and `1:30` are text. What would take years to
+    look through is an error: aliases of aliases, deep nesting."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.level, self.counts = 0, {}  # counts: of the values below each node
+
+    def compose_node(self, parent, index):
+        self.level += 1
+        if self.level > LEVELS:
+            raise yaml.YAMLError(f"more than {LEVELS} levels")
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        if id(node) not in self.counts:
+            children = () if isinstance(node, yaml.ScalarNode) else node.value
+            nodes = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+            self.counts[id(node)] = 1 + sum(self.counts.get(id(part), VALUES) for part in nodes)
+        if self.counts[id(node)] > VALUES:
+            raise yaml.YAMLError(f"more than {VALUES:,} values, or an alias of itself")
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -56,18 +79,32 @@ for _class in (Loader, Dumper):
 Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+def represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    """In double quotes, with escapes, where there are other line breaks than YAML 1.1 keeps in other quotes."""
+    style = '"' if any(mark in text for mark in "\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, represent_text)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text.
 
     Raises:
         RecipeError: not YAML; the message names `source` and the line.
     """
+    if len(text) > LENGTH:
+        raise RecipeError(f"{source[:200]}: {len(text):,} characters are no recipe")
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(f"{source[:200]}{line}: not valid YAML ({reason})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of tags such as !!timestamp and !!int
+        raise RecipeError(f"{source[:200]}: not valid YAML ({str(error)[:200]})") from None
 
 
 def parse_text(text: str, kind: Any) -> str | None:
@@ -110,7 +147,8 @@ def find(name: str) -> Path:
 def read(name: str) -> dict:
     """A recipe as {section: {key: value}}, unchecked."""
     path = find(name)
-    recipe = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    with open(path, encoding="utf-8", errors="replace") as file:
+        recipe = parse_yaml(file.read(LENGTH + 1), str(path))
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: a recipe must hold sections ({', '.join(SECTIONS)})")
     return {section: {} if values is None else values for section, values in recipe.items()}
@@ -252,6 +290,29 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
             model.pop(name, None)
     merged = merge(recipe, changes)
     return {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
+
+
+def without_effect(recipe: dict) -> list[str]:
+    """A message about each setting of a resolved recipe that another one makes meaningless."""
+    training, data, messages = recipe.get("training", {}), recipe.get("data", {}), []
+    saves = str(training.get("save_strategy", "epoch"))
+    evaluates = str(training.get("eval_strategy", "no" if "finetune" not in recipe else saves))
+    overruled = {
+        "training.save_steps": (saves != "steps", f"training.save_strategy is {saves}"),
+        "training.eval_steps": (evaluates != "steps", f"training.eval_strategy is {evaluates}"),
+        "data.shuffle_buffer": (not data.get("streaming"), "data.streaming is false"),
+        "data.cache_size": (not data.get("cache_decoded"), "data.cache_decoded is false"),
+    }
+    for key, (is_overruled, reason) in overruled.items():
+        section, _, name = key.partition(".")
+        if is_overruled and recipe.get(section, {}).get(name) is not None:
+            messages.append(f"{key} has no effect: {reason}")
+    encoder = recipe.get("model", {}).get("encoder_config") or {}
+    if encoder.get("size") is not None and all(encoder.get(name) is not None for name in VIT_SIZES):
+        messages.append(
+            f"model.encoder_config.size has no effect: {', '.join(VIT_SIZES)} are set; null takes those of the size"
+        )
+    return messages
 
 
 def save(recipe: dict, path: Path, comment: str) -> None:

@@ -44,6 +44,21 @@ NAMES |= {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, d
 TITLES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "options"}
 
 
+MAX_STEPS = "training.max_steps"  # -1 is that of the epochs
+MORE_THAN_ZERO = (
+    "training.num_train_epochs",
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.save_steps",
+    "training.eval_steps",
+    "training.logging_steps",
+    "probe.epochs",
+    "probe.batch_size",
+    "analyze.images",
+)
+
+
 # ---- names and types -----------------------------------------------------------------------------------------------
 @cache
 def keys_of(section: str) -> dict[str, typing.Any]:
@@ -141,6 +156,8 @@ def check_value(key: str, value: object, kind: typing.Any) -> None:
             if value not in choices:
                 raise RecipeError(str(unknown_choice(key, value, choices)), key)
             return
+    if isinstance(value, int | float) and (key in MORE_THAN_ZERO and not value > 0 or key == MAX_STEPS and value == 0):
+        raise RecipeError(f"{key} must be more than 0, not {value}", key)
     if not is_of(value, kind):
         raise RecipeError(f"{key} must be {describe_type(kind)}, not {shorten(value)}", key)
 

@@ -167,6 +167,8 @@ class TrainingRun(Run, Generic[TrainerT]):
         for key in ("output_dir", "resume"):  # another run of the saved recipe must not write here
             recipe["training"].pop(key, None)
         console = RunConsole(console, quiet=arguments.process_index > 0)
+        for message in recipes.without_effect(recipe):
+            console.warn(message)
         remote = RemoteRun(output_dir, console.warn) if output_dir and is_url(output_dir) else None
         place = output_dir if remote is None else str(remote.folder)
         output = on_main_process(lambda: choose_folder(place, stem, () if arguments.resume else TRACES, REMEDY))

@@ -16,7 +16,6 @@ from torch import Tensor
 from hf_mim.doctor.weights import (
     STATES,
     Check,
-    Looked,
     check_finite,
     check_positions,
     file_of,
@@ -103,8 +102,14 @@ def examine(source: str, data: DataArguments, say=lambda words: None) -> list[Ch
         message = "doctor draws images at random: set data.streaming=false"
         raise RecipeError(message, "data.streaming")
     source = resolve(source)
-    encoder = load_encoder(source)
-    looked = look_at_weights(read_weights(source))
+    try:
+        encoder, looked = load_encoder(source), look_at_weights(read_weights(source))
+        model = load_model(source).eval() if looked.has_decoder and is_mim(source) else None
+    except (ValueError, OSError) as error:
+        if not (Path(source) / "config.json").is_file():  # there is nothing, rather than something damaged
+            raise
+        remedy = "copy it again from where it came from, or take an earlier checkpoint of its run"
+        return [Check("checkpoint", "fault", f"cannot be loaded: {str(error).partition(chr(10))[0]}", remedy)]
     checks = [check_finite(looked), *check_positions(looked)]
     untrained = bool(looked.norms) and all(looked.norms)
     if untrained:
@@ -114,7 +119,7 @@ def examine(source: str, data: DataArguments, say=lambda words: None) -> list[Ch
     say("reading images")
     splits = load_splits(data, encoder.config)
     pixels = check_pixels(splits)
-    later = check_pretraining(source, looked, splits, untrained, say)
+    later = check_pretraining(model, splits, untrained, say)
     say("comparing the features with those of the untrained twin")
     later += check_features(encoder, splits, untrained)
     if pixels.state != "ok":  # what follows may follow from them
@@ -136,14 +141,13 @@ def check_pixels(splits: Splits) -> Check:
 
 
 # ---- what pretraining left -----------------------------------------------------------------------------------------
-def check_pretraining(source: str, looked: Looked, splits: Splits, untrained: bool, say) -> list[Check]:
+def check_pretraining(model: MIMForPreTraining | None, splits: Splits, untrained: bool, say) -> list[Check]:
     """Target, codes, and what the decoder predicts."""
     names = ("target", "predictions", "decoder")
-    if not looked.has_decoder or not is_mim(source):
+    if model is None:
         reason = "no decoder and target of hf_mim in this checkpoint"
         return [Check(f"{names[0]}, {names[1]}", "skipped", reason)]
     say("looking at target and predictions")
-    model = load_model(source).eval()
     pixel_values = pixels_of(splits.test or training_images(splits), model.config, IMAGES)
     checks = check_target(model, pixel_values, splits)
     if untrained:

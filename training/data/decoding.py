@@ -11,6 +11,7 @@ import torchvision.io
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.pixels import (
     MAX_PIXELS,
+    MissingDecoder,
     PixelRules,
     UnreadableImage,
     check_pixels,
@@ -26,7 +27,6 @@ from hf_mim.training.errors import DataError
 
 # Deprecated since torchvision 0.29. Without it Pillow decodes, which takes a quarter longer, and more for small files.
 HAS_JPEG = hasattr(torchvision.io, "decode_jpeg")
-FAILURES = (OSError, EOFError, SyntaxError, RuntimeError)
 
 
 class Undecodable(DataError):
@@ -108,22 +108,38 @@ def read_image(value, num_channels: int, max_pixels: int = MAX_PIXELS) -> tuple[
     try:
         if isinstance(value, PIL.Image.Image):
             check_pixels(value.width * value.height, max_pixels)
-            return from_pillow(value, num_channels), name
-        return _from_file(value if isinstance(value, bytes) else read_file(value), num_channels, max_pixels), name
+            values = from_pillow(value, num_channels)
+        else:
+            values = _from_file(value if isinstance(value, bytes) else read_file(value), num_channels, max_pixels)
     except urls.Unreachable:
         raise
     except UnreadableImage as error:
         raise Undecodable(f"{name} {error}", name) from None
     except PIL.UnidentifiedImageError:  # its message names the object in memory that Pillow was given
         raise Undecodable(f"{name} is not a recognised image file", name) from None
-    except FAILURES as error:
-        raise Undecodable(f"cannot decode {name}: {error}".partition("\n")[0], name) from None
-    except ValueError as error:
+    except MissingDecoder as error:
         raise DataError(f"{name} {error}", name) from None
+    except Exception as error:  # whatever a decoder makes of a file that is broken, also more memory than there is
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise Undecodable(f"cannot decode {name}: {reason}", name) from None
+    if 0 in values.shape:
+        raise Undecodable(f"{name} has no pixels", name)
+    return values, name
 
 
 def read_file(place: str | Path) -> bytes:
-    return urls.read_url(str(place)) if urls.is_url(place) else Path(place).read_bytes()
+    if urls.is_url(place):
+        return urls.read_url(str(place))
+    check_regular(place)
+    return Path(place).read_bytes()
+
+
+def check_regular(place: str | Path) -> None:
+    """Raises:
+    OSError: it is a pipe, a socket or a device, which may never end.
+    """
+    if Path(place).exists() and not Path(place).is_file():
+        raise OSError("not a regular file")
 
 
 def _from_file(file: bytes, num_channels: int, max_pixels: int) -> np.ndarray:
@@ -164,5 +180,5 @@ def mode_of(value) -> str:
     try:
         with PIL.Image.open(io.BytesIO(file)) as image:
             return "RGBA" if is_transparent(image) else image.mode
-    except (*FAILURES, PIL.Image.DecompressionBombError):
+    except Exception:  # as in `read_image`, which says so
         return "array"

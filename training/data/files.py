@@ -179,10 +179,10 @@ def _list_local(place: str, passed_over: Counter[str]) -> Iterator[str]:
             continue
         seen.add(real)
         if not os.path.isdir(real):
-            if os.path.exists(real):
+            if os.path.isfile(real):
                 yield path
             else:
-                passed_over["linked to nothing"] += 1
+                passed_over["pipes and devices" if os.path.exists(real) else "linked to nothing"] += 1
             continue
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -192,6 +192,8 @@ def _list_local(place: str, passed_over: Counter[str]) -> Iterator[str]:
                     waiting.append(f"{path}/{entry.name}")
                 elif f"{real}/{entry.name}" in seen:
                     passed_over["linked twice"] += 1
+                elif not entry.is_file():
+                    passed_over["pipes and devices"] += 1
                 else:
                     seen.add(f"{real}/{entry.name}")
                     yield f"{path}/{entry.name}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from hf_mim.training.data.decoding import read_file
+from hf_mim.training.data.decoding import check_regular, read_file
 from hf_mim.training.errors import DataError
 
 
@@ -41,7 +41,9 @@ def decode_mask(value, name: str = "without a name", mask_values: list | None = 
     colours = mask_values is not None and not isinstance(mask_values[0], int)
     try:
         ids, kind = _read_mask(value, colours)
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except BadMask:
+        raise
+    except Exception as error:  # whatever a decoder makes of a file that is broken
         raise BadMask(f"cannot read mask {name}: {error}".partition("\n")[0]) from None
     if ids.dtype.kind == "f" and np.isfinite(ids).all() and (ids == np.rint(ids)).all():
         ids = ids.astype(np.int64)
@@ -140,9 +142,11 @@ def _colours(pixels: np.ndarray) -> str:
 def size_of(image) -> tuple[int, int] | None:
     """(height, width) of an undecoded image, upright; None where Pillow does not recognise the file."""
     try:
+        if image.get("bytes") is None:
+            check_regular(image["path"])
         content = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
         with PIL.Image.open(content) as opened:
             turned = opened.getexif().get(ORIENTATION, 1) >= 5
             return opened.size if turned else opened.size[::-1]
-    except (OSError, SyntaxError, TypeError, AttributeError):
+    except Exception:  # as in `decode_mask`, which says so
         return None
