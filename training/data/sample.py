@@ -1,7 +1,8 @@
 """What the images of a data set hold, by a sample that is looked at once, before training: values, modes and sizes."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import Decoder, apply_rules, mode_of, read_image
+from hf_mim.training.data.shards import DAMAGE, is_damage
 from hf_mim.training.errors import DataError
 
 
@@ -157,12 +159,23 @@ def find_range(images: list[np.ndarray], config: MIMConfig, data: DataArguments)
 def _draw(rows, column: str, seed: int) -> Iterable:
     if not isinstance(rows, datasets.Dataset):
         rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        return (row[column] for row in rows.take(COUNT))
+        return itertools.islice(_stream_files(rows, column), COUNT)
     chosen = np.random.default_rng((seed, 18)).permutation(len(rows))[:COUNT]
     rows = rows.select_columns([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return (rows[int(index)][column] for index in sorted(chosen))
+
+
+def _stream_files(rows: datasets.IterableDataset, column: str) -> Iterator:
+    """The files of a stream, shard by shard; damage is passed over here, and told where the run meets it."""
+    for index in range(rows.num_shards):
+        shard = rows if rows.num_shards == 1 else rows.shard(rows.num_shards, index)
+        try:
+            yield from (row[column] for row in shard)
+        except (OSError, *DAMAGE) as error:
+            if not is_damage(error):
+                raise
 
 
 def _read(files: Iterable, config: MIMConfig, data: DataArguments):
