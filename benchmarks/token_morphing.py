@@ -32,9 +32,10 @@ def dense_match(values: torch.Tensor, schedule: list[int], generator: torch.Gene
         first, second = order[: count // 2], order[count // 2 :]
         best, partner = (unit[:, first] @ unit[:, second].transpose(1, 2)).max(2)
         rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        place = torch.where(rank < merged, partner, len(second) + rank - merged)
+        left = len(first) - merged
+        place = torch.where(rank < merged, left + partner, (rank >= merged).cumsum(dim=1) - 1)
         merge = torch.zeros(batch, count - merged, count)
-        merge[:, torch.arange(len(second)), second] = 1
+        merge[:, left + torch.arange(len(second)), second] = 1
         merge.transpose(1, 2)[torch.arange(batch)[:, None], first, place] = 1
         membership = merge @ membership
     return membership

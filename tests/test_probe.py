@@ -342,7 +342,7 @@ def test_ctrl_c_keeps_what_was_encoded(photos, checkpoint, tmp_path, capsys, mon
     options = ("probe.seeds=[0]", "probe.untrained=false", "probe.poolers=[abmilp]")
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, photos, tmp_path / "one", *options)
-    assert "the features so far stay in" in capsys.readouterr().out and not (tmp_path / "one").exists()
+    assert "the features so far stay in" in capsys.readouterr().out and not (tmp_path / "one" / "probe.json").exists()
     records = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*train*.json")]
     before = sum(record["done"] for record in records)
     assert 0 < before < 72

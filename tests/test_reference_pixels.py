@@ -3,7 +3,9 @@
 import argparse
 import pathlib
 import sys
+import tempfile
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +40,9 @@ def saved(name, folder, **rest):
 
 
 def pretraining_model(path, folder, **hints):
-    lines = convert(str(path), folder / "ours", **hints)
-    return MIMForPreTraining.from_pretrained(folder / "ours").eval(), lines
+    out = Path(tempfile.mkdtemp(dir=folder))
+    lines = convert(str(path), out, **hints)
+    return MIMForPreTraining.from_pretrained(out).eval(), lines
 
 
 def as_map(tokens, grid):

@@ -105,7 +105,7 @@ def test_a_run_says_how_diverse_its_teacher_is(tmp_path):
     options = f"{{teacher: {tmp_path / 'vit'}, layers: [-2, -1], match: interpolate}}"
     said, written, log = small_run(tmp_path / "run", "teacher_feature", options)
     model = MIMForPreTraining.from_pretrained(tmp_path / "run")
-    splits = load_splits(DataArguments(max_train_images=64, max_eval_images=0), model.config)
+    splits = load_splits(DataArguments(max_train_images=64, max_eval_images=0), model.config, seed=42)  # the run's
     (images,) = frozen.pixel_loader(splits.train.without_augmentation(), model.config, 64)
     teacher = MIMModel.from_pretrained(tmp_path / "vit")
     stages = teacher.encoder(images, output_hidden_states=True).hidden_states[-2:]
