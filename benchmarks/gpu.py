@@ -77,7 +77,11 @@ def config_of(name: str, args, folder: Path) -> MIMConfig:
         model = MIMModel(teacher, add_pooling_layer=False)
         model.save_pretrained(folder / "teacher")
         dims = [model.encoder.hidden_size]  # so that a model without memory can be asked for its sizes
-        fields["target_config"]["features"] |= {"teacher": str(folder / "teacher"), "feature_dims": dims}
+        fields["target_config"]["features"] |= {
+            "teacher": str(folder / "teacher"),
+            "feature_dims": dims,
+            "project": False,  # the recipe's teacher is a CLIP; this one has no space of a text
+        }
     return MIMConfig(**fields)
 
 

@@ -88,7 +88,7 @@ def recipes():
     """List the recipes that `pretrain` and `finetune` know."""
     from rich.table import Table
 
-    from hf_mim.training.console import RunConsole
+    from hf_mim.training.common.console import RunConsole
     from hf_mim.training.recipe import list_recipes
 
     table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=..., or: hf-mim finetune MODEL RECIPE ...")
@@ -334,7 +334,7 @@ def describe(error: Exception) -> str | None:
     if usage is not None:
         return f"{usage()} See hf-mim --help"
     if "torch" in sys.modules:
-        from hf_mim.training.resources import explain_shortage
+        from hf_mim.training.common.resources import explain_shortage
 
         if (message := explain_shortage(error)) is not None:
             return message
@@ -343,7 +343,7 @@ def describe(error: Exception) -> str | None:
 
         if (message := explain(error)) is not None:
             return message
-    from hf_mim.training.errors import UserError
+    from hf_mim.training.common.errors import UserError
 
     if not isinstance(error, ValueError | OSError):  # UserError and OptionError are ValueErrors
         return None

@@ -21,11 +21,11 @@ from hf_mim import MIMForPreTraining
 from hf_mim.doctor.checks import doctor
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model
+from hf_mim.training.common.errors import CheckpointError, DataError, RecipeError
 from hf_mim.training.data import decoding
 from hf_mim.training.data.decoding import Undecodable, decode, read_file
 from hf_mim.training.data.files import list_place
 from hf_mim.training.data.masks import BadMask, decode_mask
-from hf_mim.training.errors import CheckpointError, DataError, RecipeError
 
 
 SECONDS = 10  # for any refusal

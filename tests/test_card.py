@@ -18,8 +18,8 @@ from hf_mim.hub.card import dataset_of, license_of, make_card
 from hf_mim.hub.files import PICTURES, read_recipe, weight_files
 from hf_mim.hub.push import stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
-from hf_mim.training.errors import FolderError, RecipeError
-from hf_mim.training.sharing import check_secrets, has_secret, masked, shareable
+from hf_mim.training.common.errors import FolderError, RecipeError
+from hf_mim.training.common.sharing import check_secrets, has_secret, masked, shareable
 from hf_mim.training.trainer.pushing import published_files
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_data import config, rows
 
+from hf_mim.training.common.errors import DataError, RecipeError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.color import jitter_colors
 from hf_mim.training.data.images import MIMDataset
-from hf_mim.training.errors import DataError, RecipeError
 
 
 def jitter_by_hand(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:

@@ -15,8 +15,8 @@ from test_pretrain import TINY
 from hf_mim import cli
 from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.console import RunConsole, make_table
-from hf_mim.training.errors import DataError
+from hf_mim.training.common.console import RunConsole, make_table
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.trainer.saving import last_checkpoint
 
 
@@ -32,7 +32,7 @@ def test_text_is_printed_as_it_is(text):
 
 def test_names_that_the_terminal_lacks_letters_for():
     """A file's name may hold bytes that are no text, and a terminal may know ASCII alone."""
-    code = r"from hf_mim.training.console import RunConsole; RunConsole().log('caf\u00e9 \udcff [red]')"
+    code = r"from hf_mim.training.common.console import RunConsole; RunConsole().log('caf\u00e9 \udcff [red]')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
     assert printed == rb"caf\xe9 \udcff [red]" + b"\n"
@@ -66,7 +66,7 @@ def test_a_reader_that_leaves_ends_the_run_with_a_checkpoint(tmp_path, monkeypat
 
 
 def test_a_command_that_trains_nothing_ends_quietly():
-    code = "from hf_mim.training.console import RunConsole\nfor _ in range(10): RunConsole().log('x' * 100_000)"
+    code = "from hf_mim.training.common.console import RunConsole\nfor _ in range(10): RunConsole().log('x' * 100_000)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()

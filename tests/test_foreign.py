@@ -20,7 +20,7 @@ from hf_mim.modeling.foreign import LOADING, check_config, refuse_loading
 from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training.checkpoint import load_encoder, load_model
 from hf_mim.training.commands.teacher import fit_codebook
-from hf_mim.training.errors import FolderError
+from hf_mim.training.common.errors import FolderError
 
 
 class Bomb:

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_config
 
 from hf_mim import MIMModel
-from hf_mim.training.foreign_errors import is_lost_worker, is_torch_write_error, mismatch_reason
+from hf_mim.training.common.foreign_errors import is_lost_worker, is_torch_write_error, mismatch_reason
 
 
 def test_weights_of_another_shape(tmp_path):

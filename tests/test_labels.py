@@ -14,12 +14,12 @@ from test_data import config, folder, picture
 from test_pretrain import TINY
 
 from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.files import list_place
 from hf_mim.training.data.labelled import load_labelled_splits
 from hf_mim.training.data.labels import read_labels
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.errors import DataError
 
 
 def labels_of(values, feature=None):

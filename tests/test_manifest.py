@@ -15,7 +15,7 @@ from test_pretrain import TINY, equal, weights
 
 from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.resources import ResourceError, explain_shortage
+from hf_mim.training.common.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer import manifest
 from hf_mim.training.trainer.manifest import (
     differences,

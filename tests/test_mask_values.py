@@ -8,10 +8,10 @@ import PIL.ImageDraw
 import pytest
 from helpers import png, tiny_config
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.masks import IGNORE, BadMask, decode_mask
-from hf_mim.training.errors import DataError
 
 
 def circle(i: int, values=(0, 1)) -> np.ndarray:

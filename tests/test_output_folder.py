@@ -13,18 +13,18 @@ import pytest
 from rich.console import Console
 from test_pretrain import TINY, run
 
-from hf_mim.training import output_folder
 from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.errors import FolderError
-from hf_mim.training.output_folder import LOCK, FolderLock, OutputFolder, choose_folder, make_folder
+from hf_mim.training.common import output_folder
+from hf_mim.training.common.errors import FolderError
+from hf_mim.training.common.output_folder import LOCK, FolderLock, OutputFolder, choose_folder, make_folder
 from hf_mim.training.trainer.saving import last_checkpoint
 
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from hf_mim.training.output_folder import FolderLock
+from hf_mim.training.common.output_folder import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

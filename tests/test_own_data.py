@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from hf_mim.cli import main
 from hf_mim.training.commands.pretrain import pretrain
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import FolderError, RecipeError
 from hf_mim.training.data.files import find_runs, list_place
-from hf_mim.training.errors import FolderError, RecipeError
 from hf_mim.training.own_data import own_data
 
 

@@ -13,12 +13,12 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import check_part, pair
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
-from hf_mim.training import recipe_keys
 from hf_mim.training.commands.dense import DenseArguments
 from hf_mim.training.commands.finetune_run import training_arguments
 from hf_mim.training.commands.probe_setup import ProbeArguments
+from hf_mim.training.common import recipe_keys
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 

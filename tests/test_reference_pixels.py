@@ -40,6 +40,7 @@ def saved(name, folder, **rest):
 
 
 def pretraining_model(path, folder, **hints):
+    folder.mkdir(exist_ok=True)
     out = Path(tempfile.mkdtemp(dir=folder))
     lines = convert(str(path), out, **hints)
     return MIMForPreTraining.from_pretrained(out).eval(), lines

@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 from test_data import config, picture
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import TooManyBadImages
 from hf_mim.training.data.pairs import open_pairs
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.tars import BadTar
-from hf_mim.training.errors import DataError
 
 
 STREAMED = pytest.mark.parametrize("streaming", [False, True])

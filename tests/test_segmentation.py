@@ -21,7 +21,7 @@ from hf_mim.cli import main
 from hf_mim.modeling.modeling_upernet import MIMUperNet
 from hf_mim.training.commands.finetune import finetune, read_recipe
 from hf_mim.training.commands.segmentation import check_grid, choose_stages, make_segmenter
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.masked import load_masked_splits

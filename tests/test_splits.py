@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.splits import draw_labelled, draw_scenes, draw_subset, hold_out, hold_out_scenes, split_of
-from hf_mim.training.errors import DataError
 
 
 SIZES = {0: 500, 1: 300, 2: 40, 3: 3, 4: 1}

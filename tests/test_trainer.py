@@ -12,7 +12,7 @@ from helpers import tiny_config
 from rich.console import Console
 
 from hf_mim import MIMForPreTraining
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset

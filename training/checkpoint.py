@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.training.common.declared import check_declared, check_file
+from hf_mim.training.common.errors import CheckpointError, RecipeError
+from hf_mim.training.common.foreign_errors import mismatch_reason
 from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.data.urls import LOCAL, is_url
-from hf_mim.training.declared import check_declared, check_file
-from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.foreign_errors import mismatch_reason
 
 
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards

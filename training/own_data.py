@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_mim.training import recipe as recipes
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import FolderError, RecipeError
+from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import FolderError, RecipeError
 
 
 SHIPPED = "Fashion-MNIST subset (shipped)"  # the data where nobody names any
@@ -83,3 +84,8 @@ def check_outside(output: str, dataset: str | None) -> None:
     if inside:
         message = f"the output folder {output} lies in the data folder {dataset}: choose another output_dir"
         raise FolderError(message, output)
+
+
+def dataset_title(data: DataArguments, shipped: str = SHIPPED) -> str:
+    """What a data set is called."""
+    return data.dataset or shipped

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from hf_mim.modeling.options import shorten, unknown_choice
-from hf_mim.training.errors import RecipeError
-from hf_mim.training.recipe_keys import (
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.recipe_keys import (
     COMMAND_SECTIONS,
     SECTIONS,
     check_keys,

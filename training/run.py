@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar
 
 import accelerate
 import torch
@@ -18,9 +18,17 @@ from torch import nn
 from transformers import set_seed
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.options import Size, pair
+from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
-from hf_mim.training.advice import (
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import EvaluationError, RecipeError
+from hf_mim.training.common.output_folder import OutputFolder, choose_folder, holds_run
+from hf_mim.training.common.resources import ResourceError, explain_shortage
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.sample import PixelSample
+from hf_mim.training.data.urls import is_url
+from hf_mim.training.own_data import check_outside
+from hf_mim.training.trainer.advice import (
     SHORT,
     Length,
     describe_duration,
@@ -28,14 +36,6 @@ from hf_mim.training.advice import (
     length_of,
     warning_of_length,
 )
-from hf_mim.training.console import RunConsole
-from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.sample import PixelSample
-from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import EvaluationError, RecipeError
-from hf_mim.training.output_folder import OutputFolder, choose_folder, holds_run
-from hf_mim.training.own_data import SHIPPED, check_outside
-from hf_mim.training.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.manifest import differences, last_whole_checkpoint, read_manifest, versions
 from hf_mim.training.trainer.processes import PeerWatchdog, on_main_process
@@ -50,7 +50,6 @@ TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "ch
 DATA_REPORT = "data.json"
 REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
@@ -394,35 +393,10 @@ class TrainingRun(Run, Generic[TrainerT]):
         }
 
 
-def name_of(source: str) -> str:
-    """What to call a checkpoint: the last part of its path or id."""
-    name = Path(source).name
-    return Path(source).resolve().name if name in ("", "..") else name
-
-
 # ---- sections, machine and versions --------------------------------------------------------------------------------
 def which_run(command: str) -> RecipeError:
     """The error for `training.resume=true` without a run."""
     return RecipeError(f"which run to resume? hf-mim {command} FOLDER training.resume=true", "training.resume")
-
-
-def dataset_title(data: DataArguments, shipped: str = SHIPPED) -> str:
-    return data.dataset or shipped
-
-
-def size_title(size: Size) -> str:
-    height, width = pair(size)
-    return f"{height}x{width}"
-
-
-def best_device() -> torch.device:
-    """The GPU or other accelerator, where there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:
-    """The model itself, moved: `PreTrainedModel.to` has no type."""
-    return cast(ModuleT, cast(nn.Module, model).to(device))
 
 
 def precision_of(arguments: MIMTrainingArguments) -> str:

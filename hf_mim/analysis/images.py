@@ -10,7 +10,8 @@ import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import DataError, RecipeError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
@@ -18,7 +19,6 @@ from hf_mim.training.data.labels import Labels, read_labels
 from hf_mim.training.data.sample import look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits, hold_out, limit_rows
-from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation import frozen
 
 

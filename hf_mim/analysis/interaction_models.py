@@ -19,11 +19,11 @@ from hf_mim.analysis.measurement import number
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
 from hf_mim.modeling.options import is_of, unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
-from hf_mim.training.console import RunConsole
-from hf_mim.training.errors import RecipeError
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.device import best_device
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.evaluation.frozen import extract_features, pixel_loader
 from hf_mim.training.evaluation.readouts import LinearProbe
-from hf_mim.training.run import best_device
 
 
 TITLE = "Interaction strength"

@@ -26,13 +26,15 @@ from hf_mim.modeling.options import pair, unknown_choice
 from hf_mim.modeling.target_base import displayable
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.device import best_device
+from hf_mim.training.common.errors import CheckpointError, RecipeError
+from hf_mim.training.common.output_folder import choose_folder
+from hf_mim.training.common.titles import name_of
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
-from hf_mim.training.errors import CheckpointError, RecipeError
-from hf_mim.training.output_folder import choose_folder
-from hf_mim.training.own_data import chosen_data, own_data
-from hf_mim.training.run import Run, best_device, dataset_title, name_of, versions
+from hf_mim.training.own_data import chosen_data, dataset_title, own_data
+from hf_mim.training.run import Run, versions
 
 
 FORMAT = 1  # of report.json

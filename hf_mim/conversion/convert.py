@@ -9,8 +9,8 @@ from torch import Tensor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import Size
+from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.data.processors import processor_for
-from hf_mim.training.output_folder import check_new_folder
 
 from .libraries import convert_folder
 from .official import Converted, Hints, convert_state

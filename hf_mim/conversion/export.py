@@ -5,8 +5,8 @@ from pathlib import Path
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
+from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.data.processors import processor_for
-from hf_mim.training.output_folder import check_new_folder
 
 from .export_timm import to_timm
 from .export_transformers import to_transformers

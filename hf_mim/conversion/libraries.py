@@ -12,7 +12,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.foreign import check_config, refuse_loading, trusts_remote_code
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.training.errors import CheckpointError
+from hf_mim.training.common.errors import CheckpointError
 
 from . import vit_family as vit
 from .official import Converted, Hints, convert_state, finish, with_mae_decoder

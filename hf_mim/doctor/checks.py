@@ -29,13 +29,13 @@ from hf_mim.modeling.options import pair
 from hf_mim.modeling.target_discrete import DiscreteTokenTarget
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.splits import draw_subset
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import (
     describe_explained,

@@ -20,8 +20,8 @@ from hf_mim.modeling.options import pair
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
-from hf_mim.training.errors import CheckpointError
-from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.common.errors import CheckpointError
+from hf_mim.training.common.sharing import file_inside, shareable
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"

@@ -8,8 +8,8 @@ import shutil
 from huggingface_hub import constants, errors, get_token, scan_cache_dir
 
 from hf_mim.modeling.foreign import TRUST
-from hf_mim.training.errors import UserError
-from hf_mim.training.sharing import masked
+from hf_mim.training.common.errors import UserError
+from hf_mim.training.common.sharing import masked
 
 
 STORAGE = re.compile(r"(?i)[^.]*\b(storage|quota)\b[^.]*")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from hf_mim.training import recipe as recipes
-from hf_mim.training.errors import CheckpointError
-from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.common.errors import CheckpointError
+from hf_mim.training.common.sharing import file_inside, shareable
 
 
 INDEX = "model.safetensors.index.json"

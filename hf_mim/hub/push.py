@@ -27,8 +27,8 @@ from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
-from hf_mim.training.errors import FolderError
-from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.common.errors import FolderError
+from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.trainer.pushing import is_weights
 
 

@@ -17,7 +17,6 @@ from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
-from hf_mim.training.advice import SHORT_FINETUNING
 from hf_mim.training.checkpoint import (
     config_errors,
     encoder_errors,
@@ -28,16 +27,18 @@ from hf_mim.training.checkpoint import (
     weight_errors,
 )
 from hf_mim.training.commands.finetune_run import FinetuneRun
-from hf_mim.training.console import make_table
+from hf_mim.training.common.console import make_table
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.processors import processor_for
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.classification import confusion_matrix
 from hf_mim.training.evaluation.metrics import CLASSIFICATION, score_classes
+from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_confusion
-from hf_mim.training.run import dataset_title, size_title
+from hf_mim.training.trainer.advice import SHORT_FINETUNING
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
 from hf_mim.training.trainer.lora import ADAPTER, add_lora, save_adapted

@@ -15,18 +15,20 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.probe_setup import REMEDY
 from hf_mim.training.commands.segmentation import SHOWN, input_size
-from hf_mim.training.console import RunConsole, make_table
+from hf_mim.training.common.console import RunConsole, make_table
+from hf_mim.training.common.device import best_device, on_device
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.output_folder import choose_folder
+from hf_mim.training.common.titles import name_of, size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.urls import check_local
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.dense import UNITS, DenseProbeData, dense_protocol, measure
 from hf_mim.training.evaluation.features import Features, choose_layers
 from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_intervals, score_masks
-from hf_mim.training.output_folder import choose_folder
-from hf_mim.training.own_data import SCENES, chosen_data, own_data
+from hf_mim.training.own_data import SCENES, chosen_data, dataset_title, own_data
 from hf_mim.training.plots.pictures import draw_masks
-from hf_mim.training.run import Run, best_device, dataset_title, name_of, on_device, size_title, versions
+from hf_mim.training.run import Run, versions
 from hf_mim.training.trainer.arguments import has_bf16
 
 

@@ -10,9 +10,9 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.commands.classification import finetune_classification
 from hf_mim.training.commands.finetune_run import set_up
 from hf_mim.training.commands.segmentation import finetune_segmentation
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.own_data import SCENES, SHIPPED, own_data
 from hf_mim.training.run import which_run
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments

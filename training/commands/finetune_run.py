@@ -9,9 +9,9 @@ from typing import cast
 from rich.console import Console
 from transformers.trainer_utils import SaveStrategy
 
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.plots import charts
 from hf_mim.training.run import TrainingRun, which_run
 from hf_mim.training.trainer.arguments import MIMTrainingArguments

@@ -15,10 +15,12 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
-from hf_mim.training.advice import warning_of_twin
 from hf_mim.training.checkpoint import config_errors, load_model
 from hf_mim.training.commands.reconstruct import draw_examples
-from hf_mim.training.console import IMAGES_DONE, RunConsole, make_table
+from hf_mim.training.common.console import IMAGES_DONE, RunConsole, make_table
+from hf_mim.training.common.device import on_device
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import MIMCollator
@@ -28,12 +30,13 @@ from hf_mim.training.data.processors import processor_for
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teacher_of
 from hf_mim.training.evaluation.metrics import frozen_scores
+from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_loss
-from hf_mim.training.run import TrainingRun, dataset_title, on_device, size_title, which_run
+from hf_mim.training.run import TrainingRun, which_run
+from hf_mim.training.trainer.advice import warning_of_twin
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback

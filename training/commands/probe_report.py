@@ -6,15 +6,16 @@ from torch import Tensor
 
 import hf_mim
 from hf_mim.training.commands.probe_setup import Probe
-from hf_mim.training.console import make_table
+from hf_mim.training.common.console import make_table
 from hf_mim.training.evaluation.bootstrap import accuracy_interval
 from hf_mim.training.evaluation.heads import Trained
 from hf_mim.training.evaluation.metrics import frozen_scores
 from hf_mim.training.evaluation.probe_scores import SHARES, SHOTS, probe_protocol, weights_over_images
+from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_accuracies
 from hf_mim.training.plots.pictures import draw_attention
 from hf_mim.training.plots.pictures import examples as examples_of
-from hf_mim.training.run import dataset_title, versions
+from hf_mim.training.run import versions
 
 
 RECORDED = (  # of `ProbeArguments`, in probe.json

@@ -12,7 +12,11 @@ from rich.console import Console
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.device import best_device, on_device
+from hf_mim.training.common.errors import DataError, RecipeError
+from hf_mim.training.common.output_folder import choose_folder
+from hf_mim.training.common.titles import name_of
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns, is_class
 from hf_mim.training.data.images import MIMDataset
@@ -20,12 +24,10 @@ from hf_mim.training.data.pretraining import Splits, load_splits
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits, draw_labelled
 from hf_mim.training.data.urls import check_local
-from hf_mim.training.errors import DataError, RecipeError
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
-from hf_mim.training.output_folder import choose_folder
 from hf_mim.training.own_data import chosen_data, own_data
-from hf_mim.training.run import Run, best_device, name_of, on_device
+from hf_mim.training.run import Run
 
 
 DEFAULT_POOLERS = ("cls", "mean", "abmilp", "efficient")

@@ -12,7 +12,9 @@ from hf_mim.modeling.options import pair
 from hf_mim.modeling.resizing import fit_whole
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_model
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import DataError, FolderError, RecipeError
+from hf_mim.training.common.output_folder import check_new_file
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import ImageBatch, MIMCollator
 from hf_mim.training.data.decoding import Decoder, Undecodable
@@ -20,8 +22,6 @@ from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.transforms import sample_rng
-from hf_mim.training.errors import DataError, FolderError, RecipeError
-from hf_mim.training.output_folder import check_new_file
 from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.plots import pictures
 

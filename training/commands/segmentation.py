@@ -16,22 +16,22 @@ from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.modeling.options import OptionError, Size, pair
-from hf_mim.training.advice import SHORT_FINETUNING
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
-from hf_mim.training.console import RunConsole, make_table
+from hf_mim.training.common.console import RunConsole, make_table
+from hf_mim.training.common.errors import CheckpointError, RecipeError
+from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
 from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.data.processors import BICUBIC, own_processor
 from hf_mim.training.data.sample import PixelSample, fits_stock_processor
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
-from hf_mim.training.errors import CheckpointError, RecipeError
 from hf_mim.training.evaluation.iou import ious, predict_mask
 from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
-from hf_mim.training.own_data import SCENES
+from hf_mim.training.own_data import SCENES, dataset_title
 from hf_mim.training.plots.pictures import draw_masks
-from hf_mim.training.run import dataset_title, size_title
+from hf_mim.training.trainer.advice import SHORT_FINETUNING
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.segmentation_trainer import SegmentationTrainer
 

@@ -20,15 +20,15 @@ from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
 from hf_mim.modeling.teachers import TeacherModel, load_teacher
 from hf_mim.training import recipe as recipes
-from hf_mim.training.console import RunConsole, make_table
+from hf_mim.training.common.console import RunConsole, make_table
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.output_folder import check_new_file
+from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
-from hf_mim.training.errors import RecipeError
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
-from hf_mim.training.output_folder import check_new_file
 from hf_mim.training.own_data import chosen_data, own_data
-from hf_mim.training.run import size_title
 from hf_mim.training.trainer.processes import PeerWatchdog
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hf_mim.modeling.pixels import MAX_PIXELS, as_number, as_pairs, crop_share
+from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data import urls
-from hf_mim.training.errors import RecipeError
 
 
 # The smallest value that a number may have.

@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import MAGNITUDES, AugmentArguments
 from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import ImageBatch, normalize, statistics
 from hf_mim.training.data.images import MIMDataset
-from hf_mim.training.errors import DataError
 
 
 ERASED = ((0.02, 1 / 3), (0.3, 10 / 3))  # area and aspect ratio of an erased rectangle, as in timm and in MAE's release

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_mim.training.errors import DataError
+from hf_mim.training.common.errors import DataError
 
 
 SETTLED = 1000  # images of which a share of bad ones says something

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional
 
-from hf_mim.training.errors import DataError
+from hf_mim.training.common.errors import DataError
 
 
 CHANGES = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)

@@ -10,8 +10,8 @@
 import datasets
 
 from hf_mim.modeling.options import unknown_choice
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.errors import DataError
 
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tif", "tiff", "pixel_values")

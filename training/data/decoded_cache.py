@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 
 from hf_mim.modeling.resizing import resize
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.mapped_file import MappedFile, free_bytes
-from hf_mim.training.errors import DataError
 
 
 SAMPLE = 32  # images from which the size of the cache is estimated

@@ -20,9 +20,9 @@ from hf_mim.modeling.pixels import (
     pixel_rules,
 )
 from hf_mim.modeling.pixels import read_file as read_values
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.errors import DataError
 
 
 # Deprecated since torchvision 0.29. Without it Pillow decodes, which takes a quarter longer, and more for small files.

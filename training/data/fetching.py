@@ -10,8 +10,8 @@ from pathlib import Path
 from filelock import FileLock
 from huggingface_hub import constants
 
+from hf_mim.training.common.errors import CheckpointError, RecipeError, UserError
 from hf_mim.training.data import urls
-from hf_mim.training.errors import CheckpointError, RecipeError, UserError
 
 
 MODEL_FILES = (".json", ".safetensors")  # neither code nor pickles

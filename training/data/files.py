@@ -9,8 +9,8 @@ from pathlib import Path
 
 import PIL.features
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
-from hf_mim.training.errors import DataError
 
 
 EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}

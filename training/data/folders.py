@@ -2,10 +2,10 @@
 
 import datasets
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.files import EXTENSIONS, SHARDS, Listing
 from hf_mim.training.data.metadata import Metadata, read_metadata
 from hf_mim.training.data.splits import Opened, split_of
-from hf_mim.training.errors import DataError
 
 
 LABEL = "label"  # the column with the names of the class folders

@@ -10,6 +10,7 @@ import torch
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.resizing import fit_whole
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BadImageReport, BadImages, name_file, row_name
@@ -21,7 +22,6 @@ from hf_mim.training.data.decoded_cache import DecodedCache
 from hf_mim.training.data.decoding import Decoder, Undecodable
 from hf_mim.training.data.labels import Labels, read_labels
 from hf_mim.training.data.transforms import UNIFORMS, crop, crop_batch, crop_boxes, flip_batch, sample_rng
-from hf_mim.training.errors import DataError
 
 
 class MIMDataset(ImageDataset):

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.augment import LabelledImages
 from hf_mim.training.data.columns import find_columns, find_label_column
@@ -24,7 +25,6 @@ from hf_mim.training.data.splits import (
     limit_rows,
     other_test_split,
 )
-from hf_mim.training.errors import DataError
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import datasets
 import torch
 
-from hf_mim.training.errors import DataError
+from hf_mim.training.common.errors import DataError
 
 
 WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0*)?")  # 007 is a name

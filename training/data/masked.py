@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_mask_columns
 from hf_mim.training.data.decoding import Decoder
@@ -16,7 +17,6 @@ from hf_mim.training.data.report import describe_classes, describe_columns, unus
 from hf_mim.training.data.sample import PixelSample, look_at
 from hf_mim.training.data.scenes import COUNTS, Scenes
 from hf_mim.training.data.splits import choose_splits, draw_scenes, hold_out_scenes, other_test_split
-from hf_mim.training.errors import DataError
 
 
 MANY_IDS = 16  # beyond so many it is looked at whether ids make areas

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.decoding import check_regular, read_file
-from hf_mim.training.errors import DataError
 
 
 IGNORE = 255  # the id of pixels that have no class

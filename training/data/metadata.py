@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import datasets
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.decoding import read_file
-from hf_mim.training.errors import DataError
 
 
 FILE_NAME = "file_name"  # the column that names the image, relative to the table; `mask_file_name` names another file

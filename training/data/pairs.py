@@ -6,13 +6,13 @@ from typing import Protocol
 import datasets
 import numpy as np
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.files import SHARDS, Listing, list_place, place_of
 from hf_mim.training.data.masks import BadMask, decode_mask, size_of
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import Opened, split_of
-from hf_mim.training.errors import DataError
 
 
 MASK_FOLDERS = ("masks", "annotations", "labels")

@@ -7,6 +7,7 @@ import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import unknown_choice
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
@@ -16,7 +17,6 @@ from hf_mim.training.data.sample import PixelSample, look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import Opened, choose_splits, hold_out_rows, limit_rows
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.errors import DataError
 
 
 FEWEST = 20  # labelled images that a data set must have for some to be held out

@@ -11,11 +11,11 @@ import numpy as np
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import Decoder, apply_rules, mode_of, read_image
 from hf_mim.training.data.shards import DAMAGE, is_damage
-from hf_mim.training.errors import DataError
 
 
 COUNT = 48  # images, at most

@@ -5,11 +5,11 @@ import PIL.Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
 from hf_mim.modeling.options import pair, unknown_choice
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import decode
 from hf_mim.training.data.sources import open_dataset
-from hf_mim.training.errors import DataError
 
 
 SIZE = (56, 56)  # pixels; a piece of clothing is 28 x 28 before it is scaled

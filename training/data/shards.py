@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow
 import torch
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.bad_images import allowed, name_file
-from hf_mim.training.errors import DataError
 
 
 READ = 16  # rows fetched from a shard at once

@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.files import SHARDS, list_files, list_place, place_of
 from hf_mim.training.data.folders import open_folder
 from hf_mim.training.data.splits import Opened, split_of
 from hf_mim.training.data.tars import open_tars
-from hf_mim.training.errors import DataError
 
 
 SHIPPED = Path(str(package_files("hf_mim"))) / "data" / "fashion_mnist"

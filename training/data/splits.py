@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 
 from hf_mim.modeling.options import unknown_choice
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.labels import read_labels
-from hf_mim.training.errors import DataError
 
 
 # Names of a split, in order of preference. A folder or a file that begins with one of them is that split.

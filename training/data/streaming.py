@@ -11,6 +11,7 @@ import torch
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.resizing import fit_whole
+from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BAD_SLOTS, MESSAGE_BYTES, BadFiles, BadImageReport, get_message
 from hf_mim.training.data.base import ImageDataset
@@ -20,7 +21,6 @@ from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.shards import Lane, Shards, Window
 from hf_mim.training.data.transforms import UNIFORMS, crop_batch, crop_boxes, flip_batch, sample_rng
-from hf_mim.training.errors import DataError
 
 
 class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):

@@ -12,8 +12,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from hf_mim.training.errors import OneLineError, RecipeError, UserError
-from hf_mim.training.sharing import has_secret, masked
+from hf_mim.training.common.errors import OneLineError, RecipeError, UserError
+from hf_mim.training.common.sharing import has_secret, masked
 
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_base import Grid, patchify
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 from hf_mim.training.data.masked import MaskedSplits
 from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_mim.training.common.errors import FolderError
 from hf_mim.training.data.mapped_file import MappedFile
-from hf_mim.training.errors import FolderError
 
 
 # Bytes of rows, of each file, after which pages that were read are given back: they count as the process's memory.

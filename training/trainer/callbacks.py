@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_mim.modeling.target_base import Target
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 from hf_mim.training.data.base import FollowsEpochs, ImageDataset
 
 

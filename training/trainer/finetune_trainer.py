@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.modeling.modeling_mim import MIMPreTrainedModel
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.layer_decay import layer_of_parameters, parameter_groups
 from hf_mim.training.trainer.optimization import unwrapped_name

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hf_mim.training.errors import UserError
-from hf_mim.training.foreign_errors import is_lost_peer
+from hf_mim.training.common.errors import UserError
+from hf_mim.training.common.foreign_errors import is_lost_peer
 
 
 LOOK_EVERY = 1.0  # seconds between two looks at the other processes

@@ -6,7 +6,7 @@ import time
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
 
 
 NOTABLE_WAIT = 0.1  # share of the time waiting for data from which the progress says so

@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_mim.modeling import configuration_mim
-from hf_mim.training.sharing import file_inside, shareable
+from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 

@@ -12,9 +12,9 @@ import accelerate
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from hf_mim.training.common.output_folder import LOCK
 from hf_mim.training.data import urls
 from hf_mim.training.data.fetching import cached, fetch_files
-from hf_mim.training.output_folder import LOCK
 from hf_mim.training.trainer.manifest import DAMAGED, update_manifest
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint, publish
 

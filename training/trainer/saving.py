@@ -18,10 +18,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.target_base import Target
+from hf_mim.training.common.foreign_errors import is_torch_write_error
+from hf_mim.training.common.resources import ResourceError, explain_shortage
 from hf_mim.training.data.fingerprint import fingerprint
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.foreign_errors import is_torch_write_error
-from hf_mim.training.resources import ResourceError, explain_shortage
 from hf_mim.training.trainer.manifest import flatten, versions, write_manifest
 from hf_mim.training.trainer.pushing import PushingTrainer
 

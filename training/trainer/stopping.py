@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_mim.training.output_folder import OutputFolder
+from hf_mim.training.common.output_folder import OutputFolder
 from hf_mim.training.trainer.saving import CheckpointingTrainer, last_checkpoint
 
 

@@ -17,11 +17,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMPreTrainedModel
 from hf_mim.modeling.options import pair
-from hf_mim.training.console import RunConsole
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.foreign_errors import is_lost_worker
 from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import normalize_batch
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.foreign_errors import is_lost_worker
 from hf_mim.training.trainer.callbacks import DamagedShardsCallback, EpochCallback, EpochSampler, TargetCallback
 from hf_mim.training.trainer.optimization import WeightDecayCallback, lamb, scale_rates, unwrapped_name
 from hf_mim.training.trainer.progress import TrainingProgress

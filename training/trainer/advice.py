@@ -6,7 +6,7 @@ from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_mim.training.errors import EvaluationError
+from hf_mim.training.common.errors import EvaluationError
 from hf_mim.training.evaluation.twin import compare
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.throughput import seconds_per_step

@@ -13,8 +13,8 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from hf_mim.modeling.options import Size, is_of, shorten, unknown_choice
-from hf_mim.training.errors import RecipeError
-from hf_mim.training.sharing import check_secrets
+from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.sharing import check_secrets
 
 
 # section -> where the classes are whose fields are its keys: module and class, a later one over an earlier

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_mim.training.foreign_errors import foreign_errno, is_cpu_memory_error, is_torch_write_error
+from hf_mim.training.common.foreign_errors import foreign_errno, is_cpu_memory_error, is_torch_write_error
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from hf_mim.training.errors import FolderError, RecipeError
+from hf_mim.training.common.errors import FolderError, RecipeError
 
 
 # Parts of names, parted by `_`, `-`, `.` or a capital: `hub_token`, `AWSAccessKeyId`, `X-Amz-Signature`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from hf_mim.training.errors import FolderError
+from hf_mim.training.common.errors import FolderError
 
 
 try:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hf_mim.modeling.options import shorten
-from hf_mim.training.errors import CheckpointError
+from hf_mim.training.common.errors import CheckpointError
 
 
 FILE = 32 * 2**20  # bytes of a config.json

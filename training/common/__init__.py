@@ -1,0 +1,1 @@
+"""What every room uses: errors, the console, output folders, keys of recipes, and what must not leave the machine."""
