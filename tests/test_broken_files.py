@@ -148,6 +148,7 @@ def test_any_value_in_any_field_of_a_config_loads_or_is_one_line(checkpoint, tmp
         (("encoder_config", "hidden_size"), 10**9),
         (("image_size",), 10**9),
         (("num_labels",), 10**9),
+        (("masks_per_image",), 10**9),
         (("id2label",), {str(i): "x" for i in range(200_000)}),
         (("encoder_config", "patch_size"), [10**7, 10**7]),
     ],

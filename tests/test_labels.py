@@ -304,12 +304,12 @@ def test_a_run_that_resumes_on_other_data_says_so(tmp_path, change):
         pretrain(str(run), ["training.resume=true"], Console(file=out, width=300))
         return out.getvalue()
 
-    assert "the data are not those" not in resumed()
+    assert "training data have changed" not in resumed()
     if change == "removed":
         (tmp_path / "images" / "03.png").unlink()
     else:
         name = "03.png" if change == "replaced" else "99.png"
         PIL.Image.new("RGB", (20, 20)).save(tmp_path / "images" / name)
     printed = resumed()
-    assert "the data are not those of the run so far; before: " in printed
-    assert "training: 12 images" in printed if change != "replaced" else "other files or contents" in printed
+    assert "training data have changed (" in printed
+    assert "instead of 12" in printed if change != "replaced" else "as many, but not the same" in printed

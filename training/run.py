@@ -47,7 +47,6 @@ from hf_mim.training.trainer.trainer import MIMTrainer
 
 # Any of these in a folder says that it holds a run already.
 TRACES = ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-*")
-DATA_REPORT = "data.json"
 REMEDY = "choose another training.output_dir, remove that folder, or resume the run with training.resume=true"
 TrainerT = TypeVar("TrainerT", bound=MIMTrainer)
 
@@ -136,7 +135,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         paper: what the recipe's header says of it.
         remote: copies the run to a URL.
         checkpoint: to resume from.
-        data_report: what is used of the data, and a digest of its files; a run that resumes compares it.
+        data_digest: of the data's files; a run that resumes compares it.
         model: set when the data says what its head is.
     """
 
@@ -145,7 +144,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     paper: str = ""
     remote: RemoteRun | None = None
     checkpoint: Path | None = None
-    data_report: list[str] = field(default_factory=list)
+    data_digest: str = ""
     model: nn.Module = field(init=False, repr=False)
     length: Length = field(init=False, repr=False)
 
@@ -210,20 +209,13 @@ class TrainingRun(Run, Generic[TrainerT]):
             self.console.warn(message)
 
     def describe(self, report: Sequence[str] = (), digest: str = "", **lines: str) -> None:
-        """As of `Run`; a run that resumes on other data than before says so.
+        """As of `Run`.
 
         Args:
-            digest: of the files.
+            digest: of the names and sizes of the data's files, for the manifests of the checkpoints.
         """
         super().describe(report, **lines)
-        self.data_report = [*report, digest]
-        file = self.folder / DATA_REPORT
-        before = json.loads(file.read_text(encoding="utf-8")) if self.arguments.resume and file.is_file() else None
-        if before is not None and before != self.data_report:
-            changed = [line for line in before[:-1] if line not in report]
-            self.console.warn(
-                "the data are not those of the run so far; before: " + ("; ".join(changed) or "other files or contents")
-            )
+        self.data_digest = digest
 
     def describe_length(self, dataset, least: int = SHORT, drop_last: bool | None = None) -> None:
         """Prints how long the run is, with a warning where it is shorter than `least` steps."""
@@ -271,7 +263,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         Raises:
             SystemExit: with code 143 after SIGTERM, with 1 where another process is gone, which has been said.
         """
-        trainer.recipe = self.recipe
+        trainer.recipe, trainer.data_digest = self.recipe, self.data_digest
         self.log_differences(trainer)
         stop = StopCallback(lambda: self.console.log("stopping after this step; saving"))
         trainer.add_callback(stop)
@@ -362,7 +354,6 @@ class TrainingRun(Run, Generic[TrainerT]):
         comment += f"{command} {shlex.quote(f'{self.location}/recipe.yaml')}"
         comment += f"\n\nPaper: {self.paper}" if self.paper else ""
         recipes.save(self.recipe, self.folder / "recipe.yaml", comment)
-        self.write_json(DATA_REPORT, self.data_report)
         if self.remote is not None:
             self.remote.begin("recipe.yaml")
 

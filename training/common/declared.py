@@ -18,6 +18,7 @@ NUMBER = 2**31
 SIZE = 2**20  # of what is allocated
 SIDE = 2**14  # pixels of an image
 LAYERS = 4096  # where the weights cannot be counted
+MASKS = 1024  # of an image
 DEEP = 32  # levels of nesting
 REPEATED = re.compile(r"(layers?|depths?|blocks|stages)$")
 SIZED = re.compile(r"(size|sizes|dim|dims|width|channels|heads|labels|tokens)$|^(num|n)_")
@@ -43,6 +44,8 @@ def check_declared(fields: Mapping[str, Any], source: str, location: str) -> Non
         limit = NUMBER
         if REPEATED.search(key):
             limit = LAYERS if layers is None else layers
+        elif key == "masks_per_image":
+            limit = MASKS
         elif key == "image_size":
             limit = SIDE
         elif SIZED.search(key):

@@ -23,6 +23,7 @@ LEFT_OUT = (MANIFEST, "training_args.bin")
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 DAMAGED = "damaged-"  # before the name of a checkpoint that cannot be used
 MIXED = "from here on images come in another order: the run will not end as it would have without a break"
+DIGESTS = ("sample", "files")  # of the data: they say no more than that they differ
 # What of a record differs, and what that means.
 MEANINGS = {
     "data": f"the training data have changed ({{change}}); {MIXED}",
@@ -167,5 +168,5 @@ def describe_change(key: str, before: Any, now: Any) -> str:
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if key == "recipe":
         return ", ".join(changed)
-    changes = [f"{name}: {now.get(name)} instead of {before.get(name)}" for name in changed if name != "sample"]
+    changes = [f"{name}: {now.get(name)} instead of {before.get(name)}" for name in changed if name not in DIGESTS]
     return ", ".join(changes) or "as many, but not the same"

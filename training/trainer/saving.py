@@ -49,6 +49,7 @@ class CheckpointingTrainer(PushingTrainer):
     _staging: Path | None = None  # where a checkpoint is being written
     _to_push: str | None = None  # the checkpoint to push when it has its name
     recipe: dict[str, Any] | None = None  # of the run, for the manifests
+    data_digest: str = ""  # of the names and sizes of its data's files, for them too
 
     @property
     def bare_model(self) -> PreTrainedModel:
@@ -112,7 +113,7 @@ class CheckpointingTrainer(PushingTrainer):
     def run_record(self) -> dict[str, Any]:
         """What a manifest says of the run; see `manifest.MEANINGS`."""
         return {
-            "data": self._fingerprint,
+            "data": {**self._fingerprint, "files": self.data_digest},
             "total_batch": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "processes": self.args.world_size,
             "versions": versions(),
