@@ -51,11 +51,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def place_of(error: BaseException, folders: Sequence[Path]) -> Path:
-    """The file that an error names, else the folder, cache or temporary folder whose disk has the least room."""
+    """The file that an error names, else the folder, cache or temporary folder whose disk is full."""
     name = getattr(error, "filename", None)
     if isinstance(name, str | os.PathLike):
         return Path(name)
-    return min((*folders, *other_folders()), key=lambda folder: free_bytes(folder) // 2**20)
+    places = (*folders, *other_folders())
+    return next((place for place in places if free_bytes(place) < LITTLE), places[0])
 
 
 def other_folders() -> tuple[Path, ...]:
