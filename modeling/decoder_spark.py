@@ -16,7 +16,8 @@ NORMS = ("batch", "layer", "none")
 
 
 class SparKDecoder(Decoder):
-    """From the coarsest map of a sparse ConvNet to an image of full resolution, one block for every doubling.
+    """From the coarsest map of a sparse ConvNet to an image of full resolution, one block for every doubling
+    (SparK, 2301.03580, as released).
 
     The last map of each stride is normalised over its visible positions, gets a learned token in its hidden ones, is
     projected to the block's width (1x1 for the coarsest map, nothing where the widths agree; 3x3 for the others) and

@@ -25,7 +25,7 @@ def code_usage(counts: Tensor) -> tuple[float, int]:
 
 
 class DiscreteTokenTarget(Target):
-    """The index of the codebook entry nearest to a token's features.
+    """The index of the codebook entry nearest to a token's features (BEiT v2, 2208.06366).
 
     Options:
         features: the target whose features are coded: {"name": ..., and its options}.

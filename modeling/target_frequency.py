@@ -55,7 +55,7 @@ def focal_frequency_loss(
 
 
 class FrequencyTarget(Target):
-    """Pixels of hidden patches by L1, plus the focal frequency loss of the whole picture (A2MIM).
+    """Pixels of hidden patches by L1, plus the focal frequency loss of the picture (A2MIM, 2205.13943).
 
     Options:
         loss: l1, or focal_l1 as the released ConvNet configurations have it; the latter is about a tenth of the

@@ -57,7 +57,7 @@ GLYPH = 8  # pixels, the least side of a cell in a picture: below, no direction 
 
 
 class HOGTarget(Target):
-    """HOG of each hidden patch (MaskFeat, section 3.2): channels x orientations x cells.
+    """HOG of each hidden patch (MaskFeat, 2112.09133, section 3.2): channels x orientations x cells.
 
     Options:
         cell_size: pixels, an int or a pair; must divide the patch. None: 8 where that divides it, else half a patch.

@@ -13,7 +13,8 @@ from .target_teacher import FEATURE_DISTANCES, normalise_features
 
 
 class TokenMorphingTarget(Target):
-    """Predictions and targets are averaged over groups of similar target tokens before they are compared.
+    """Predictions and targets are averaged over groups of similar target tokens before they are compared
+    (DTM, 2401.00254).
 
     The loss is over all tokens, hidden or not: (1 / N) sum over groups of size x distance of the two means, the mean
     of `num_draws` independent draws of schedule and groups.

@@ -15,7 +15,7 @@ from .target_teacher import FEATURE_DISTANCES, FeatureTarget, normalise_features
 
 class MovingAverageTarget(FeatureTarget):
     """The mean over the last blocks of a moving average of the student, on the unmasked image; each block's MLP outputs
-    normalised per channel over the tokens, their mean normalised per token.
+    normalised per channel over the tokens, their mean normalised per token (data2vec 2.0, 2212.07525).
 
     Options:
         top_k_blocks: how many of the last blocks (fewer where there are fewer).

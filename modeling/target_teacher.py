@@ -71,7 +71,7 @@ FEATURE_DISTANCES: dict[str, Distance] = {**DISTANCES, "cosine": cosine_distance
 
 
 class TeacherFeatureTarget(FeatureTarget):
-    """The token features of a frozen teacher on the unmasked image.
+    """The token features of a frozen teacher on the unmasked image (MaskDistill, 2210.10615).
 
     Options:
         teacher: Hub id or local folder of a vision model of transformers (timm's through it) or of this project; or

@@ -313,3 +313,9 @@ def test_a_setting_without_effect_is_said(overrides, message):
 @pytest.mark.parametrize("name", recipes.recipe_files())
 def test_no_shipped_recipe_says_what_has_no_effect(name):
     assert recipes.without_effect(recipes.resolve(name)) == []
+
+
+def test_the_header_of_a_changed_recipe_does_not_credit_its_paper_alone():
+    assert recipes.credited_paper("mae", recipes.resolve("mae")) == recipes.read_header(recipes.find("mae"))["paper"]
+    paper = recipes.credited_paper("mae", recipes.resolve("mae", ["model.target=hog", "model.masking=block"]))
+    assert paper.endswith("; changed in this run: masking block in place of random, target hog in place of pixel")

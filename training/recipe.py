@@ -292,6 +292,25 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
     return {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
 
 
+def credited_paper(name: str, recipe: dict) -> str:
+    """The paper that a recipe's header names, and each part that a run takes from elsewhere: it is another method's.
+
+    Args:
+        name: of the recipe, as of `find`.
+        recipe: the same, resolved with the overrides of the run.
+    """
+    from hf_mim.modeling.configuration_mim import MIMConfig
+
+    paper, own, model = read_header(find(name)).get("paper", ""), read(name).get("model", {}), recipe["model"]
+    changes = []
+    for part in PARTS:
+        default = MIMConfig.__dataclass_fields__[part].default
+        before, now = own.get(part, default), model.get(part, default)
+        if now != before and "init_from" not in model:
+            changes.append(f"{part} {now} in place of {before}")
+    return f"{paper}; changed in this run: {', '.join(changes)}" if paper and changes else paper
+
+
 def without_effect(recipe: dict) -> list[str]:
     """A message about each setting of a resolved recipe that another one makes meaningless."""
     training, data, messages = recipe.get("training", {}), recipe.get("data", {}), []

@@ -273,7 +273,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         if self.checkpoint is None:
             size = pair(self.recipe["model"].get("image_size") or trainer.bare_model.config.image_size)
             if (duration := describe_duration(trainer, self.length, size)) is not None:
-                super().describe(estimated_time=duration)
+                super().describe(time=duration)
         try:
             with stop, self.watchdog():
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)

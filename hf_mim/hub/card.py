@@ -332,9 +332,9 @@ def papers(folder: Path, config: MIMConfig, task: str) -> list[str]:
     entries, seen = [clean(first)] if first else [], set(ARXIV.findall(first))
     for name in TASKS[task][3]:
         entry = PARTS[name].get(getattr(config, name))
-        for line in (getattr(entry, "__doc__", None) or "").splitlines()[:1]:
-            # The first one: a part that several methods share names them all.
-            new = [number for number in ARXIV.findall(line)[:1] if number not in seen]
-            seen.update(new)
-            entries += [f"{name} {code(getattr(config, name))}: arXiv:{number}" for number in new]
+        summary = (getattr(entry, "__doc__", None) or "").partition("\n\n")[0]
+        # The first one: a part that several methods share names them all.
+        new = [number for number in ARXIV.findall(summary)[:1] if number not in seen]
+        seen.update(new)
+        entries += [f"{name} {code(getattr(config, name))}: arXiv:{number}" for number in new]
     return entries

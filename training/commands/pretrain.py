@@ -96,7 +96,7 @@ def set_up(name: str, overrides: Sequence[str], console: Console | RunConsole | 
         console,
         command="pretrain",
         data=data,
-        paper=recipes.read_header(file).get("paper", ""),
+        paper=recipes.credited_paper(name, recipe),
     )
     run.model = make_model(recipe["model"] | display_bands(data))
     run.splits = load_splits(data, run.config, arguments.seed)
