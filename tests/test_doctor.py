@@ -75,8 +75,9 @@ def test_a_checkpoint_of_the_quick_recipe_is_healthy(quick):
     assert doctor(str(quick), ["data.max_train_images=1500"], Console(file=out, width=100)) == 0
     assert "no known fault found" in out.getvalue() and "fault:" not in out.getvalue()
     states = {name: check.state for name, check in checks_of(quick, "data.max_train_images=1500").items()}
+    # So short a run is too little to tell the encoder from its untrained twin on these images, which is no fault.
+    assert states.pop("better than untrained") in ("ok", "unclear")
     names = ("weights", "positions", "pixels", "target", "predictions", "decoder", "loss", "features")
-    names += ("better than untrained",)
     assert states == dict.fromkeys(names, "ok")
 
 
