@@ -234,13 +234,15 @@ def lite0_teacher(output_stride: int | None = None) -> TeacherModel:
     files = [
         file for place in (package and package.submodule_search_locations) or () for file in Path(place).rglob("*.pth")
     ]
-    if not files or importlib.util.find_spec("timm") is None:
+    try:
+        import timm  # slow to import, and only this teacher needs it
+    except ImportError:
+        files = []
+    if not files:
         raise ValueError(
             "teacher 'lite0' is not installed: pip install 'hf-mim[teacher]'; or name a Hub id or folder by "
             "model.target_config.teacher=NAME (model.target_config.features.teacher=NAME with target token_morphing)"
         )
-    import timm  # slow to import, and only this teacher needs it
-
     options: dict[str, Any] = {"output_stride": output_stride} if output_stride else {}
     network: Any = timm.create_model("tf_efficientnet_lite0", **options)
     weights, own = torch.load(files[0], map_location="cpu", weights_only=True), network.state_dict()

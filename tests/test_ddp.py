@@ -25,8 +25,9 @@ def gradients(folder, batch: int, steps: int, **changes) -> torch.Tensor:
     return found[0].clone()
 
 
-# `batch_weight` scales by the largest frequency of the batch at hand: no mean over images, by definition.
-FREQUENCY = {"target": "frequency", "target_config": {"batch_weight": False}}
+# As released, spectra are averaged over the batch at hand, and `batch_weight` scales by its largest frequency: by
+# definition neither is a mean over images.
+FREQUENCY = {"target": "frequency", "target_config": {"batch_weight": False, "average_spectra": False}}
 
 
 @pytest.mark.parametrize("changes", [{}, FREQUENCY, {"masking": "block", "decoder": "cross_attention"}])

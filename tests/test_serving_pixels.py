@@ -383,6 +383,6 @@ def test_doctor_speaks_of_lost_levels(tmp_path):
         file = tmp_path / "images" / f"{seed}.tif"
         file.write_bytes(tiff(levels(seed, top=235, kind=np.uint16, size=(16, 16))))
     MIMForPreTraining(tiny_config(num_channels=1)).save_pretrained(tmp_path / "model")
-    checks = {check.name: check for check in examine(str(tmp_path / "model"), [f"data.dataset={tmp_path / 'images'}"])}
+    checks = {check.name: check for check in examine(str(tmp_path / "model"), DataArguments(str(tmp_path / "images")))}
     assert checks["pixels"].state == "fault" and "2 levels are left" in checks["pixels"].seen
     assert "data.value_range" in checks["pixels"].remedy
