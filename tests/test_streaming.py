@@ -224,6 +224,17 @@ def test_a_streamed_folder_has_shards_for_every_reader(tmp_path):
     assert sorted(files[:5]) != ["00", "01", "02", "03", "04"]  # a subset is drawn at random
 
 
+def test_a_subset_of_a_stream_does_not_sleep_at_the_end_of_a_pass(tmp_path, monkeypatch):
+    """`datasets` sleeps whenever it has read shards side by side, as its `shuffle` does by default."""
+    datasets.disable_progress_bars()
+    for number in range(3):
+        rows(6).to_parquet(tmp_path / f"train-{number}.parquet")
+    images = load_splits(DataArguments(dataset=str(tmp_path), streaming=True, max_train_images=9), config()).train
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    images.arrange(4)
+    assert len(list(itertools.islice(images, 30))) == 30
+
+
 def test_a_look_at_a_stream_is_whole_images_and_moves_nothing():
     images = stream()
     look = list(itertools.islice(images.without_augmentation(), 10))

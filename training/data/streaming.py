@@ -48,7 +48,9 @@ class StreamedImages(ImageDataset, torch.utils.data.IterableDataset):
         stream = stream.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         if data.max_train_images:
             # At random as far as a stream allows: in a random order of its shards, through the buffer.
-            shuffled = stream.shuffle(seed, buffer_size=data.shuffle_buffer) if data.shuffle_buffer else stream
+            # One shard at a time: `datasets` reads several side by side in threads and sleeps 5 s whenever they end.
+            options = {"buffer_size": data.shuffle_buffer, "max_buffer_input_shards": 1}
+            shuffled = stream.shuffle(seed, **options) if data.shuffle_buffer else stream
             stream = shuffled.take(data.max_train_images)
         self.shards = Shards(stream, column, data.max_bad_images, single=bool(data.max_train_images))
         self.config, self.data, self.seed = config, data, seed
