@@ -350,13 +350,13 @@ def main(arguments: list[str] | None = None) -> str:
         scores = run_cell(student, method, seed, args)
         write_json(cell_file(student, method, seed, args), scores)
         print(f"{student}, {method}, seed {seed}: {scores}; {len(missing)} to go", flush=True)
-    tables = [
-        {name: {method: read_cells(name, method, args) for method in methods[name]} for name in args.students}
-        for methods in (STUDENTS, LATER)
-    ]
-    shown = report(*tables)
+    students = {
+        student: {name: read_cells(student, name, args) for name in {**STUDENTS[student], **LATER[student]}}
+        for student in args.students
+    }
+    shown = report(students)
     if args.table:
-        write_page(args.page, shown, tables[0])
+        write_page(args.page, shown, students)
     print(f"{shown}\n\n{len(missing)} cells to go: run the command again" if missing else shown)
     return shown
 

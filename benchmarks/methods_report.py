@@ -7,22 +7,44 @@ from measure import machine, markdown_table, write_section
 
 
 SCORES = {"knn": "k-NN", "linear_1": "linear, 1 %", "linear_10": "linear, 10 %", "linear_100": "linear, all"}
+ALL_SCORES = {**SCORES, "finetuned": "fine-tuned"}
 NAMES = {"vit": "ViT", "resnet": "ResNet-18"}
 COLOURS = {"untrained": "tab:gray", "raw pixels": "tab:gray"}  # what is no method
+# What a paper says is better than what, on which student.
+CLAIMS = {
+    "vit": [
+        ("mae", "untrained"),
+        ("mae", "raw pixels"),
+        ("img2vec", "mae"),
+        ("img2vec", "img2vec, a quarter blended"),
+        ("img2vec", "img2vec, half blended"),
+        ("img2vec", "img2vec, three quarters blended"),
+        ("img2vec", "img2vec, wholly blended"),
+        ("dtm", "token-wise"),
+        ("dtm", "dtm, random merging"),
+        ("dtm", "dtm, fixed schedule"),
+        ("moving average, dtm", "moving average, token-wise"),
+        ("a2mim, vit", "a2mim, vit, no final norm"),
+    ],
+    "resnet": [
+        ("mean fill, no token", "zero fill, no token"),
+        ("mean fill, token", "mean fill, no token"),
+        ("a2mim", "mean fill, token"),
+        ("a2mim", "untrained"),
+        ("a2mim", "raw pixels"),
+    ],
+}
 Table = dict[str, dict[str, list[dict]]]  # student -> method -> the cells of its seeds
 
 
-def report(students: Table, ablations: Table, teachers: dict[str, dict | None]) -> str:
+def report(students: Table) -> str:
     """Everything as markdown."""
-    parts = [
-        f"{machine()} Processor seconds are those of training and scoring.",
-        "### Teachers",
-        teacher_table(teachers),
-    ]
+    parts = [f"{machine()} Processor seconds are those of training and scoring."]
     for student, methods in students.items():
         parts += [f"### Student {NAMES[student]}: accuracy of the frozen encoder, percent", score_table(methods)]
+    parts += ["### Differences, seed by seed", claim_table(students)]
     parts += ["### What the targets are like", target_table(students)]
-    parts += ["### Hidden pixels, and one thing changed at a time", ablation_table(students, ablations)]
+    parts += ["### Hidden pixels", pixel_table(students)]
     return "\n\n".join(parts)
 
 
@@ -39,27 +61,39 @@ def of(cells: list[dict], *keys: str, digits: int = 1) -> str:
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def teacher_table(teachers: dict[str, dict | None]) -> str:
-    rows = [
-        [
-            f"{NAMES[name]}, supervised",
-            cell["steps"],
-            f"{cell['accuracy']:.1f}",
-            *(f"{cell[key]:.1f}" for key in SCORES),
-        ]
-        for name, cell in teachers.items()
-        if cell
-    ]
-    return markdown_table(["teacher", "steps", "its classifier", *SCORES.values()], rows)
-
-
 def score_table(methods: dict[str, list[dict]]) -> str:
+    keys = {**SCORES, "finetuned": "fine-tuned"}
+    keys = {
+        key: title for key, title in keys.items() if any(key in cell for cells in methods.values() for cell in cells)
+    }
     rows = [
-        [method, *(of(cells, key) for key in SCORES), of(cells, "seconds", digits=0), len(cells)]
+        [method, *(of(cells, key) for key in keys), of(cells, "seconds", digits=0), len(cells)]
         for method, cells in methods.items()
         if cells
     ]
-    return markdown_table(["method", *SCORES.values(), "processor seconds", "seeds"], rows)
+    return markdown_table(["method", *keys.values(), "processor seconds", "seeds"], rows)
+
+
+def claim_table(students: Table) -> str:
+    """Of each pair of `CLAIMS`: the mean difference, its deviation over the seeds, and the sign in each seed."""
+    rows = []
+    for student, methods in students.items():
+        for better, other in CLAIMS[student]:
+            pairs = list(zip(methods.get(better, []), methods.get(other, []), strict=False))
+            if pairs:
+                cells = [difference([(a[key], b[key]) for a, b in pairs if key in a and key in b]) for key in ALL_SCORES]
+                rows.append([NAMES[student], f"{better} less {other}", *cells])
+    return markdown_table(["student", "difference", *ALL_SCORES.values()], rows)
+
+
+def difference(pairs: list[tuple[float, float]]) -> str:
+    """ "+1.2 ± 0.3 (+++)" of the two scores of each seed, or "" where there are none."""
+    if not pairs:
+        return ""
+    values = [first - second for first, second in pairs]
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in values)
+    return f"{np.mean(values):+.1f}{spread} ({signs})"
 
 
 def target_table(students: Table) -> str:
@@ -76,17 +110,16 @@ def target_table(students: Table) -> str:
     return markdown_table([*header, "the student's", "centred", "linear, all"], rows)
 
 
-def ablation_table(students: Table, ablations: Table) -> str:
-    """Of everything that predicts pixels, and of the ablations with what they are compared with."""
+def pixel_table(students: Table) -> str:
+    """Of everything that predicts pixels."""
     rows = []
-    for student in students:
-        for method, cells in {**students[student], **ablations[student]}.items():
-            if any("hidden_l1" in cell for cell in cells) or method in ablations[student] or method.startswith("dtm"):
+    for student, methods in students.items():
+        for method, cells in methods.items():
+            if any("hidden_l1" in cell for cell in cells):
                 row = [of(cells, "hidden_l1", digits=4), of(cells, "high_error", digits=5), of(cells, "loss", digits=4)]
-                row += [of(cells, "knn"), of(cells, "linear_100"), len(cells)]
-                rows += [[NAMES[student], method, *row]] if cells else []
+                rows.append([NAMES[student], method, *row, len(cells)])
     header = ["student", "method", "hidden pixels: mean error", "energy of its high frequencies", "last training loss"]
-    return markdown_table([*header, SCORES["knn"], SCORES["linear_100"], "seeds"], rows)
+    return markdown_table([*header, "seeds"], rows)
 
 
 def write_page(page: Path, text: str, students: Table) -> None:
