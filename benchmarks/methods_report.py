@@ -81,7 +81,8 @@ def claim_table(students: Table) -> str:
         for better, other in CLAIMS[student]:
             pairs = list(zip(methods.get(better, []), methods.get(other, []), strict=False))
             if pairs:
-                cells = [difference([(a[key], b[key]) for a, b in pairs if key in a and key in b]) for key in ALL_SCORES]
+                scores = [[(a[key], b[key]) for a, b in pairs if key in a and key in b] for key in ALL_SCORES]
+                cells = [difference(score) for score in scores]
                 rows.append([NAMES[student], f"{better} less {other}", *cells])
     return markdown_table(["student", "difference", *ALL_SCORES.values()], rows)
 
