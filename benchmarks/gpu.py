@@ -11,7 +11,9 @@ of morphing is that of its loss alone, forward and backward, run by itself. MFU 
 `training.trainer.throughput`. Memory is what a step holds at most beyond what it found, with the arm's own weights and
 optimizer.
 
-Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the command goes on where it was.
+The rows of steps need torch, torchvision, timm, transformers and PyYAML alone; the loader's needs `datasets`, and is
+left out where that is missing. Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the
+command goes on where it was.
 """
 
 import argparse
@@ -27,15 +29,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from input_pipeline import make_dataset, make_jpegs
 from measure import markdown_table, paired_ratios, parser, quartiles, row, spread, tensor_memory, verdicts, write_whole
 from peers import Arm, Batch, make_batch, make_transformers
 from summary import publish
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
-from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.batches import MIMCollator
-from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.recipe import merge, resolve
 from hf_mim.training.trainer.throughput import flops_per_image, peak_flops
 
@@ -218,7 +216,17 @@ def alternate_blocks(steps: dict[str, Callable], args) -> dict[str, list[float]]
 
 
 def measure_loader(args) -> dict:
-    """{"workers": {count: images per second}}, of JPEGs of about 500x375 to uint8 crops of 224 px, by the clock."""
+    """{"workers": {count: images per second}}, of JPEGs of about 500x375 to uint8 crops of 224 px, by the clock.
+
+    Raises:
+        ModuleNotFoundError: a machine without `datasets`.
+    """
+    from input_pipeline import make_dataset, make_jpegs
+
+    from hf_mim.training.data.arguments import DataArguments
+    from hf_mim.training.data.batches import MIMCollator
+    from hf_mim.training.data.images import MIMDataset
+
     config, batch = MIMConfig(image_size=32 if args.tiny else 224), 4 if args.tiny else 64
     files = make_jpegs(8 if args.tiny else 256)
     most = 1 if args.tiny else os.cpu_count()
@@ -329,7 +337,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if time.monotonic() - started > 60 * args.minutes:
             print(f"out of time before {name}: the same command goes on from there", file=sys.stderr)
             break
-        measured = measure_loader(args) if name == LOADER else measure_row(name, args)
+        try:
+            measured = measure_loader(args) if name == LOADER else measure_row(name, args)
+        except ModuleNotFoundError as missing:
+            print(f"{name}: left out, this machine has no {missing.name}", file=sys.stderr)
+            continue
         write_whole(file, json.dumps({"where": where(args), "found": measured}, indent=1) + "\n")
         found[name] = json.loads(file.read_text())["found"]
         print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from pretraining_step import make_step
 from summary import publish
 
 from hf_mim import MIMConfig, MIMForPreTraining
-from hf_mim.training.trainer.arguments import has_bf16
+from hf_mim.training.common.device import has_bf16
 
 
 matplotlib.use("Agg")

@@ -15,7 +15,7 @@ import torchvision
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from hf_mim.training.trainer.arguments import has_bf16
+from hf_mim.training.common.device import has_bf16
 
 
 def parser(description: str, out: str | None = "put the tables into this Markdown page", json: bool = False, **numbers):

@@ -33,13 +33,13 @@ from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.commands.pretrain import set_up, train, write_results
+from hf_mim.training.common.device import has_bf16
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import token_diversity
 from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
-from hf_mim.training.trainer.arguments import has_bf16
 
 
 @dataclass(frozen=True)

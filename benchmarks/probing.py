@@ -24,10 +24,10 @@ from measure import alternate, machine, markdown_table, parser, quartiles, row, 
 from summary import publish
 
 from hf_mim import MIMConfig, MIMModel
+from hf_mim.training.common.device import has_bf16
 from hf_mim.training.evaluation.feature_store import FeatureStore
 from hf_mim.training.evaluation.features import CachedSource, Features, PoolerChoice
 from hf_mim.training.evaluation.heads import Group, Schedule, make_optimizer, predict, train_heads, train_step
-from hf_mim.training.trainer.arguments import has_bf16
 
 
 EPOCHS = 90

@@ -16,7 +16,7 @@ from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.probe_setup import REMEDY
 from hf_mim.training.commands.segmentation import SHOWN, input_size
 from hf_mim.training.common.console import RunConsole, make_table
-from hf_mim.training.common.device import best_device, on_device
+from hf_mim.training.common.device import best_device, has_bf16, on_device
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.output_folder import choose_folder
 from hf_mim.training.common.titles import name_of, size_title
@@ -29,7 +29,6 @@ from hf_mim.training.evaluation.metrics import READOUTS, SEGMENTATION, mask_inte
 from hf_mim.training.own_data import SCENES, chosen_data, dataset_title, own_data
 from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import Run, versions
-from hf_mim.training.trainer.arguments import has_bf16
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hf_mim.training.commands import probe_report
 from hf_mim.training.commands.dense import asks_for_dense, probe_dense
 from hf_mim.training.commands.probe_setup import Probe, set_up
 from hf_mim.training.common.console import IMAGES_DONE, RunConsole
-from hf_mim.training.common.device import on_device
+from hf_mim.training.common.device import has_bf16, on_device
 from hf_mim.training.common.errors import FolderError
 from hf_mim.training.data.mapped_file import free_bytes
 from hf_mim.training.evaluation import probe_scores
@@ -28,7 +28,6 @@ from hf_mim.training.evaluation.features import (
 )
 from hf_mim.training.evaluation.heads import Group, Trained, test_heads, train_heads
 from hf_mim.training.evaluation.metrics import POOLINGS
-from hf_mim.training.trainer.arguments import has_bf16
 
 
 def probe(source: str, overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:

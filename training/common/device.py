@@ -14,6 +14,16 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def has_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices by instruction, on its GPU or, without one, on its CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
 def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:
     """The model itself, moved: `PreTrainedModel.to` has no type."""
     return cast(ModuleT, cast(nn.Module, model).to(device))

@@ -5,17 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
+from hf_mim.training.common.device import has_bf16
 from hf_mim.training.trainer.optimization import OptimizationArguments
-
-
-def has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices by instruction, on its GPU or, without one, on its CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 @dataclass
