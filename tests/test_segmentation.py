@@ -340,7 +340,7 @@ def test_a_mask_that_changes_size_later_is_named():
     rows = {"image": [png(np.zeros((8, 8), dtype=np.uint8))], "mask": [[[0, 1]]]}
     decode = Decoder(tiny_config(num_channels=1), DataArguments())
     pairs = Pairs(datasets.Dataset.from_dict(rows), "image", "mask", decode)
-    with pytest.raises(BadMask, match="the mask of image 0 is 1x2 pixels, the image 8x8"):
+    with pytest.raises(BadMask, match="the mask of row 0 is 1x2 pixels, the image 8x8"):
         pairs[0]
     traced = BadMask('Traceback:\n  File "x"\nhf_mim.training.segmentation_data.BadMask: the mask of a is bad')
     assert str(traced) == "the mask of a is bad"

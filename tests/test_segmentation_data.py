@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from helpers import png, tiny_config, write_pairs
@@ -12,6 +13,7 @@ from rich.console import Console
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import TooManyBadImages
 from hf_mim.training.data.files import list_files
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.masks import IGNORE, BadMask, decode_mask
@@ -108,6 +110,61 @@ def test_parquet_with_masks(kind, tmp_path):
     read = [split[i] for split in (splits.train, splits.validation, splits.test) for i in range(len(split))]
     assert len(read) == 6
     assert all(any(np.array_equal(ids, mask) for mask in masks) for _, ids in read)
+
+
+# ---- bad images ----------------------------------------------------------------------------------------------------
+def write_bad(root: Path, kind: str) -> None:
+    """24 pairs in `root`, of which two are bad."""
+    write_pairs(root / "images", root / "masks", 24)
+    first, second = (sorted((root / "images").iterdir())[i] for i in (3, 9))
+    if kind == "no image":
+        first.write_bytes(b"nothing")
+        second.write_bytes(b"")
+    if kind == "cut short":  # the header is whole: it is noticed when the image is decoded
+        for path in (first, second):
+            path.write_bytes(path.read_bytes()[:-60])
+    if kind == "other channels":
+        for path in (first, second):
+            height, width = np.array(PIL.Image.open(path)).shape[:2]
+            np.save(path.with_suffix(".npy"), np.zeros((height, width, 5), dtype=np.uint8))
+            path.unlink()
+    if kind == "broken mask":
+        for path in (first, second):
+            (root / "masks" / path.name).write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize("kind", ["no image", "cut short", "other channels", "broken mask"])
+def test_a_bad_pair_is_counted_and_replaced(tmp_path, kind):
+    write_bad(tmp_path, kind)
+    splits = load_masked_splits(DataArguments(dataset=str(tmp_path), max_bad_images=2), tiny_config())
+    for split in (splits.train, splits.validation, splits.test):
+        for i in range(len(split)):
+            image, ids = split[i]
+            assert image.shape[1:] == ids.shape
+            # as `write_pairs` draws them: a replaced image has its own mask, not that of the one it replaces
+            assert (np.abs(image[0].astype(int) - 60 * ids - 10) < 16).mean() > 0.95
+    report = splits.bad_images()
+    assert report.count == 2 and report.first is not None
+    with pytest.raises(TooManyBadImages, match="2 of .* cannot be used, more than data.max_bad_images=1 allows"):
+        splits = load_masked_splits(DataArguments(dataset=str(tmp_path), max_bad_images=1), tiny_config())
+        for split in (splits.train, splits.validation, splits.test):
+            _ = [split[i] for i in range(len(split))]
+
+
+def test_rows_without_image_or_mask_are_bad_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [{"bytes": png(rng.integers(255, size=(8, 8), dtype=np.uint8)), "path": None} for _ in range(20)]
+    masks = [{"bytes": png(rng.integers(2, size=(8, 8), dtype=np.uint8)), "path": None} for _ in range(20)]
+    images[4], masks[11] = None, None
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images, "mask": masks}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    splits = load_masked_splits(DataArguments(dataset=str(tmp_path), max_bad_images=2), tiny_config(num_channels=1))
+    for split in (splits.train, splits.validation, splits.test):
+        assert all(split[i][0].shape[1:] == (8, 8) for i in range(len(split)))
+    assert splits.bad_images().count == 2
+    firsts = [split.bad_images().first for split in (splits.train, splits.validation, splits.test)]
+    assert {first for first in firsts if first} <= {"row 4 is missing", "mask of row 11 is missing"}
 
 
 # ---- crops ---------------------------------------------------------------------------------------------------------

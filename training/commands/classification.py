@@ -262,7 +262,7 @@ def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, s
         return
     best = trainer.state.best_global_step if run.arguments.load_best_model_at_end else None
     chosen = {"best_step": best, "chosen_by": f"validation {METRIC}"}
-    run.write_metrics(trainer, seconds, {"classes": splits.classes, **results, **chosen})
+    run.write_metrics(trainer, seconds, {"classes": splits.classes, **results, **chosen}, splits.bad_images())
     if failure is not None:
         raise failure
     run.console.show(results_table(results))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,8 @@ def probe_dense(source: str, overrides: Sequence[str] = (), console: Console | R
     with run.owning_folder():
         results = measure(images, run.readers(), run.layer, SHOWN, run.console)
         write(run, results, time.perf_counter() - started)
+    if (bad := images.splits.bad_images()).count:
+        run.console.log(str(bad))
     run.console.show(results_table(results, images))
     run.log_next_steps()
     return run.folder
@@ -173,6 +175,7 @@ def write(run: DenseProbe, counted: dict, seconds: float) -> None:
         "train_images": len(images.train),
         "test_images": len(images.test),
         "test": images.splits.note,
+        "bad_images": asdict(images.splits.bad_images()),
         "protocol": dense_protocol(),
         "seconds": round(seconds, 1),
         "versions": versions(),

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.plots import charts
 from hf_mim.training.run import TrainingRun, which_run
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
@@ -48,9 +49,12 @@ class FinetuneRun(TrainingRun[FinetuneTrainer]):
         with trainer.averaged():
             super().save_model(trainer)
 
-    def write_metrics(self, trainer: FinetuneTrainer, seconds: float, results: dict) -> None:
-        """Writes metrics.json: the task's results, and what every run knows of itself."""
+    def write_metrics(self, trainer: FinetuneTrainer, seconds: float, results: dict, bad: BadImageReport) -> None:
+        """Writes metrics.json: the task's results, and what every run knows of itself. Prints which images were bad."""
         known = {"task": self.options.task, "num_train_images": len(cast(Sized, trainer.train_dataset))}
+        known["bad_images"] = asdict(bad)
+        if bad.count:
+            self.console.log(str(bad))
         self.write_json("metrics.json", results | known | self.metadata(trainer, seconds))
 
 

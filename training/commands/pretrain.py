@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from hf_mim.training.common.device import on_device
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
-from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits, load_splits
@@ -233,7 +232,7 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
         **run.metadata(trainer, seconds),
         **mean_throughput(trainer.state.log_history),
         "num_train_images": len(run.splits.train) if isinstance(run.splits.train, Sized) else None,
-        "bad_images": bad_images(run.splits),
+        "bad_images": asdict(bad := run.splits.bad_images()),
         "missing_values": missing_values(run.splits),
     }
     if isinstance(run.splits.train, StreamedImages):
@@ -244,9 +243,8 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
         if isinstance(callback, TrainingMonitor) and callback.explained is not None:
             results["explained"] = round(callback.explained, 4)
     run.write_json("metrics.json", results)
-    if (bad := results["bad_images"])["count"]:
-        first = f"; the first: {bad['first']}" if bad["first"] else ""
-        run.console.log(f"skipped {bad['count']} images that cannot be used{first}")
+    if bad.count:
+        run.console.log(str(bad))
     if failure is not None:
         raise failure
     if "trained" in results:
@@ -278,14 +276,6 @@ def missing_values(splits: Splits) -> dict | None:
     if isinstance(splits.train, MIMDataset):
         return splits.train.missing_values()
     return {"images": None, "share": round(splits.sample.missing, 6)}
-
-
-def bad_images(splits: Splits) -> dict:
-    """{"count", "first"}: how many images could not be used, as far as they were looked at, and what is wrong with the
-    first; None where that is not known."""
-    reports = [split.bad_images() for split in (splits.train, splits.test) if isinstance(split, ImageDataset)]
-    first = next((report.first for report in reports if report.first is not None), None)
-    return {"count": sum(report.count for report in reports), "first": first}
 
 
 def evaluate(run: PretrainRun) -> dict:

@@ -1,5 +1,7 @@
 """The results of a probing: the table, probe.json and the pictures."""
 
+from dataclasses import asdict
+
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -101,6 +103,7 @@ def to_json(results: dict, run: Probe) -> dict:
             "test": run.splits.note,
             "classes": len(labels.unique()),
             "image_size": run.model.config.image_size,
+            "bad_images": asdict(run.splits.bad_images()),
         },
         "seeds": arguments.seeds,
         **columns["trained"],
@@ -194,6 +197,8 @@ def examples(run: Probe, source, heads: list[Trained], groups: dict) -> dict:
 def write(results: dict, run: Probe) -> None:
     """Writes probe.json and the pictures, and prints the table."""
     run.output.check()
+    if (bad := run.splits.bad_images()).count:
+        run.console.log(str(bad))
     rows, poolers = pooler_rows(results), poolers_of(results)
     draw_accuracies(rows + other_rows(results), f"{run.title}, encoder frozen", len(rows), run.folder / "probe.png")
     made = ["probe.png"]

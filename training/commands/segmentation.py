@@ -255,7 +255,7 @@ def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationT
     if not trainer.is_world_process_zero():
         return
     known = {"best_validation_mean_iou": trainer.state.best_metric, "pretrained": not run.options.from_scratch}
-    run.write_metrics(trainer, seconds, results | known)
+    run.write_metrics(trainer, seconds, results | known, splits.bad_images())
     if failure is not None:
         raise failure
     with trainer.averaged():

@@ -22,6 +22,7 @@ class TooManyBadImages(DataError):
 
 def name_file(file, name: str) -> dict:
     """An image of a data set as {"bytes", "path"}, for messages: with a name where it has no path."""
+    file = {"bytes": file} if isinstance(file, bytes) else file
     if file is None or isinstance(file, dict) and file.get("path") is None:
         return {"bytes": (file or {}).get("bytes") or b"", "path": name}
     return file
@@ -39,6 +40,14 @@ class BadImageReport:
 
     count: int = 0
     first: str | None = None
+
+    def __add__(self, other: "BadImageReport") -> "BadImageReport":
+        return BadImageReport(self.count + other.count, self.first if self.first is not None else other.first)
+
+    def __str__(self) -> str:
+        plural = "s" if self.count != 1 else ""
+        first = f"; the first: {self.first}" if self.first else ""
+        return f"skipped {self.count:,} image{plural} that cannot be used{first}"
 
 
 class BadImages:

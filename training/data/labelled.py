@@ -9,6 +9,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.augment import LabelledImages
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.columns import find_columns, find_label_column
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, check_classes, read_labels, unknown_class
@@ -48,6 +49,12 @@ class LabelledSplits:
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
     digest: str = ""
+
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        parts = [part.dataset for part in (self.train, self.validation, self.test) if part is not None]
+        own = {id(part.bad): part.bad_images() for part in parts}  # a part held out shares those of its whole
+        return sum(own.values(), BadImageReport())
 
 
 def load_labelled_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> LabelledSplits:

@@ -9,6 +9,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.columns import find_mask_columns
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.masks import HIGHEST_ID, IGNORE, REMEDY, frequent_values, smooth_share
@@ -48,6 +49,10 @@ class MaskedSplits:
     data: DataArguments = field(default_factory=DataArguments)
     digest: str = ""
 
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        return self.train.bad_images() + self.validation.bad_images() + self.test.bad_images()
+
 
 def load_masked_splits(
     data: DataArguments,
@@ -83,7 +88,7 @@ def load_masked_splits(
     counts: dict[str, IdCounts] = {}
     for name, split in chosen.items():
         if split is not None:
-            sources[name] = Pairs(opened[split], *columns, decode, data.mask_values)
+            sources[name] = Pairs(opened[split], *columns, decode, data.mask_values, data.max_bad_images)
             counts[name] = IdCounts.read(sources[name], name, console)
     names = name_classes(classes or len(data.mask_values or ()) or None, highest(counts))
     note = f"split {test}" if test is not None else f"held out from {train}"

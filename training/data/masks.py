@@ -22,6 +22,10 @@ class BadMask(DataError):
     """A mask that cannot be used."""
 
 
+class UnreadableMask(BadMask):
+    """A mask that is missing or broken: its image counts as a bad one, where others end the run."""
+
+
 def decode_mask(value, name: str = "without a name", mask_values: list | None = None) -> np.ndarray:
     """Class ids (height, width), int64: as they are written, of a palette its indices and not its colours; or as
     `mask_values` says.
@@ -31,20 +35,21 @@ def decode_mask(value, name: str = "without a name", mask_values: list | None = 
         mask_values: see `DataArguments`.
 
     Raises:
-        BadMask: it cannot be read, is lossy, or is no map of ids from 0 to 65535.
+        UnreadableMask: it is missing or cannot be read.
+        BadMask: it is lossy, or is no map of ids from 0 to 65535.
     """
     if isinstance(value, dict):
         name = Path(value.get("path") or name).name
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if value is None or isinstance(value, bytes) and not value:
-        raise BadMask(f"mask {name} is missing")
+        raise UnreadableMask(f"mask {name} is missing")
     colours = mask_values is not None and not isinstance(mask_values[0], int)
     try:
         ids, kind = _read_mask(value, colours)
     except BadMask:
         raise
     except Exception as error:  # whatever a decoder makes of a file that is broken
-        raise BadMask(f"cannot read mask {name}: {error}".partition("\n")[0]) from None
+        raise UnreadableMask(f"cannot read mask {name}: {error}".partition("\n")[0]) from None
     if ids.dtype.kind == "f" and np.isfinite(ids).all() and (ids == np.rint(ids)).all():
         ids = ids.astype(np.int64)
     if mask_values is not None and ids.dtype.kind in "uib":

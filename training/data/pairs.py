@@ -1,22 +1,26 @@
 """Images with masks: where they come from, and that they fit together."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import datasets
 import numpy as np
+import torch
 
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport, BadImages, name_file, row_name
 from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.files import SHARDS, Listing, list_place, place_of
-from hf_mim.training.data.masks import BadMask, decode_mask, size_of
+from hf_mim.training.data.masks import BadMask, UnreadableMask, decode_mask, size_of
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import Opened, split_of
 
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 PAIR_FOLDERS = ("images", *MASK_FOLDERS)
+T = TypeVar("T")
 
 
 class MaskedSource(Protocol):
@@ -32,50 +36,111 @@ class MaskedSource(Protocol):
         """The class ids (height, width) alone."""
         ...
 
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        ...
+
 
 class Pairs:
-    """Images and masks of a `datasets.Dataset`, decoded when they are asked for.
+    """Images and masks of a `datasets.Dataset`, decoded when they are asked for. Where the image cannot be used, or the
+    mask is missing or broken, the next pair that is good stands in.
+
+    Args:
+        mask_values: see `decode_mask`.
+        max_bad_images: see `DataArguments`.
 
     Raises (when it is indexed):
-        BadMask: a mask of another size than its image, or one that cannot be read.
-        ValueError: the image cannot be decoded.
+        BadMask: a mask of another size than its image, or one that holds no class ids.
+        TooManyBadImages: too many pairs are bad.
     """
 
-    def __init__(self, dataset, image_column: str, mask_column: str, decode: Decoder, mask_values: list | None = None):
+    def __init__(
+        self,
+        dataset,
+        image_column: str,
+        mask_column: str,
+        decode: Decoder,
+        mask_values: list | None = None,
+        max_bad_images: float = 0.01,
+    ):
         dataset = dataset.select_columns([image_column, mask_column])
         for column in (image_column, mask_column):
             if isinstance(dataset.features[column], datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset, self.columns, self.decode = dataset, (image_column, mask_column), decode
         self.mask_values = mask_values
+        self.bad = BadImages(len(dataset), max_bad_images, self._error_of)
 
     def select(self, positions: np.ndarray) -> "Pairs":
         """Some of them."""
-        return Pairs(self.dataset.select(positions), *self.columns, self.decode, self.mask_values)
+        rows = self.dataset.select(positions)
+        part = Pairs(rows, *self.columns, self.decode, self.mask_values, self.bad.limit)
+        part.bad.flags |= self.bad.flags[torch.from_numpy(positions)]
+        part.bad.check()
+        return part
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def mask(self, index: int) -> np.ndarray:
         """The class ids (height, width) alone; of the image the size is read, as far as its header says it."""
-        image, mask = (self.dataset[index][column] for column in self.columns)
-        ids = decode_mask(mask, f"{index}", self.mask_values)
-        self._check_size(index, image, size_of(image) or ids.shape, ids.shape)
-        return ids
+        return self._read(self._mask, index)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image (channels, height, width), uint8, and class ids (height, width), int64."""
-        image, mask = (self.dataset[index][column] for column in self.columns)
-        pixels, ids = self.decode(image), decode_mask(mask, f"{index}", self.mask_values)
-        self._check_size(index, image, pixels.shape[1:], ids.shape)
+        return self._read(self._pair, index)
+
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        return self.bad.report()
+
+    def _read(self, read: Callable[[int], T], index: int) -> T:
+        """What `read` makes of the pair at `index`, or of the next one that is good."""
+        while True:
+            (index,) = self.bad.replace([index])
+            try:
+                return read(index)
+            except BadMask as error:
+                if not isinstance(error, UnreadableMask):
+                    raise
+            except ValueError:
+                pass
+            self.bad.add(index)
+
+    def _files(self, index: int) -> tuple:
+        """The files of a pair, undecoded, and the name of its mask."""
+        row, name = self.dataset[index], row_name(self.dataset, index)
+        image, mask = (row[column] for column in self.columns)
+        return name_file(image, name), mask, f"of {name}"
+
+    def _mask(self, index: int) -> np.ndarray:
+        image, mask, name = self._files(index)
+        ids = decode_mask(mask, name, self.mask_values)
+        check_size(image, size_of(image) or ids.shape, ids.shape)
+        return ids
+
+    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask, name = self._files(index)
+        pixels, ids = self.decode(image), decode_mask(mask, name, self.mask_values)
+        check_size(image, pixels.shape[1:], ids.shape)
         return pixels, ids
 
-    def _check_size(self, index: int, image, size: tuple[int, ...], mask_size: tuple[int, ...]) -> None:
-        if tuple(size) != tuple(mask_size):
-            path = image.get("path") if isinstance(image, dict) else None
-            name = Path(path).name if path else f"image {index}"
-            sizes = [f"{height}x{width}" for height, width in (mask_size, size)]
-            raise BadMask(f"the mask of {name} is {sizes[0]} pixels, the image {sizes[1]}")
+    def _error_of(self, index: int) -> str:
+        try:
+            self._pair(index)
+        except ValueError as error:
+            return str(error)
+        return f"image {index}"
+
+
+def check_size(image, size: tuple[int, ...], mask_size: tuple[int, ...]) -> None:
+    """Raises:
+    BadMask: a mask has another size than its image.
+    """
+    if tuple(size) != tuple(mask_size):
+        sizes = [f"{height}x{width}" for height, width in (mask_size, size)]
+        path = image["path"] if isinstance(image, dict) else image
+        raise BadMask(f"the mask of {Path(path).name} is {sizes[0]} pixels, the image {sizes[1]}")
 
 
 def open_pairs(data: DataArguments) -> Opened:

@@ -9,6 +9,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, read_labels, unknown_class
@@ -45,6 +46,11 @@ class Splits:
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
     digest: str = ""
+
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        parts = [part for part in (self.train, self.test) if part is not None]
+        return sum((part.bad_images() for part in parts), BadImageReport())
 
 
 def load_splits(data: DataArguments, config: MIMConfig, seed: int = 0) -> Splits:

@@ -7,6 +7,7 @@ from scipy.ndimage import binary_fill_holes, gaussian_filter
 from hf_mim.modeling.options import pair, unknown_choice
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.decoding import decode
 from hf_mim.training.data.sources import open_dataset
@@ -86,6 +87,10 @@ class Scenes:
     def mask(self, index: int) -> np.ndarray:
         """The class ids (height, width) of a scene alone."""
         return self[index][1]
+
+    def bad_images(self) -> BadImageReport:
+        """None: they are composed of images that can be read."""
+        return BadImageReport()
 
 
 def texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.batches import normalize, statistics
 from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.data.pairs import MaskedSource
@@ -42,6 +43,10 @@ class MaskedDataset(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(int(epoch))
+
+    def bad_images(self) -> BadImageReport:
+        """What could not be used so far."""
+        return self.source.bad_images()
 
     def __len__(self) -> int:
         return len(self.source)
