@@ -228,7 +228,7 @@ def test_what_pillow_reads_is_read(tmp_path, ending):
 
 
 # ---- tables of `datasets` ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_the_labels_of_a_metadata_table_are_used(tmp_path, kind):
     folder(tmp_path, [f"sub/{i:02}.png" for i in range(30)])
     rows = [{"file_name": f"sub/{i:02}.png", "label": "ab"[i % 2], "size": i} for i in range(29)]
@@ -237,7 +237,10 @@ def test_the_labels_of_a_metadata_table_are_used(tmp_path, kind):
         lines = ["file_name,label,size", *(",".join(map(str, row.values())) for row in rows)]
     else:
         lines = map(json.dumps, rows)
-    (tmp_path / f"metadata.{kind}").write_text("\n".join(lines))
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "metadata.parquet")
+    else:
+        (tmp_path / f"metadata.{kind}").write_text("\n".join(lines))
     splits = splits_of(tmp_path)
     assert splits.train.classes == ["a", "b"] and splits.test is not None
     for line in ("1 of 30 rows of", "1 without a label"):
@@ -257,9 +260,32 @@ def test_a_table_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(DataError, match="two rows of different values for .*00.png"):
         splits_of(tmp_path)
     (tmp_path / "metadata.csv").unlink()
-    (tmp_path / "metadata.jsonl").write_text("{nothing")
-    with pytest.raises(DataError, match="cannot read .*metadata.jsonl"):
-        splits_of(tmp_path)
+    for ending in ("jsonl", "parquet"):
+        table = tmp_path / f"metadata.{ending}"
+        table.write_text("{nothing")
+        with pytest.raises(DataError, match=f"cannot read .*metadata.{ending}"):
+            splits_of(tmp_path)
+        table.unlink()
+
+
+def test_a_parquet_file_alone_is_the_data_whatever_its_name(tmp_path):
+    folder(tmp_path / "images", [f"{i:02}.png" for i in range(30)])
+    rows = [{"image": {"bytes": (tmp_path / f"images/{i:02}.png").read_bytes()}, "label": i % 2} for i in range(30)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "table/metadata.parquet")
+    assert splits_of(tmp_path / "table").train.classes == ["0", "1"]
+
+
+def test_files_that_a_table_names_beside_images_are_no_images(tmp_path):
+    folder(tmp_path, [f"{kind}/{i:02}.png" for kind in ("photos", "maps") for i in range(30)])
+    names = [f"photos/{i:02}.png,maps/{i:02}.png" for i in range(29)]
+    outside = ["photos/29.png,/etc/hostname"]  # a table must not make the run read any file
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *names, *outside]))
+    splits = splits_of(tmp_path)
+    paths = [file["path"] for part in (splits.train, splits.test) for file in part.files[:]["image"]]
+    assert len(paths) == 31 and sum("maps" in path for path in paths) == 1  # the map that no row names
+    assert any("1 masks or other files that" in line for line in splits.report)
 
 
 @pytest.mark.parametrize("several", [False, True])

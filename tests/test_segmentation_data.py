@@ -112,6 +112,21 @@ def test_parquet_with_masks(kind, tmp_path):
     assert all(any(np.array_equal(ids, mask) for mask in masks) for _, ids in read)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_masks_that_a_table_names(tmp_path, kind):
+    for split, count in (("train", 6), ("test", 3)):
+        write_pairs(tmp_path / split / "photos", tmp_path / split / "maps", count)
+        rows = [{"file_name": f"photos/p{i}.png", "mask_file_name": f"maps/p{i}.png"} for i in range(count)]
+        table = datasets.Dataset.from_list(rows)
+        write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind]
+        write(str(tmp_path / split / f"metadata.{kind}"))
+    splits = load_masked_splits(DataArguments(dataset=str(tmp_path)), tiny_config())
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [5, 1, 3]
+    image, ids = splits.test[2]
+    expected = np.array(PIL.Image.open(tmp_path / "test/maps/p2.png"))
+    assert np.array_equal(ids, expected) and image.shape == (3, *ids.shape)
+
+
 # ---- bad images ----------------------------------------------------------------------------------------------------
 def write_bad(root: Path, kind: str) -> None:
     """24 pairs in `root`, of which two are bad."""

@@ -20,7 +20,7 @@ EXTENSIONS |= {".avif"} if PIL.features.check("avif") else set()
 EXTENSIONS |= {".j2k", ".jp2", ".jpf", ".jpx"} if PIL.features.check("jpg_2000") else set()
 ARRAYS = {".npy"}  # beside them, with any number of channels
 SHARDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-TABLES = {"metadata.csv", "metadata.jsonl"}  # of `datasets`' image folders
+TABLES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # of `datasets`' image folders
 BOOKKEEPING = {"dataset_info.json", "state.json", "dataset_dict.json"}  # of `datasets`' `save_to_disk`
 ENDINGS_NAMED = 5  # in a message
 # Files of which a folder holds all of a group: it is the output folder of a command.
@@ -125,6 +125,9 @@ def list_place(place: str) -> Listing:
             listing.files.append(file)
         else:
             listing.passed_over[ending.lower() or "without an ending"] += 1
+    if all(file.endswith(tuple(SHARDS)) for file in listing.files):  # metadata.parquet with no images beside it
+        listing.files += [table for table in listing.tables if table.endswith(tuple(SHARDS))]
+        listing.tables = [table for table in listing.tables if table not in listing.files]
     return listing
 
 

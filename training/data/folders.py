@@ -14,7 +14,7 @@ UNLABELLED_NAMES = ("unlabeled", "unlabelled", "unsupervised", "extra")  # besid
 
 def open_folder(root: str, listing: Listing) -> Opened:
     """A folder of images. `train/` and `test/` (or `val/`) are splits, and so are the folders beside them, under their
-    own names. One folder per class makes labels, as text; so does a column of `metadata.csv` or `metadata.jsonl`.
+    own names. One folder per class makes labels, as text; so does a column of `metadata.csv` and its like.
 
     Args:
         root: a folder or URL.
@@ -29,6 +29,7 @@ def open_folder(root: str, listing: Listing) -> Opened:
         raise DataError(f"there are no images in {root} (looked for {', '.join(sorted(EXTENSIONS))}){passed}", root)
     metadata = read_metadata(listing.tables, files)
     opened = Opened(notes=[*listing.notes(), *metadata.notes])
+    files = [file for file in files if file not in metadata.companions]
     folders = find_splits(_inner_root(root, files), files)
     for name, parts in folders.items():
         opened[name] = _make_split(parts, metadata, opened.notes, name, 1 if len(folders) > 1 else 2)

@@ -1,4 +1,4 @@
-"""`metadata.csv` and `metadata.jsonl` of `datasets`' image folders: a table beside images, a row for each of them."""
+"""`metadata.csv`, `.jsonl` and `.parquet` of `datasets`' image folders: a table with a row for each image beside it."""
 
 import csv
 import io
@@ -8,13 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.decoding import read_file
 
 
-FILE_NAME = "file_name"  # the column that names the image, relative to the table; `mask_file_name` names another file
+# The column that names the image, relative to the table. `mask_file_name` names another file, which becomes a column
+# `mask` and is no image of its own.
+FILE_NAME = "file_name"
 
 
 @dataclass
@@ -23,10 +27,12 @@ class Metadata:
 
     Args:
         rows: by file, its values by column.
+        companions: files that belong to images, as masks do.
         notes: which rows could not be used, for people.
     """
 
     rows: dict[str, dict] = field(default_factory=dict)
+    companions: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def columns(self, files: list[str]) -> dict[str, tuple[list, object]]:
@@ -48,7 +54,7 @@ def read_metadata(tables: Iterable[str], files: list[str]) -> Metadata:
     """Reads the tables of a folder.
 
     Args:
-        tables: files `metadata.csv` or `metadata.jsonl`.
+        tables: see `files.TABLES`.
         files: the images.
 
     Raises:
@@ -56,31 +62,40 @@ def read_metadata(tables: Iterable[str], files: list[str]) -> Metadata:
     """
     metadata, known = Metadata(), set(files)
     for table in tables:
-        rows, missing = _read_rows(table), 0
+        rows, missing, lost = _read_rows(table), 0, 0
         if rows and not any(FILE_NAME in row for row in rows):
             columns = ", ".join(map(str, rows[0]))
             metadata.notes.append(f"{table} is not used: it has no column {FILE_NAME}; its columns are {columns}")
             continue
         for row in rows:
             file = _beside(table, row.pop(FILE_NAME, None))
-            row = {k: _beside(table, v) if str(k).endswith(f"_{FILE_NAME}") else v for k, v in row.items()}
+            for column in [column for column in row if str(column).endswith(f"_{FILE_NAME}")]:
+                companion = _beside(table, row[column])
+                lost += companion not in known
+                row[column] = companion if companion in known else None
+                metadata.companions |= {row[column]} - {None}
             if file not in known:
                 missing += 1
             elif metadata.rows.setdefault(file, row) != row:
                 raise DataError(f"{table} has two rows of different values for {file}", table)
         if missing:
             metadata.notes.append(f"{missing:,} of {len(rows):,} rows of {table} name no image that is there")
+        if lost:
+            metadata.notes.append(f"{lost:,} masks or other files that {table} names are not there")
+    metadata.companions -= metadata.rows.keys()
     return metadata
 
 
 def _read_rows(table: str) -> list[dict]:
     try:
+        if table.endswith(".parquet"):
+            return pyarrow.parquet.read_table(io.BytesIO(read_file(table))).to_pylist()
         text = read_file(table).decode("utf-8-sig")
         if table.endswith(".csv"):
             rows = [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(io.StringIO(text))]
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {table}: {error}".partition("\n")[0], table) from None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f'cannot read {table}: every line must be an object like {{"{FILE_NAME}": "a.png"}}', table)

@@ -154,11 +154,18 @@ def open_pairs(data: DataArguments) -> Opened:
     place = place_of(data.dataset) if data.dataset else None
     listing = list_place(place) if place else Listing()
     if place and listing.files and not any(file.endswith(tuple(SHARDS)) for file in listing.files):
+        if listing.tables and _has_masks(opened := open_dataset(data)):
+            return opened
         splits = {name: _pair_split(pairs) for name, pairs in find_pairs(place, listing.files).items()}
         opened = Opened(splits, listing.notes())
         opened.digest = listing.digest(place)
         return opened
     return open_dataset(data)
+
+
+def _has_masks(opened: Opened) -> bool:
+    """Whether a table beside the images names a second file of each."""
+    return all(sum(isinstance(f, datasets.Image) for f in split.features.values()) > 1 for split in opened.values())
 
 
 def find_pairs(root: str, files: list[str]) -> dict[str, list[tuple[str, str]]]:

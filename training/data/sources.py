@@ -38,7 +38,7 @@ def open_dataset(data: DataArguments) -> Opened:
     by_kind = ([file for file in listing.files if file.endswith(ending)] for ending in SHARDS)
     if shards := next(filter(None, by_kind), None):
         opened = open_files(place, sorted(shards, key=lambda file: file.split("/")), data.streaming)
-        for file in set(listing.files) - set(shards):
+        for file in {*listing.files, *listing.tables} - set(shards):
             listing.passed_over[f"{Path(file).suffix.lower()} beside {Path(shards[0]).suffix}"] += 1
         listing.files = shards
         opened.notes[:0] = listing.notes()
