@@ -5,6 +5,7 @@ Training and `image_processing_mim` both read images through here. Needs no torc
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "F")
 TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 ARRAY = b"\x93NUMPY"
 PNG16 = {2: 3, 4: 2, 6: 4}  # channels by colour type, of the PNG files that Pillow reads with 8 of their 16 bits
+GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"  # of the header of a PPM file: spaces and comments
+PPM = re.compile(rb"(P[36])" + GAP + rb"(\d+)" + GAP + rb"(\d+)" + GAP + rb"(\d+)\s")
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as in Pillow's `convert("L")`
 ORIENTATION = 274  # the tag of TIFF and EXIF
 
@@ -235,6 +238,9 @@ def read_file(file: bytes, num_channels: int, max_pixels: int = MAX_PIXELS) -> n
     if file[12:16] == b"IHDR" and file[24] == 16 and file[25] in PNG16:
         check_pixels(int.from_bytes(file[16:20], "big") * int.from_bytes(file[20:24], "big"), max_pixels)
         return _read_png16(file, num_channels)
+    if (ppm := PPM.match(file)) is not None and int(ppm[4]) > 255:
+        check_pixels(int(ppm[2]) * int(ppm[3]), max_pixels)
+        return _read_ppm16(file, ppm, num_channels)
     limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None  # `max_pixels` takes its place
     try:
         image = PIL.Image.open(io.BytesIO(file))
@@ -352,9 +358,27 @@ def _read_png16(file: bytes, num_channels: int) -> np.ndarray:
         pixels = turn_upright(pixels, image.getexif().get(ORIENTATION, 1))
     if pixels.shape[2] != num_channels and pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
-    if num_channels == 1 and pixels.shape[2] == 3:
-        pixels = np.rint(pixels.astype(np.float32) @ np.array(LUMA, np.float32)).astype(np.uint16)
-    return pixels
+    return _grey16(pixels) if num_channels == 1 and pixels.shape[2] == 3 else pixels
+
+
+def _read_ppm16(file: bytes, header: re.Match, num_channels: int) -> np.ndarray:
+    """PPM with 16 bits for each colour, of which Pillow keeps 8. The highest value that it names is white."""
+    width, height, top = (int(number) for number in header.groups()[1:])
+    count, body = width * height * 3, file[header.end() :]
+    if header[1] == b"P6":
+        values = np.frombuffer(body[: min(2 * count, len(body) // 2 * 2)], ">u2")
+    else:
+        values = np.array(body.split()[:count], np.uint32)
+    if len(values) < count or values.max(initial=0) > top:
+        raise OSError("it is cut short, or holds more than its highest value")
+    scaled = np.rint(values.astype(np.float64) * (65535 / top)).astype(np.uint16)
+    pixels = scaled.reshape(height, width, 3)
+    return _grey16(pixels) if num_channels == 1 else pixels
+
+
+def _grey16(pixels: np.ndarray) -> np.ndarray:
+    """(height, width, 3) -> (height, width), uint16."""
+    return np.rint(pixels.astype(np.float32) @ np.array(LUMA, np.float32)).astype(np.uint16)
 
 
 # ---- geometry ------------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def test_runs_of_different_data_need_a_choice(tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     data = photos(folder / "photos")
+    (data / "notes.txt").touch()
     words = [f"data.dataset={data}", f"training.output_dir={folder / 'run'}", "data.crop_scale=[0.5, 1.0]", *TINY]
     return pretrain("quick", words, Console(quiet=True))
 
@@ -97,6 +98,8 @@ def test_every_command_takes_the_runs_own_data(run, tmp_path, monkeypatch, capsy
     assert main([command, str(run), *COMMANDS[command]]) in (0, 1)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"data: {run.parent / 'photos'}, as in {run}/recipe.yaml" in printed
+    assert "1 of 41 files were passed over: 1 .txt" in printed and "columns: images from 'image'" in printed
+    assert "values: uint8 from" in printed or command == "analyze"
     if command == "codebook":
         assert load_file("codes.safetensors")["codes"].shape == (4, 16)
         assert "images: 16x16 pixels, 3 channels" in printed

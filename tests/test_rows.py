@@ -103,12 +103,15 @@ def test_every_missing_row_counts(tmp_path, streaming):
 
 
 @STREAMED
-@pytest.mark.parametrize("inner", ["images", "numbers"])
-def test_a_column_of_lists_is_refused(tmp_path, streaming, inner):
+@pytest.mark.parametrize("inner, named", [("images", True), ("images", False), ("numbers", True)])
+def test_a_column_of_lists_is_refused(tmp_path, streaming, inner, named):
     values = [[encoded(0)] * 2 if inner == "images" else [1, 2]] * 3
     place = parquet(tmp_path / "train.parquet", values)
-    with pytest.raises(DataError, match="column 'image' holds lists of .*; one image a row is needed"):
-        images_of(place, streaming, image_column="image")
+    message = (
+        f"column 'image' holds lists of {inner if named and inner == 'images' else '.*'}; one image a row .* Write"
+    )
+    with pytest.raises(DataError, match=message):
+        images_of(place, streaming, image_column="image" if named else None)
 
 
 @STREAMED

@@ -2,6 +2,7 @@
 kind of file. Files are written here; expected values come from the numbers that they were written with."""
 
 import io
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.resizing import fit_whole, resized_shape
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
+from hf_mim.training.data.decoding import Undecodable, kind_of, read_image
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.processors import processor_for
 
 
 SIZE = (20, 24)
+FIXTURES = Path(__file__).parent / "fixtures" / "bits"
 TURNED = PIL.Image.Exif()
 TURNED[0x0112] = 6
 
@@ -67,6 +70,13 @@ def png16(array: np.ndarray) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def ppm16(array: np.ndarray, top: int, plain: bool = False) -> bytes:
+    """PPM of values up to `top`, with a comment in its header."""
+    height, width, _ = array.shape
+    head = b"%s\n# made here\n%d %d\n%d\n" % (b"P3" if plain else b"P6", width, height, top)
+    return head + (" ".join(map(str, array.ravel())).encode() if plain else array.astype(">u2").tobytes())
 
 
 def npy(array) -> bytes:
@@ -159,6 +169,16 @@ KINDS = {
     ),
     "NaN and infinity": (lambda s: npy(with_nan(s)), "npy", 6, {"nodata": "nan"}),
     "nodata": (lambda s: npy(with_nodata(s)), "npy", 6, {"nodata": -9999, "value_range": "auto"}),
+    "gif": (lambda s: pillow(levels(s), kind="GIF"), "gif", 1, {}),
+    "bmp": (lambda s: pillow(levels(s, 3), kind="BMP"), "bmp", 3, {}),
+    "webp with transparency": (lambda s: pillow(transparent(s), kind="WEBP", lossless=True), "webp", 3, {}),
+    "avif": (lambda s: pillow(levels(s, 3), kind="AVIF"), "avif", 3, {}),
+    "jpeg 2000": (lambda s: pillow(levels(s, 3), kind="JPEG2000"), "jp2", 3, {}),
+    "16-bit jpeg 2000": (lambda s: pillow(levels(s, top=65535, kind=np.uint16), kind="JPEG2000"), "jp2", 1, {}),
+    "pgm": (lambda s: pillow(levels(s), kind="PPM"), "pgm", 1, {}),
+    "ppm": (lambda s: pillow(levels(s, 3), kind="PPM"), "ppm", 3, {}),
+    "16-bit ppm": (lambda s: ppm16(levels(s, 3, 65535, np.uint16), 65535), "ppm", 3, {}),
+    "16-bit ppm, one channel": (lambda s: ppm16(levels(s, 3, 4095, np.uint16), 4095), "ppm", 1, {}),
     "turned png": (lambda s: pillow(levels(s, 3), exif=TURNED), "png", 3, {}),
     "turned jpeg": (lambda s: pillow(levels(s, 3), kind="JPEG", exif=TURNED), "jpg", 3, {}),
     "turned webp": (lambda s: pillow(levels(s, 3), kind="WEBP", lossless=True, exif=TURNED), "webp", 3, {}),
@@ -252,6 +272,50 @@ def test_lost_levels_are_said(tmp_path):
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "a.png").write_bytes(pillow(levels(0), "1"))
     assert load_splits(few, tiny_config(num_channels=1)).sample.warning is None  # two, and nothing lost
+
+
+@pytest.mark.parametrize("top", [300, 4095, 65535])
+@pytest.mark.parametrize("plain", [False, True])
+def test_colours_of_a_ppm_keep_all_their_bits(top, plain):
+    values = levels(0, 3, top, np.uint16)
+    read, _ = read_image(ppm16(values, top, plain), 3)
+    assert read.dtype == np.uint16 and np.abs(read - values * (65535 / top)).max() <= 0.5
+    for broken in (ppm16(values, top, plain)[:-9], ppm16(values, values.max() - 20, plain)):
+        with pytest.raises(Undecodable, match="cut short, or holds more than its highest value"):
+            read_image({"bytes": broken, "path": "a.ppm"}, 3)
+
+
+@pytest.mark.parametrize("file, bits", [("rgb16.jp2", 16), ("rgb10.avif", 10)])
+def test_bits_that_pillow_drops_are_said(file, bits, tmp_path):
+    shutil.copy(FIXTURES / file, tmp_path)
+    sample = load_splits(DataArguments(dataset=str(tmp_path)), tiny_config()).sample
+    assert f"of files with {bits} bits a channel" in sample.warning and "save them as PNG" in sample.warning
+    for kind in ("jpeg 2000", "16-bit jpeg 2000", "avif"):
+        assert kind_of(KINDS[kind][0](0)).lost_bits == 0
+
+
+def test_pages_that_are_not_read_are_said(tmp_path):
+    stack = levels(0, 5).transpose(2, 0, 1)
+    frames = [PIL.Image.fromarray(page) for page in stack]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    warning = load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1)).sample.warning
+    assert "files with 5 pages or frames, only the first is read" in warning and "model.num_channels=5" in warning
+    assert load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=5)).sample.warning is None
+    # smaller copies for quick display are no pages
+    half = frames[0].resize((frames[0].width // 2, frames[0].height // 2))
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=[half])
+    assert load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1)).sample.warning is None
+
+
+def test_a_stream_is_looked_at_in_several_shards(tmp_path):
+    """Sources often lie one after another: the first shards have 8-bit images here, the last ones 16 bits."""
+    for seed in range(60):
+        deep = seed >= 30
+        array = levels(seed, top=4000, kind=np.uint16) if deep else levels(seed)
+        (tmp_path / f"{seed:02}.png").write_bytes(pillow(array))
+    sample = load_splits(DataArguments(dataset=str(tmp_path), streaming=True), tiny_config(num_channels=1)).sample
+    assert sample.count == 48 and sample.values["uint8"] > 10 and sample.values["uint16"] > 10
+    assert "in the first 48 images of 48 shards" in sample.line and "17 levels" in sample.warning
 
 
 @pytest.mark.parametrize(

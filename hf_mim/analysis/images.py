@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import Labels, read_labels
+from hf_mim.training.data.report import describe_classes, describe_columns, unused_splits
 from hf_mim.training.data.sample import look_at
 from hf_mim.training.data.sources import open_dataset
 from hf_mim.training.data.splits import choose_splits, hold_out, limit_rows
@@ -30,12 +31,14 @@ class Choice:
     others: rows for prototypes, as many of every class as possible; None without labels.
     classes: the classes' names where labels are text; None lets a data set's own names count.
     note: where the images come from, for people.
+    report: what is used of the data and what is left out, a line each, for people.
     """
 
     measured: datasets.Dataset
     others: datasets.Dataset | None
     classes: list[str] | None
     note: str
+    report: list[str] = field(default_factory=list)
 
 
 def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
@@ -58,6 +61,9 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
         half = half[hold_out(labels.numbers.numpy()[half], 0.5)[1]]
         test, rest = train.select(half), train.select(np.setdiff1d(np.arange(len(train)), half))
         note = f"half of split {train_name}"
+    report = [*splits.notes, describe_columns(find_columns(train.features, data)[0], label or None)]
+    report += [describe_classes(labels.classes)] if labels is not None else []
+    report += unused_splits(splits, [train_name if rest is not None else None, test_name or train_name])
     test_labels = read_labels(test, label, labels.classes) if labels is not None and label in test.features else None
     if test_labels is not None and test_labels.missing and test_labels.missing < len(test):
         note += f" without {test_labels.missing:,} images that have no label"
@@ -69,10 +75,10 @@ def choose_images(data: DataArguments, count: int, prototypes: int) -> Choice:
         message = f"an analysis needs at least 2 images, and {data.dataset} has {len(measured)} in its {note}"
         raise DataError(message, data.dataset or "")
     if labels is None or test_labels is None or rest is None or not len(rest):
-        return Choice(measured, None, None, note)
+        return Choice(measured, None, None, note, report)
     others = read_labels(rest, label, labels.classes)
     positions = in_turn(others.numbers.tolist(), prototypes)
-    return Choice(measured, rest.select(positions), labels.classes, note)
+    return Choice(measured, rest.select(positions), labels.classes, note, report)
 
 
 def usable_labels(train: datasets.Dataset, data: DataArguments) -> tuple[str, Labels | None]:

@@ -165,6 +165,7 @@ def set_up(sources: list[str], overrides: Sequence[str], console: Console | RunC
     # report.json alone is of a run that was stopped
     output = choose_folder(arguments.output_dir, stem, ("report.html",), REMEDY)
     choice = choose_images(data, arguments.images, arguments.prototype_images)
+    console.log("\n".join(choice.report))
     subjects = load_subjects(sources, choice, data, arguments)
     for images in {id(subject.images): subject.images for subject in subjects}.values():
         images.log_sample(console)

@@ -76,7 +76,7 @@ def doctor(source: str, overrides: Sequence[str] = (), console: Console | RunCon
     base = {"data": own_data([source], chosen_data(overrides), console)}
     (data,) = recipes.read_sections(overrides, base, data=DataArguments)
     with console.status("looking at the weights") as status:
-        checks = examine(source, data, status.update)
+        checks = examine(source, data, status.update, console.log)
     console.show(table_of(checks))
     faults, unclear = ([check for check in checks if check.state == state] for state in ("fault", "unclear"))
     for check in checks:
@@ -96,8 +96,13 @@ def table_of(checks: list[Check]) -> Table:
     return table
 
 
-def examine(source: str, data: DataArguments, say=lambda words: None) -> list[Check]:
-    """All checks, the quick ones first. Arguments and errors as of `doctor`; `say` is told what is going on."""
+def examine(source: str, data: DataArguments, say=lambda words: None, log=lambda words: None) -> list[Check]:
+    """All checks, the quick ones first. Arguments and errors as of `doctor`.
+
+    Args:
+        say: is told what is going on.
+        log: prints what is used of the data and what is left out.
+    """
     if data.streaming:
         message = "doctor draws images at random: set data.streaming=false"
         raise RecipeError(message, "data.streaming")
@@ -118,6 +123,7 @@ def examine(source: str, data: DataArguments, say=lambda words: None) -> list[Ch
         return [*checks, Check("predictions and features", "skipped", "nothing can be computed with such weights")]
     say("reading images")
     splits = load_splits(data, encoder.config)
+    log("\n".join([*splits.report, splits.sample.line]))
     pixels = check_pixels(splits)
     later = check_pretraining(model, splits, untrained, say)
     say("comparing the features with those of the untrained twin")

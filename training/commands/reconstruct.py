@@ -21,6 +21,7 @@ from hf_mim.training.data.decoding import Decoder, Undecodable
 from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.report import without_evaluation
 from hf_mim.training.data.transforms import sample_rng
 from hf_mim.training.own_data import chosen_data, own_data
 from hf_mim.training.plots import pictures
@@ -45,10 +46,12 @@ def reconstruct_examples(
         FolderError, OSError: `out` cannot be written.
     """
     check_picture(out, force)
-    base = {"data": own_data([checkpoint], chosen_data(overrides), RunConsole(console))}
+    console = RunConsole(console)
+    base = {"data": own_data([checkpoint], chosen_data(overrides), console)}
     (data,) = recipes.read_sections(overrides, base, data=DataArguments)
     model = load_model(checkpoint, {} if bands is None else {"display_bands": bands})
     splits = load_splits(data, model.config)
+    console.log("\n".join([*without_evaluation(splits.report), splits.sample.line]))
     dataset = splits.test or splits.train
     if not isinstance(dataset, MIMDataset):
         raise RecipeError("pictures of examples need data with a length: set data.streaming=false", "data.streaming")

@@ -26,6 +26,7 @@ from hf_mim.training.common.output_folder import check_new_file
 from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.data.report import without_evaluation
 from hf_mim.training.evaluation.feature_statistics import DEAD_SHARE, token_diversity
 from hf_mim.training.evaluation.frozen import pixel_loader
 from hf_mim.training.own_data import chosen_data, own_data
@@ -46,7 +47,9 @@ def images_of(
     chosen = chosen_data(overrides)
     section = {**own_data([source], chosen, console), **chosen}
     data = DataArguments(**{**section, "max_train_images": count})
-    dataset = load_splits(data, config).train.without_augmentation()
+    splits = load_splits(data, config)
+    console.log("\n".join([*without_evaluation(splits.report), splits.sample.line]))
+    dataset = splits.train.without_augmentation()
     return list(pixel_loader(dataset, config, BATCH))
 
 

@@ -18,6 +18,7 @@ IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp",
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category")
 MASK_NAMES = ("mask", "masks", "annotation", "annotations", "segmentation_mask", "segmentation", "label", "labels")
 BYTES = ("binary", "large_binary")
+LISTS = "lists of images"
 
 
 def find_columns(features: dict, data: DataArguments) -> tuple[str, str | None]:
@@ -29,10 +30,11 @@ def find_columns(features: dict, data: DataArguments) -> tuple[str, str | None]:
     _check_names(features, data, "image_column", "label_column")
     image = data.image_column or next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     image = image or next((n for n in features if n.lower() in IMAGE_NAMES and _holds_files(features[n])), None)
+    image = image or next((n for n, f in features.items() if _kind_of(f) == LISTS), None)  # refused below
     if image is not None and not (isinstance(features[image], datasets.Image) or _can_be_image(features[image])):
         raise DataError(
-            f"the column {image!r} holds {_kind_of(features[image])}; one image a row is needed: flatten it, or name "
-            "another column in data.image_column",
+            f"the column {image!r} holds {_kind_of(features[image])}; one image a row is needed. Write one row for "
+            "each image, or name another column in data.image_column",
             image,
         )
     if image is None:
@@ -114,8 +116,9 @@ def _kind_of(feature) -> str:
     if isinstance(feature, datasets.Value):
         return f"{feature.dtype} values"
     inner = getattr(feature, "feature", None)
-    of = "images" if isinstance(inner, datasets.Image) or inner is not None and _holds_files(inner) else "values"
-    return f"lists of {of}" if inner is not None else f"{type(feature).__name__}"
+    if isinstance(inner, datasets.Image) or inner is not None and _holds_files(inner):
+        return LISTS
+    return "lists of values" if inner is not None else f"{type(feature).__name__}"
 
 
 def _is_map(feature) -> bool:

@@ -1,6 +1,7 @@
 """From what a data set holds to pixels as the model wants them. What files mean is said in `modeling.pixels`."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from hf_mim.training.data.arguments import DataArguments
 
 
 # Deprecated since torchvision 0.29. Without it Pillow decodes, which takes a quarter longer, and more for small files.
+JPEG2000 = b"\xff\x4f\xff\x51"  # how its code begins: two markers, of which the second says size and bits
 HAS_JPEG = hasattr(torchvision.io, "decode_jpeg")
 
 
@@ -170,15 +172,51 @@ def _decode_jpeg(file: bytes) -> np.ndarray:
     return torchvision.io.decode_jpeg(data, mode, apply_exif_orientation=True).permute(1, 2, 0).numpy()
 
 
-def mode_of(value) -> str:
-    """What Pillow calls the kind of an image, with transparency as `RGBA`; `array` where Pillow does not read it."""
+@dataclass(frozen=True)
+class FileKind:
+    """What kind of file an image is.
+
+    Args:
+        mode: as Pillow calls it, with transparency as `RGBA`; `array` where Pillow does not read it.
+        lost_bits: how many bits a channel the file has, where Pillow reads 8 of more; else 0.
+        pages: of one size, or frames.
+    """
+
+    mode: str
+    lost_bits: int = 0
+    pages: int = 1
+
+
+def kind_of(value) -> FileKind:
+    """Args: as of `decode`; of an image that can be read."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, PIL.Image.Image):
-        return "RGBA" if is_transparent(value) else value.mode
+        return FileKind("RGBA" if is_transparent(value) else value.mode)
     file = value if isinstance(value, bytes) else read_file(value)
     try:
         with PIL.Image.open(io.BytesIO(file)) as image:
-            return "RGBA" if is_transparent(image) else image.mode
+            mode = "RGBA" if is_transparent(image) else image.mode
+            return FileKind(mode, _lost_bits(file), _count_pages(image))
     except Exception:  # as in `read_image`, which says so
-        return "array"
+        return FileKind("array")
+
+
+def _count_pages(image: PIL.Image.Image) -> int:
+    """1 where the second page is of another size, as previews are."""
+    pages, size = getattr(image, "n_frames", 1), image.size
+    if pages == 1 or image.format == "MPO":
+        return 1
+    image.seek(1)
+    return pages if image.size == size else 1
+
+
+def _lost_bits(file: bytes) -> int:
+    """Of JPEG 2000 in colours and of AVIF, as their headers say."""
+    if file[4:12] == b"ftypavif" and (at := file.find(b"av1C")) > 0 and file[at + 6] & 0x40:
+        return 12 if file[at + 6] & 0x20 else 10
+    start = file.find(JPEG2000) if file.startswith((JPEG2000, b"\0\0\0\x0cjP  ")) else -1
+    if start >= 0 and len(file) > start + 42:
+        channels, bits = int.from_bytes(file[start + 40 : start + 42], "big"), 1 + (file[start + 42] & 0x7F)
+        return bits if channels > 1 and bits > 8 else 0
+    return 0

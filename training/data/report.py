@@ -42,3 +42,8 @@ def describe_part(name: str, count: int, labels: Labels | None = None, note: str
 def unused_splits(opened: Opened, used: Iterable[str | None], remedy: str = "") -> list[str]:
     """A line for each split that is not used."""
     return [f"split {name} ({len(opened[name]):,} images) is not used{remedy}" for name in opened if name not in used]
+
+
+def without_evaluation(report: Iterable[str]) -> list[str]:
+    """The lines of a report for commands that evaluate nothing."""
+    return [line for line in report if not line.startswith("Not evaluated")]

@@ -1,8 +1,9 @@
 """What the images of a data set hold, by a sample that is looked at once, before training: values, modes and sizes."""
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +15,12 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.columns import find_columns
-from hf_mim.training.data.decoding import Decoder, apply_rules, mode_of, read_image
+from hf_mim.training.data.decoding import Decoder, apply_rules, kind_of, read_image
 from hf_mim.training.data.shards import DAMAGE, is_damage
 
 
 COUNT = 48  # images, at most
+SHARDS = 8  # of a stream that the images are of, unless these have too few: opening one takes a round trip and more
 VALUES = 2**16  # of an image that percentiles are taken of, at most
 PERCENTILES = (0.1, 99.9)  # what `data.value_range=auto` makes black and white
 FEW_LEVELS = 32  # of 256, below which there is a warning
@@ -30,23 +32,30 @@ class PixelSample:
 
     Args:
         count: of the images that were looked at.
+        shards: of a stream, that they are of; None of what can be drawn from as a whole.
         values: how many images have values of which type: {"uint16": 48}.
         modes: what Pillow calls the kinds of files, `array` for .npy and what Pillow does not read.
+        lost_bits: how many bits a channel files have of which Pillow reads 8; 0 where there are no such.
+        lost_pages: how many pages or frames files have beside the one that is read.
         sizes: (height, width) of the images.
         low, high: of each channel, nodata left out.
-        levels_before, levels: how many different values each channel has, before and after it is made 8 bits.
+        levels: how many different values each channel has when it is made 8 bits.
+        lost: where few of many values are left, by channel and type.
         clipped, missing: shares of the values that lie outside of the range, and that are `data.nodata`.
         value_range: in force; None is that of the type.
     """
 
     count: int = 0
+    shards: int | None = None
     values: Counter[str] = field(default_factory=Counter)
     modes: set[str] = field(default_factory=set)
+    lost_bits: int = 0
+    lost_pages: int = 0
     sizes: set[tuple[int, int]] = field(default_factory=set)
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
-    levels_before: list[int] = field(default_factory=list)
     levels: list[int] = field(default_factory=list)
+    lost: list["LostLevels"] = field(default_factory=list)
     clipped: float = 0.0
     missing: float = 0.0
     value_range: Any = None
@@ -57,7 +66,8 @@ class PixelSample:
         if not self.count:
             return "values: no image of the sample can be read"
         kinds = " and ".join(self.values)
-        parts = [f"{kinds} from {_number(min(self.low))} to {_number(max(self.high))} in {self.count} images looked at"]
+        looked = f"{self.count} images looked at" if self.shards is None else self.stream_part
+        parts = [f"{kinds} from {_number(min(self.low))} to {_number(max(self.high))} in {looked}"]
         if self.value_range is not None:
             pairs = self.value_range if hasattr(self.value_range[0], "__len__") else [self.value_range]
             shown = ", ".join(f"{_number(low)} to {_number(high)}" for low, high in pairs)
@@ -69,25 +79,48 @@ class PixelSample:
         return f"values: {'; '.join(parts)}"
 
     @property
+    def stream_part(self) -> str:
+        shards = f"{self.shards} shards" if self.shards != 1 else "the only shard"
+        return f"the first {self.count} images of {shards}"
+
+    @property
     def warning(self) -> str | None:
-        """Where levels are lost and few are left."""
-        lost = [
-            (before, after) for before, after in zip(self.levels_before, self.levels) if FEW_LEVELS > after < before
-        ]
-        if not lost:
+        """Where bits or pages of the files are lost, or levels, and few are left."""
+        if self.lost_pages:
+            return (
+                f"warning: of files with {self.lost_pages + 1} pages or frames, only the first is read. If they are "
+                f"channels of one image, set model.num_channels={self.lost_pages + 1}; else write a file for each"
+            )
+        if self.lost_bits:
+            return (
+                f"warning: of files with {self.lost_bits} bits a channel (JPEG 2000 in colours, AVIF), Pillow reads 8 "
+                "bits. To keep the others, save them as PNG, TIFF or .npy"
+            )
+        if not self.lost:
             return None
-        before, after = min(lost, key=lambda pair: pair[1])
+        least = min(self.lost, key=lambda lost: lost.after)
+        low, high = min(lost.low for lost in self.lost), max(lost.high for lost in self.lost)
         return (
-            f"warning: only {after} levels are left of {before:,} different values, because the images do not fill the "
-            "range that they are read with: set data.value_range=auto, or to numbers such as "
-            f"[{_number(min(self.low))},{_number(max(self.high))}], one pair or one per channel"
+            f"warning: only {least.after} levels are left of {least.before:,} different values, because the images do "
+            "not fill the range that they are read with: set data.value_range=auto, or to numbers such as "
+            f"[{_number(low)},{_number(high)}], one pair or one per channel"
         )
+
+
+@dataclass(frozen=True)
+class LostLevels:
+    """How many different values there are before and after they are made 8 bits, and the lowest and highest."""
+
+    before: int
+    after: int
+    low: float
+    high: float
 
 
 def look_at(
     rows, config: MIMConfig, data: DataArguments, seed: int = 0, column: str | None = None
 ) -> tuple[PixelSample, DataArguments]:
-    """Looks at some images, drawn at random from the seed; of a stream at the first ones.
+    """Looks at some images, drawn at random from the seed; of a stream, at the first ones of shards drawn so.
 
     Args:
         rows: a `datasets.Dataset` or `IterableDataset` with an image column.
@@ -100,19 +133,24 @@ def look_at(
         DataError: `auto`, and no image has values.
     """
     column = column or find_columns(rows.features, data)[0]
-    images = list(_read(_draw(rows, column, seed), config, data))
+    files, shards = _draw(rows, column, seed)
+    images = list(_read(files, config, data))
     if data.value_range == "auto":
         data = replace(data, value_range=find_range([values for values, _ in images], config, data))
     decoder = Decoder(config, data)
-    sample = PixelSample(len(images), value_range=config.value_range if data.value_range is None else data.value_range)
+    value_range = config.value_range if data.value_range is None else data.value_range
+    sample = PixelSample(len(images), shards, value_range=value_range)
     collected: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for values, mode in images:
+    for values, kind in images:
         try:
             pixels, _ = apply_rules(decoder.rules, values, "an image")
         except DataError:
             continue  # named where it is met
         sample.values[str(values.dtype.newbyteorder("="))] += 1
-        sample.modes.add(mode)
+        sample.modes.add(kind.mode)
+        sample.lost_bits = max(sample.lost_bits, kind.lost_bits)
+        if kind.pages != (values.shape[2] if values.ndim == 3 else 1):
+            sample.lost_pages = max(sample.lost_pages, kind.pages - 1)
         sample.sizes.add(tuple(values.shape[:2]))
         raw, known = _known(values, decoder)
         raw, pixels = np.broadcast_to(raw, pixels.shape), pixels
@@ -156,26 +194,35 @@ def find_range(images: list[np.ndarray], config: MIMConfig, data: DataArguments)
     return pairs[0] if len(pairs) == 1 else pairs
 
 
-def _draw(rows, column: str, seed: int) -> Iterable:
+def _draw(rows, column: str, seed: int) -> tuple[Iterable, int | None]:
+    """Files, and of how many shards they are; None of what is no stream."""
     if not isinstance(rows, datasets.Dataset):
         rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        return itertools.islice(_stream_files(rows, column), COUNT)
+        return _stream_files(rows, column, seed)
     chosen = np.random.default_rng((seed, 18)).permutation(len(rows))[:COUNT]
     rows = rows.select_columns([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return (rows[int(index)][column] for index in sorted(chosen))
+    return (rows[int(index)][column] for index in sorted(chosen)), None
 
 
-def _stream_files(rows: datasets.IterableDataset, column: str) -> Iterator:
-    """The files of a stream, shard by shard; damage is passed over here, and told where the run meets it."""
-    for index in range(rows.num_shards):
+def _stream_files(rows: datasets.IterableDataset, column: str, seed: int) -> tuple[list, int]:
+    """The first files of some shards of a stream: sources often lie one after another. Damage is passed over here, and
+    told where the run meets it."""
+    files, shards = list[Any](), 0
+    for index in np.random.default_rng((seed, 18)).permutation(rows.num_shards).tolist():
         shard = rows if rows.num_shards == 1 else rows.shard(rows.num_shards, index)
+        share = math.ceil((COUNT - len(files)) / max(1, min(rows.num_shards, SHARDS) - shards))
+        before = len(files)
         try:
-            yield from (row[column] for row in shard)
+            files.extend(row[column] for row in itertools.islice(shard, share))
         except (OSError, *DAMAGE) as error:
             if not is_damage(error):
                 raise
+        shards += len(files) > before
+        if len(files) == COUNT:
+            break
+    return files, shards
 
 
 def _read(files: Iterable, config: MIMConfig, data: DataArguments):
@@ -184,7 +231,7 @@ def _read(files: Iterable, config: MIMConfig, data: DataArguments):
             values, _ = read_image(file, config.num_channels, data.max_pixels)
         except ValueError:
             continue  # counted, named and replaced where it is met
-        yield values, mode_of(file)
+        yield values, kind_of(file)
 
 
 def _known(values: np.ndarray, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
@@ -204,19 +251,28 @@ def _thin(pixels: np.ndarray) -> np.ndarray:
 
 
 def _measure(sample: PixelSample, decoder: Decoder, collected: list) -> None:
+    """Fills in a sample: by channel, and within one by the type of the files, so that none hides what others lose."""
     missing = total = clipped = 0
     for channel in range(decoder.rules.num_channels):
-        raw = np.concatenate([values[channel][known[channel]] for values, known, _ in collected])
-        pixels = np.concatenate([levels[channel][known[channel]] for _, known, levels in collected])
-        count = sum(known[channel].size for _, known, _ in collected)
-        missing, total = missing + count - raw.size, total + count
-        sample.low.append(float(raw.min()) if raw.size else 0.0)
-        sample.high.append(float(raw.max()) if raw.size else 0.0)
-        sample.levels_before.append(len(np.unique(raw)))
-        sample.levels.append(len(np.unique(pixels)))
-        if decoder.rules.value_range is not None:
-            low, high = decoder.rules.value_range[min(channel, len(decoder.rules.value_range) - 1)]
-            clipped += int(((raw < low) | (raw > high)).sum())
+        by_type: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for values, known, pixels in collected:
+            mask = known[channel]
+            by_type.setdefault(values.dtype.str, []).append((values[channel][mask], pixels[channel][mask]))
+            missing, total = missing + int((~mask).sum()), total + mask.size
+        values_of, levels_of = list[np.ndarray](), list[np.ndarray]()
+        for pairs in by_type.values():
+            raw, levels = (np.concatenate(arrays) for arrays in zip(*pairs))
+            values_of.append(np.unique(raw))
+            levels_of.append(np.unique(levels))
+            if FEW_LEVELS > len(levels_of[-1]) < len(values_of[-1]):
+                sample.lost.append(LostLevels(len(values_of[-1]), len(levels_of[-1]), raw.min(), raw.max()))
+            if decoder.rules.value_range is not None:
+                low, high = decoder.rules.value_range[min(channel, len(decoder.rules.value_range) - 1)]
+                clipped += int(((raw < low) | (raw > high)).sum())
+        ends = [end for values in values_of if values.size for end in (values[0], values[-1])] or [0.0]
+        sample.low.append(float(min(ends)))
+        sample.high.append(float(max(ends)))
+        sample.levels.append(len(np.unique(np.concatenate(levels_of))))
     sample.missing, sample.clipped = missing / total, clipped / max(1, total - missing)
 
 
