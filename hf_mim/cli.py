@@ -255,10 +255,11 @@ def doctor(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="transformers, timm or onnx.")],
+    to: Annotated[str, typer.Option(help="transformers, timm, onnx, or official (FCMAE).")],
     force: Force = False,
 ):
-    """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim."""
+    """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim; or a
+    whole FCMAE as its official file."""
     from hf_mim.conversion import export as run
 
     for line in run(checkpoint, out, to, force):

@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
+from .decoder_convnext import ConvNeXtDecoder
 from .decoder_spark import SparKDecoder
 from .encoder_base import Encoder, EncoderOutput, Grid, choose, tokens_to_map
 from .initial_weights import LINEAR, draw_as
@@ -282,6 +283,7 @@ DECODERS = {
     "transformer": TransformerDecoder,
     "cross_attention": CrossAttentionDecoder,
     "conv": ConvDecoder,
+    "convnext": ConvNeXtDecoder,
     "unet": UNetDecoder,
     "spark": SparKDecoder,
 }

@@ -93,7 +93,7 @@ class ConvNetEncoder(Encoder):
 
     def _check_options(self, mask_stage: int, **convnext_only: bool):
         depth = len(self.strides) - 1
-        if not 0 <= mask_stage < depth:
+        if self.mask_style != "sparse" and not 0 <= mask_stage < depth:
             raise ValueError(f"mask_stage {mask_stage} must be from 0 to {depth - 1}, the stages of this network")
         for name, value in convnext_only.items():
             if value and (self.norm_eps is None or self.mask_style == "sparse"):

@@ -26,11 +26,11 @@ class SparseBatchNorm2d(nn.BatchNorm2d):
     def forward(self, features: Tensor) -> Tensor:
         if self.mask.visible is None or not self.training:
             return super().forward(features)
-        visible = self.mask.at(features).to(features.dtype)
-        count = visible.sum() / visible.shape[1]
-        mean = (features * visible).sum((0, 2, 3)) / count
+        hidden = ~self.mask.at(features)
+        count = (~hidden).to(features.dtype).sum()
+        mean = features.masked_fill(hidden, 0).sum((0, 2, 3)) / count
         gap = features - mean[:, None, None]
-        variance = (gap.square() * visible).sum((0, 2, 3)) / count
+        variance = gap.square().masked_fill(hidden, 0).sum((0, 2, 3)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
@@ -53,13 +53,14 @@ def make_sparse(network: nn.Module, mask: SparseMask) -> None:
     def hide(module: nn.Module, arguments: tuple) -> tuple | None:
         if mask.visible is None:
             return None
-        return (arguments[0] * mask.at(arguments[0]).to(arguments[0].dtype), *arguments[1:])
+        # A product would let NaN and infinity through, and `masked_fill` changes the memory format.
+        return (torch.where(mask.at(arguments[0]), arguments[0], arguments[0].new_zeros(())), *arguments[1:])
 
     def hide_last_axis(module: nn.Module, arguments: tuple) -> tuple | None:
         if mask.visible is None:
             return None
         visible = mask.at(arguments[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return (arguments[0] * visible.to(arguments[0].dtype), *arguments[1:])
+        return (torch.where(visible, arguments[0], arguments[0].new_zeros(())), *arguments[1:])
 
     for module in network.modules():
         kind = type(module).__name__

@@ -1,19 +1,25 @@
-"""A checkpoint's encoder for those who do not have hf_mim: as a model of transformers or timm, or as ONNX."""
+"""A checkpoint for those who do not have hf_mim: its encoder as a model of transformers or timm, or as ONNX; FCMAE with
+its decoder as the official program saves it."""
 
 from pathlib import Path
+from typing import Any
 
-from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
+from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.data.processors import processor_for
 
 from .export_timm import to_timm
 from .export_transformers import to_transformers
+from .fcmae import to_official
 from .onnx import to_onnx
 
 
 FORMATS = {"transformers": to_transformers, "timm": to_timm, "onnx": to_onnx}
+OFFICIAL = "official"  # of whole models: what the authors' program goes on with
 
 
 def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> list[str]:
@@ -21,7 +27,7 @@ def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> li
 
     Args:
         checkpoint: a folder, or an id on the Hub.
-        to: `transformers`, `timm` or `onnx`.
+        to: `transformers`, `timm` or `onnx`; `official` for a whole FCMAE.
         force: write into a folder that is not empty.
 
     Returns:
@@ -32,14 +38,31 @@ def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> li
             does, or a package is not installed; the message says which.
         FolderError: `out` is not empty.
     """
-    if to not in FORMATS:
-        raise unknown_choice("format", to, FORMATS)
+    if to not in (*FORMATS, OFFICIAL):
+        raise unknown_choice("format", to, [*FORMATS, OFFICIAL])
     check_new_folder(Path(out), force)
     config = load_config(checkpoint)
+    if to == OFFICIAL:
+        return export_whole(checkpoint, config, Path(out))
     model = MIMModel.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True).float().eval()
     out, formats = Path(out), model.encoder.export_formats
     if to not in formats:
         raise ValueError(f"this encoder has no counterpart in {to}: export it --to {' or '.join(formats)}")
     lines = FORMATS[to](model, out)
+    processor_for(config).save_pretrained(out)
+    return [f"{out}: {lines[0]}", *lines[1:]]
+
+
+def export_whole(checkpoint: str, config: MIMConfig, out: Path) -> list[str]:
+    """As `export`, to `OFFICIAL`."""
+    loaded: Any = MIMForPreTraining.from_pretrained(
+        resolve(checkpoint), config=config, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint} has no decoder: {len(info['missing_keys'])} weights are missing", checkpoint
+        )
+    lines = to_official(model.float(), out)
     processor_for(config).save_pretrained(out)
     return [f"{out}: {lines[0]}", *lines[1:]]

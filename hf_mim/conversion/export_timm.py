@@ -115,6 +115,8 @@ def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
         widths, basic = network.hidden_sizes, network.layer_type == "basic"
         sizes = {"layers": network.depths, "channels": [width if basic else width // 4 for width in widths]}
         return "resnet18" if basic else "resnet50", {**sizes, **channels}, state
+    if len(network.depths) != 4:
+        raise ValueError(f"timm's ConvNeXts have four stages, and this encoder {len(network.depths)}")
     state = {name: value.flatten() if ".grn." in name else value for name, value in state.items()}
     first = options.get("final_norm", False)  # timm has both orders of norm and pooling
     state |= named("norm_pre", model.encoder.final_norm) if first else named("head.norm", model.pooled_norm)

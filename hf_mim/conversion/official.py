@@ -14,6 +14,7 @@ from . import data2vec
 from . import vit_family as vit
 from .convnets import FROM_OFFICIAL, NEW_POOLED_NORM, PARTS, convnext, dense_kernels, mask_parts, resnet, timm_convnet
 from .data2vec import data2vec_decoder, is_data2vec
+from .fcmae import fcmae_decoder, is_fcmae
 from .pooling_heads import abmilp_classifier
 from .reading import Weights
 from .spark import spark_decoder
@@ -22,8 +23,8 @@ from .swin import is_swin, swin_encoder, swin_mask_token
 
 
 KINDS = (
-    "MAE, SimMIM, BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM, SparK, data2vec 2.0 and the encoders of Swin, "
-    "ConvNeXt V2 and FCMAE as their authors save them",
+    "MAE, SimMIM, BEiT, BEiT-v2, DTM, DINO, Beyond [cls], A2MIM, SparK, FCMAE, data2vec 2.0 and the encoders of Swin "
+    "and ConvNeXt V2 as their authors save them",
     "state dicts of timm's ViTs, ResNets and ConvNeXts (others with --timm-name)",
     "folders and Hub ids of vision models of transformers",
 )
@@ -290,6 +291,8 @@ def read_convnet(tensors: dict[str, Tensor], hints: Hints) -> Converted:
         converted.kind = f"SparK, {name}"
         if "dense_decoder.proj.weight" in weights:
             with_spark_decoder(converted)
+    elif is_fcmae(tensors):
+        with_fcmae_decoder(converted)
     elif "neck.decoder_pred.0.weight" in weights:
         if not is_resnet:
             norm_every_position(converted)
@@ -314,6 +317,19 @@ def with_spark_decoder(converted: Converted) -> None:
     fields, state = spark_decoder(converted.weights, hidden / cells)
     converted.fields |= fields
     converted.fields["encoder_config"] |= {"mask_style": "sparse", "pixel_fill": "none"}
+    converted.state |= state
+    converted.pretraining = True
+    leave_pooled_norm(converted)
+
+
+def with_fcmae_decoder(converted: Converted) -> None:
+    converted.kind = "FCMAE, ConvNeXt V2"
+    converted.fields["encoder_config"] |= {"mask_style": "sparse", "pixel_fill": "none"}
+    fields, state = fcmae_decoder(converted.weights, converted.fields)
+    converted.notes.append(
+        "the norm of its GRN layers is that of each image, as in the paper; the released program takes that of a batch"
+    )
+    converted.fields |= fields
     converted.state |= state
     converted.pretraining = True
     leave_pooled_norm(converted)
