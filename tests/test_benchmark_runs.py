@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
@@ -63,6 +64,22 @@ def test_gpu_goes_on_where_it_was_stopped(gpu_rows, monkeypatch, capsys):
     assert gpu.main(words) == found
     assert gpu.main([*words, "--only", gpu.DTM, "--again", "--minutes", "-1"]) == {}
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_gpu_measures_steps_where_datasets_are_missing(tmp_path, monkeypatch, capsys):
+    absent = ("datasets", "pyarrow", "evaluate", "peft", "accelerate")
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in absent), "import gpu", "print(len(gpu.ROWS))"]
+    done = subprocess.run(
+        [sys.executable, "-c", "; ".join(lines)], cwd=Path(gpu.__file__).parent, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(len(gpu.ROWS)), done.stderr
+
+    def missing(args):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setattr(gpu, "measure_loader", missing)
+    assert gpu.main(["--device", "cpu", "--only", gpu.LOADER, "--state", str(tmp_path)]) == {}
+    assert "loader: left out, this machine has no datasets" in capsys.readouterr().err
 
 
 def test_gpu_says_what_is_reached():
