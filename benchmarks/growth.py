@@ -40,7 +40,7 @@ QUANTITIES = {
 BASE = {"pixels": 28, "channels": 128, "images": 32, "processes": 1}
 POINTS = {
     "images": [{"images": count} for count in (8, 16, 32, 64, 128)],
-    "tokens": [{"pixels": side, "images": 8} for side in (28, 40, 56, 80, 112)],
+    "tokens": [{"pixels": side, "images": 8} for side in (28, 40, 56, 80, 112, 224)],
     "size": [{"channels": channels} for channels in (64, 96, 128, 192, 256)],
     "processes": [{"processes": count} for count in (1, 2)],
 }
