@@ -14,7 +14,7 @@ class Decoder(nn.Module):
         super().__init__()
         size = pair(config.image_size)
         self.num_prefix_tokens = encoder.num_prefix_tokens
-        self.base_grid = encoder.mask_grid(*size)
+        self.base_grid = encoder.target_grid(*size)
         coarse = encoder.token_grid(*size)
         self.factor = divide(self.base_grid, coarse)
         self.drops_tokens = encoder.drops_tokens

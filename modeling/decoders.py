@@ -41,6 +41,24 @@ class LinearDecoder(Decoder):
         return self.head(encoded.tokens[:, self.num_prefix_tokens :], grid)
 
 
+class MLPDecoder(Decoder):
+    """Two linear layers on each token with LayerNorm and GELU between them (RADIO's heads, 2312.06709).
+
+    Options:
+        hidden_size: of the first layer; None: that of the encoder.
+    """
+
+    def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int, *, hidden_size: int | None = None):
+        super().__init__(config, encoder)
+        self._need_all_tokens("mlp")
+        width = hidden_size or encoder.hidden_size
+        self.layers = nn.Sequential(nn.Linear(encoder.hidden_size, width), nn.LayerNorm(width, eps=1e-6), nn.GELU())
+        self.head = PixelShuffleLinear(width, out_dim, self.factor)
+
+    def forward(self, encoded, bool_masked_pos, grid, scope):
+        return self.head(self.layers(encoded.tokens[:, self.num_prefix_tokens :]), grid)
+
+
 class TransformerDecoder(Decoder):
     """A narrow transformer over all tokens, a learned token standing for the hidden ones (MAE, 2111.06377).
 
@@ -280,6 +298,7 @@ def _up_block(width: int, out: int) -> nn.Sequential:
 
 DECODERS = {
     "linear": LinearDecoder,
+    "mlp": MLPDecoder,
     "transformer": TransformerDecoder,
     "cross_attention": CrossAttentionDecoder,
     "conv": ConvDecoder,

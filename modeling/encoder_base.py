@@ -47,6 +47,7 @@ class Encoder(nn.Module):
     base_grid: Grid  # of the output tokens at the config's image size
     mask_style: str | None = None  # what hiding means, where it is an option
     drops_tokens: bool = False
+    hides_tokens: bool = True  # False with masking `none`
     stage_names: list[str]
     num_features: list[int]  # channels of every stage
     strides: list[int] | None = None  # pixels per position of each stage's map; None where all are of one stride
@@ -74,12 +75,16 @@ class Encoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def mask_grid(self, height: int, width: int) -> Grid:
-        """The grid of tokens that can be hidden; predictions and targets live on it."""
+        """The grid of tokens that can be hidden."""
         raise NotImplementedError
 
     def token_grid(self, height: int, width: int) -> Grid:
         """The grid of the encoder's output tokens: `mask_grid`, or coarser."""
         return self.mask_grid(height, width)
+
+    def target_grid(self, height: int, width: int) -> Grid:
+        """The grid that predictions and targets live on: that of the mask; where nothing is hidden, of the output."""
+        return self.mask_grid(height, width) if self.hides_tokens else self.token_grid(height, width)
 
     def state_grid(self, num_tokens: int, height: int, width: int) -> Grid:
         """The grid of a hidden state of `num_tokens` tokens without the prefix."""

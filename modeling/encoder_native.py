@@ -19,7 +19,10 @@ from .options import pair, unknown_choice
 
 
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
-PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
+PREFIX_TOKENS = (
+    *("cls_token", "class_token", "class_embedding", "cls_register_token", "distillation_token"),
+    "register_tokens",
+)
 FINAL_NORMS = ("layernorm", "layer_norm", "norm", "post_layernorm", "rms_norm")
 # What a saved config holds beside the architecture, or what MIMConfig says.
 NOT_OPTIONS = {
@@ -94,13 +97,21 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     options = {name: value for name, value in changed.items() if name not in NOT_OPTIONS}
     fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
     fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
-    try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
-        fields |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-    except (OSError, ValueError, AttributeError, TypeError):
-        pass  # no processor, or one that does not normalise: MIMConfig's defaults
+    fields |= native_statistics(name_or_path, native)
     state = network.state_dict()
     return fields, state if projection is None else {**state, "visual_projection.weight": projection.weight.detach()}
+
+
+def native_statistics(name_or_path: str, native: PreTrainedConfig) -> dict[str, list[float]]:
+    """The normalisation that a model's images want, as fields of a `MIMConfig`; {} where nothing says it. RADIO
+    normalises its images itself: they come as they are."""
+    if native.model_type == "radio":
+        return {"image_mean": [0.0] * native.num_channels, "image_std": [1.0] * native.num_channels}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
+        return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # no processor, or one that does not normalise: MIMConfig's defaults
 
 
 def infer_grid(tokens: int, height: float, width: float) -> Grid:
@@ -211,7 +222,7 @@ class NativeEncoder(Encoder):
         names = {name.rsplit(".", 1)[-1]: p for name, p in parameters.items()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
         self.num_prefix_tokens = sum(prefixes)
-        self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:3])
+        self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:4])
 
     def _take_final_norm(self, names: list[str] | tuple[str, ...]):
         """Takes the last norm out of the wrapped model, so that a pooler can see the tokens before it. CLIP's, which

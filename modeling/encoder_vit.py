@@ -33,7 +33,7 @@ from .layers import (
     sincos_2d,
     take_tokens,
 )
-from .masking import num_hidden_tokens
+from .masking import hides_tokens, num_hidden_tokens
 from .options import Size, pair
 
 
@@ -159,8 +159,8 @@ class ViTEncoder(Encoder):
         self.mask_style = choose("mask_style", mask_style, ("drop", "token", "add"))
         self.pixel_fill = choose("pixel_fill", pixel_fill, PIXEL_FILLS)
         self.mask_stage = mask_stage
-        self.drops_tokens = mask_style == "drop"
-        if not 0 <= mask_stage < depth or (mask_stage and self.drops_tokens):
+        self.drops_tokens = mask_style == "drop" and hides_tokens(self.config)
+        if not 0 <= mask_stage < depth or (mask_stage and mask_style == "drop"):
             raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
 
     def _add_embeddings(self, use_cls_token: bool, num_registers: int, use_mask_token: bool):

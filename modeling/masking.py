@@ -4,7 +4,7 @@ Every generator takes (batch, grid, rngs, *, ratio, unit, ...) and returns a boo
 where a token is hidden. `rngs` holds one numpy Generator per image, so that a mask depends on that image alone.
 
 Counts are exact and the same for every image: with the grid a multiple of the mask unit, ceil(ratio * units) units;
-otherwise (units cut by the border) ceil(ratio * tokens) tokens, the last unit trimmed at random.
+otherwise (units cut by the border) ceil(ratio * tokens) tokens, the last unit trimmed at random. `none` hides nothing.
 """
 
 import math
@@ -24,7 +24,8 @@ def count_hidden(grid: Grid, ratio: float, unit: Size = 1) -> int:
         ValueError: `ratio` is not in (0, 1), or leaves no visible or no hidden token.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
+        remedy = ": model.masking=none hides nothing" if ratio == 0 else ""
+        raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}{remedy}")
     (rows, cols), (down, right) = grid, pair(unit)
     whole = rows % down == 0 and cols % right == 0
     units = (rows // down) * (cols // right) if whole else rows * cols
@@ -38,8 +39,15 @@ def count_hidden(grid: Grid, ratio: float, unit: Size = 1) -> int:
     return hidden
 
 
+def hides_tokens(config: MIMConfigBase) -> bool:
+    """Whether the config's masking hides anything. With `none` whole images are encoded, and all tokens predicted."""
+    return config.masking != "none"
+
+
 def num_hidden_tokens(config: MIMConfigBase, grid: Grid) -> int:
     """What the config's masking hides of this grid, in every image."""
+    if not hides_tokens(config):
+        return 0
     options = {**options_of(MASK_GENERATORS[config.masking]), **config.options("masking")}
     return count_hidden(grid, options["ratio"], options.get("unit", 1))
 
@@ -52,7 +60,20 @@ def check_masking(config: MIMConfigBase, grid: Grid) -> None:
     num_hidden_tokens(config, grid)
     if config.masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {config.masks_per_image}")
+    if config.masks_per_image > 1 and not hides_tokens(config):
+        raise ValueError(f"masks_per_image must be 1 with masking 'none', got {config.masks_per_image}")
     sample_masks(config, grid, [np.random.default_rng(0)])
+
+
+def check_nothing_hidden(bool_masked_pos: Tensor) -> None:
+    """Raises:
+    ValueError: a mask (batch, tokens) hides something, which a model made with masking `none` cannot do.
+    """
+    message = "this model was made with masking 'none': it hides nothing, and bool_masked_pos must be absent"
+    if torch.compiler.is_compiling() or bool_masked_pos.is_cuda:  # neither break the graph nor wait for the GPU
+        torch._assert_async(~bool_masked_pos.any(), message)
+    elif not bool_masked_pos.is_meta and bool_masked_pos.any():
+        raise ValueError(message)
 
 
 def sample_masks(config: MIMConfigBase, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
@@ -62,6 +83,11 @@ def sample_masks(config: MIMConfigBase, grid: Grid, rngs: list[np.random.Generat
     options = config.options("masking")
     masks = [generate(len(rngs), grid, rngs, **options) for _ in range(config.masks_per_image)]
     return masks[0] if len(masks) == 1 else torch.stack(masks, dim=1)
+
+
+def no_mask(batch: int, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
+    """Hides nothing: for distillation on whole images."""
+    return torch.zeros(batch, grid[0] * grid[1], dtype=torch.bool)
 
 
 def random_mask(
@@ -126,7 +152,7 @@ def inverse_block_mask(
     return _hide_first(_unit_order(grid, unit, rngs, first=~visible), hidden)
 
 
-MASK_GENERATORS = {"random": random_mask, "block": block_mask, "inverse_block": inverse_block_mask}
+MASK_GENERATORS = {"random": random_mask, "block": block_mask, "inverse_block": inverse_block_mask, "none": no_mask}
 
 
 def _unit_grid(grid: Grid, unit: Size) -> Grid:

@@ -22,7 +22,7 @@ from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_
 from .encoder_native import load_native
 from .initial_weights import draw_linear
 from .layers import has_checkpointed_layers
-from .masking import check_masking, sample_masks
+from .masking import check_masking, check_nothing_hidden, hides_tokens, sample_masks
 from .options import Grid, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .parts import make_decoder, make_encoder, make_global_head, make_pooler, make_target
@@ -184,7 +184,7 @@ class MIMModel(MIMPreTrainedModel):
             self.encoder.token_grid(*pixel_values.shape[2:])
         if bool_masked_pos is None:
             return
-        rows, cols = self.encoder.mask_grid(*pixel_values.shape[2:])
+        rows, cols = self.encoder.target_grid(*pixel_values.shape[2:])
         batch, shape = len(pixel_values), tuple(bool_masked_pos.shape)
         shape = (shape[0], shape[2]) if several and len(shape) == 3 else shape
         if shape != (batch, rows * cols) or bool_masked_pos.dtype != torch.bool:
@@ -206,17 +206,22 @@ class MIMForPreTraining(MIMPreTrainedModel):
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)
-        self.mim = MIMModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.hides_tokens = hides_tokens(config)
+        self.mim = MIMModel(config, add_pooling_layer=False, use_mask_token=self.hides_tokens)
         check_masking(config, self.mask_grid(*pair(config.image_size)))
         self.target = make_target(config, self.mim.encoder)
         config.target_config = {**config.options("target"), **self.target.options_to_save()}
-        self.decoder = make_decoder(config, self.mim.encoder, self.target.outputs["patches"])
+        self.decoder = make_decoder(config, self.mim.encoder, self.target)
         self.global_head = make_global_head(self.mim.encoder.hidden_size, self.target)
         self.post_init()
 
     def mask_grid(self, height: int, width: int) -> Grid:
-        """The (rows, cols) of `bool_masked_pos` for images of this size."""
-        return self.mim.encoder.mask_grid(height, width)
+        """The (rows, cols) of `bool_masked_pos`, of predictions and targets for images of this size."""
+        return self.mim.encoder.target_grid(height, width)
+
+    def learned_tokens(self, bool_masked_pos: Tensor) -> Tensor:
+        """The tokens that the loss is about, bool as `bool_masked_pos`: the hidden ones, or with masking `none` all."""
+        return bool_masked_pos if self.hides_tokens else ~bool_masked_pos
 
     @can_return_tuple
     def forward(
@@ -236,7 +241,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
         masks = masks.flatten(0, 1) if masks.ndim == 3 else masks
         outputs = self.mim(
             pixel_values.repeat_interleave(repeats, dim=0) if repeats > 1 else pixel_values,
-            masks,
+            masks if self.hides_tokens else None,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -250,7 +255,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
             targets = self._targets(pixel_values, grid)  # once for each image, however many masks of it there are
             if repeats > 1:
                 targets = {name: target.repeat_interleave(repeats, dim=0) for name, target in targets.items()}
-            loss = self.target.loss(predictions, targets, masks, grid, generator)
+            loss = self.target.loss(predictions, targets, self.learned_tokens(masks), grid, generator)
         return MIMForPreTrainingOutput(
             loss=loss,
             logits=predictions["patches"],
@@ -263,6 +268,8 @@ class MIMForPreTraining(MIMPreTrainedModel):
         """The masks that are given, checked; else new ones from torch's random state."""
         self.mim.check_inputs(pixel_values, bool_masked_pos, several=True)
         if bool_masked_pos is not None:
+            if not self.hides_tokens:
+                check_nothing_hidden(bool_masked_pos)
             return bool_masked_pos
         seeds = torch.randint(2**62, (len(pixel_values),)).tolist()
         rngs = [np.random.default_rng(seed) for seed in seeds]
@@ -290,7 +297,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
         masks = self._masks(pixel_values, bool_masked_pos)
         masks = masks[:, 0] if masks.ndim == 3 else masks
         grid = self.mask_grid(*image_size(pixel_values))
-        outputs = self.mim(pixel_values, masks, return_dict=True)
+        outputs = self.mim(pixel_values, masks if self.hides_tokens else None, return_dict=True)
         predicted = self._decode(outputs, masks, grid, "all").to(pixel_values.dtype)
         targets = self._targets(pixel_values, grid)["patches"] if with_target else None
         return draw_reconstruction(self.config, self.target, pixel_values, predicted, targets, masks, grid)

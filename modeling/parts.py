@@ -1,12 +1,15 @@
 """Where the names in a config become parts."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .configuration_base import MIMConfigBase
-from .decoders import DECODERS, Decoder
+from .decoders import DECODERS
 from .encoder_base import Encoder
 from .encoders import ENCODERS
+from .masking import hides_tokens
 from .options import check_part, pair
 from .poolers import POOLERS, Pooler
 from .target_base import Target
@@ -18,7 +21,9 @@ def make_encoder(config: MIMConfigBase, use_mask_token: bool = False) -> Encoder
     ValueError: the name or an option is unknown, or a value is bad; so do the other functions here.
     """
     check_part("encoder", ENCODERS, config.encoder, config.options("encoder"))
-    return ENCODERS[config.encoder](config, use_mask_token, **config.options("encoder"))
+    encoder = ENCODERS[config.encoder](config, use_mask_token, **config.options("encoder"))
+    encoder.hides_tokens = hides_tokens(config)
+    return encoder
 
 
 def make_pooler(config: MIMConfigBase, encoder: Encoder) -> Pooler:
@@ -31,9 +36,11 @@ def make_target(config: MIMConfigBase, encoder: Encoder) -> Target:
     return TARGETS[config.target](config, encoder, **config.options("target"))
 
 
-def make_decoder(config: MIMConfigBase, encoder: Encoder, out_dim: int) -> Decoder:
+def make_decoder(config: MIMConfigBase, encoder: Encoder, target: Target) -> nn.Module:
+    """One decoder, or one for each of the target's heads, side by side."""
     check_part("decoder", DECODERS, config.decoder, config.options("decoder"))
-    return DECODERS[config.decoder](config, encoder, out_dim, **config.options("decoder"))
+    options = config.options("decoder")
+    return side_by_side([DECODERS[config.decoder](config, encoder, n, **options) for n in head_dims(target, "patches")])
 
 
 def make_global_head(dim: int, target: Target) -> nn.Module | None:
@@ -42,7 +49,28 @@ def make_global_head(dim: int, target: Target) -> nn.Module | None:
         return None
     if target.global_head == "none":
         return nn.Identity()
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, target.outputs["global"]))
+    heads = [nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n)) for n in head_dims(target, "global")]
+    return side_by_side(heads)
+
+
+def head_dims(target: Target, output: str) -> list[int]:
+    return (target.head_dims or {}).get(output) or [target.outputs[output]]
+
+
+class Heads(nn.Module):
+    """Several heads of one input; their outputs (..., dim) follow each other."""
+
+    def __init__(self, heads: Sequence[nn.Module]):
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, *inputs) -> Tensor:
+        return torch.cat([head(*inputs) for head in self.heads], dim=-1)
+
+
+def side_by_side(heads: Sequence[nn.Module]) -> nn.Module:
+    """The head itself, where there is one: its weights then have the names that they always had."""
+    return heads[0] if len(heads) == 1 else Heads(heads)
 
 
 def check_encoder_and_pooler(config: MIMConfigBase) -> list[str]:

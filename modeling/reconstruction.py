@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import image_size
+from .masking import hides_tokens
 from .options import Grid
 from .outputs import MIMReconstruction
-from .target_base import Target, displayable
+from .target_base import VISIBLE_NOTE, WHOLE_NOTE, Target, displayable
 
 
 def draw_reconstruction(
@@ -28,14 +29,19 @@ def draw_reconstruction(
     size = image_size(prediction)
     original = enlarged(displayable(pixel_values, *config.statistics(), config.display_bands), size)
     hidden = enlarged(bool_masked_pos.view(-1, 1, *grid), size)
+    note = target.image_note
+    if not hides_tokens(config):  # the prediction stands everywhere
+        note, combined = note.replace(VISIBLE_NOTE, WHOLE_NOTE), prediction
+    else:
+        combined = torch.where(hidden, prediction, extra.get("target", original))
     return MIMReconstruction(
         original=original,
         masked=torch.where(hidden, 0.5, original),
         prediction=prediction,
-        combined=torch.where(hidden, prediction, extra.get("target", original)),
+        combined=combined,
         bool_masked_pos=bool_masked_pos,
         extra=extra or None,
-        note=target.image_note,
+        note=note,
     )
 
 

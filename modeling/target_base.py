@@ -1,6 +1,6 @@
 """The contract of a target, and what targets share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ DISTANCES: dict[str, Distance] = {
 
 
 STRETCH = (2.0, 98.0)  # percentiles of a channel that a picture of many bands shows as black and white
+WHOLE_NOTE = "Nothing was hidden: every patch is learned."
 VISIBLE_NOTE = "Only hidden patches are learned: what is predicted where a patch is visible means nothing."
 
 
@@ -32,6 +33,8 @@ class Target(nn.Module):
     global_head: mlp, or none: what makes the "global" prediction of the class token.
     token_features: whether the targets are features of tokens, which can be averaged.
     needs_image_only: whether the targets follow from the image alone, without a teacher, a codebook or the student.
+    head_dims: of each prediction, the channels of the heads that make it, for targets that want several: {"patches":
+        [dim, dim]}, which sum to `outputs`.
     image_note: what a person who looks at `to_image` and `comparison` must know.
     """
 
@@ -41,11 +44,20 @@ class Target(nn.Module):
     global_head: str = "mlp"
     token_features: bool = True
     needs_image_only: bool = False
+    head_dims: dict[str, list[int]] | None = None
     image_note: str = VISIBLE_NOTE
 
     def options_to_save(self) -> dict:
         """What belongs into `target_config`, so that the model can be built where its teacher is not at hand."""
         return {}
+
+    def images_to_fit(self) -> int:
+        """How many training images the target wants to see, by `fit`, before the first step; 0: none."""
+        return 0
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Estimates what the target must know of the training images, which is saved with the model. `batches` are of
+        `pixel_values` (batch, channels, height, width)."""
 
     def bind(self, encoder: Encoder) -> None:
         """Shows the target the student's encoder; called before each loss, for targets that follow the student."""

@@ -93,7 +93,7 @@ class FrequencyTarget(Target):
     ):
         super().__init__()
         size = pair(config.image_size)
-        rows, cols = encoder.mask_grid(*size)
+        rows, cols = encoder.target_grid(*size)
         self.patch = (size[0] // rows, size[1] // cols)
         self.outputs = {"patches": self.patch[0] * self.patch[1] * config.num_channels}
         self.spatial = SPATIAL_LOSSES[choose("loss of target 'frequency'", loss, SPATIAL_LOSSES)]

@@ -83,7 +83,7 @@ class HOGTarget(Target):
     ):
         super().__init__()
         size = pair(config.image_size)
-        patch = divide(size, encoder.mask_grid(*size))
+        patch = divide(size, encoder.target_grid(*size))
         height, width = (8 if length % 8 == 0 else max(1, length // 2) for length in patch)
         self.cell = (height, width) if cell_size is None else pair(cell_size)
         if any(length % step for length, step in zip(patch, self.cell)):

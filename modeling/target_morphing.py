@@ -1,5 +1,7 @@
 """Morphed tokens as targets (DTM, 2401.00254): wraps any target of token features."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,12 @@ class TokenMorphingTarget(Target):
 
     def options_to_save(self) -> dict:
         return {"features": {**self.features, **self.wrapped.options_to_save()}}
+
+    def images_to_fit(self) -> int:
+        return self.wrapped.images_to_fit()
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        self.wrapped.fit(batches)
 
     def bind(self, encoder: Encoder) -> None:
         self.wrapped.bind(encoder)

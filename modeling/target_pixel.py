@@ -23,7 +23,7 @@ class PixelTarget(Target):
     def __init__(self, config: MIMConfigBase, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
         super().__init__()
         height, width = pair(config.image_size)
-        rows, cols = encoder.mask_grid(height, width)
+        rows, cols = encoder.target_grid(height, width)
         self.outputs = {"patches": (height // rows) * (width // cols) * config.num_channels}
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]

@@ -1,17 +1,21 @@
 """The features of a frozen teacher as targets: feature distillation (MaskDistill) and Img2Vec (2304.12535)."""
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, image_size
 from .options import pair
+from .standardisation import STANDARDISATIONS, Moments, Standardiser
 from .target_base import DISTANCES, VISIBLE_NOTE, Distance, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
 
 
-NORMS = ("layer", "unbiased", "instance", "none")
+NORMS = ("layer", "unbiased", "instance", "none", *STANDARDISATIONS)
 
 
 def normalise_features(features: Tensor, norm: str) -> Tensor:
@@ -79,7 +83,10 @@ class TeacherFeatureTarget(FeatureTarget):
         layers: its stages by index or name; several are predicted side by side, or averaged with combine `mean`.
         match: input, stage, dilate or interpolate: how its grid meets the student's; see `Teacher`.
         input_size: of the teacher, for the last three; None: the student's.
-        norm: layer (per token), instance (per channel over tokens) or none.
+        norm: layer (per token), instance (per channel over the tokens of an image) or none; or by the statistics of
+            the training images, which `fit` estimates: standard (per channel) or phi_s (rotated so that all channels
+            vary alike; see `standardisation.py`). The teacher's mean token is then that of the standardised tokens.
+        statistics_images: of how many images these statistics are.
         combine: concat or mean, for several layers.
         project: whether the last layer's tokens pass the teacher's projection into the space of its text (CLIP; DTM).
         loss: mse, l1, smooth_l1 (beta 2) or cosine.
@@ -105,6 +112,7 @@ class TeacherFeatureTarget(FeatureTarget):
         project: bool = False,
         loss: str = "smooth_l1",
         global_weight: float = 0.0,
+        statistics_images: int = 1024,
         feature_dims: list[int] | None = None,
     ):
         super().__init__()
@@ -121,19 +129,59 @@ class TeacherFeatureTarget(FeatureTarget):
         self.outputs = {"patches": sum(self.block_dims)}
         if global_weight:
             self.outputs["global"] = self.feature_dims[-1]
+        if statistics_images < 1:
+            raise ValueError(f"statistics_images must be at least 1, got {statistics_images}")
+        self.statistics_images, self.encoder_grid = statistics_images, encoder.target_grid
+        is_standardised = norm in STANDARDISATIONS
+        self.standardisers = nn.ModuleList(Standardiser(dim, norm) for dim in self.feature_dims if is_standardised)
         if feature_dims is None:  # the teacher is at hand: what does not fit is refused now, not at the first step
             size = pair(config.image_size)
-            self.teacher.maps(torch.zeros(1, config.num_channels, *size), encoder.mask_grid(*size))
+            self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
 
     def options_to_save(self) -> dict:
         return {"feature_dims": self.feature_dims}
 
     @torch.no_grad()
     def targets(self, pixel_values: Tensor, grid: Grid) -> dict[str, Tensor]:
-        maps = [stage.flatten(2).transpose(1, 2) for stage in self.teacher.maps(pixel_values, grid)]
-        blocks = [normalise_features(tokens, self.norm) for tokens in maps]
+        layers = self._layers(pixel_values, grid)
+        if self.standardisers:
+            layers = [standardise(tokens) for standardise, tokens in zip(self.standardisers, layers)]
+        blocks = [normalise_features(tokens, self.norm) for tokens in layers]
         patches = torch.stack(blocks).mean(dim=0) if self.combine == "mean" else torch.cat(blocks, dim=-1)
         targets = {"patches": patches}
         if self.global_weight:
-            targets["global"] = maps[-1].mean(dim=1)
+            targets["global"] = layers[-1].mean(dim=1)
         return targets
+
+    def _layers(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
+        """The teacher's tokens (batch, tokens, dim) of each layer."""
+        return [stage.flatten(2).transpose(1, 2) for stage in self.teacher.maps(pixel_values, grid)]
+
+    def images_to_fit(self) -> int:
+        is_fitted = all(cast(Standardiser, part).is_fitted for part in self.standardisers)
+        return 0 if is_fitted else self.statistics_images
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Estimates the statistics of `standard` and `phi_s`."""
+        fit_together([self], batches)
+
+    def observe(self, pixel_values: Tensor, moments: list[Moments]) -> None:
+        """Adds the features of a batch of images to the moments of each layer."""
+        layers = self._layers(pixel_values, self.encoder_grid(*image_size(pixel_values)))
+        for moment, tokens in zip(moments, layers):
+            moment.add(tokens)
+
+    def standardise_by(self, moments: list[Moments]) -> None:
+        for part, name, moment in zip(self.standardisers, self.teacher.layer_names(), moments):
+            cast(Standardiser, part).fit(moment, f"layer {name} of teacher {self.teacher.source}")
+
+
+@torch.no_grad()
+def fit_together(targets: Sequence[TeacherFeatureTarget], batches: Iterable[Tensor]) -> None:
+    """Estimates the statistics of several teachers in one pass over the images."""
+    moments = [[Moments(dim) for dim in target.feature_dims] for target in targets]
+    for pixel_values in batches:
+        for target, layers in zip(targets, moments):
+            target.observe(pixel_values, layers)
+    for target, layers in zip(targets, moments):
+        target.standardise_by(layers)

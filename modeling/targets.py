@@ -8,6 +8,7 @@ from .target_morphing import TokenMorphingTarget
 from .target_moving_average import MovingAverageTarget
 from .target_pixel import PixelTarget
 from .target_teacher import TeacherFeatureTarget
+from .target_teachers import TeacherFeaturesTarget
 
 
 TARGETS |= {
@@ -15,6 +16,7 @@ TARGETS |= {
     "hog": HOGTarget,
     "frequency": FrequencyTarget,
     "teacher_feature": TeacherFeatureTarget,
+    "teacher_features": TeacherFeaturesTarget,
     "moving_average": MovingAverageTarget,
     "discrete_token": DiscreteTokenTarget,
     "token_morphing": TokenMorphingTarget,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
 from .encoder_native import NativeEncoder, load_native
-from .foreign import check_config, refuse_loading, trusts_remote_code
+from .foreign import TRUST, check_config, refuse_loading, trusts_remote_code
 from .options import Size, pair, unknown_choice
 
 
@@ -146,6 +146,19 @@ class Teacher:
             stages = [self._projection(model)(stage.movedim(1, -1)).movedim(-1, 1) for stage in stages]
         return [self._on_grid(stage.float(), grid, i) for stage, i in zip(stages, indices)]
 
+    def describe_match(self, student: Grid, grid: Grid) -> str:
+        """How the teacher's maps come onto `grid` for a student's images of this size, as words."""
+        model = self.model(student[0] // grid[0])
+        indices = [self._index(model.encoder, layer) for layer in self.layers]
+        height, width = self._input_size(model, indices, student, grid)
+        strides = [model.stage_strides()[i] for i in indices]
+        words = f"input {height}x{width}"
+        sizes = [(height // down, width // right) for down, right in strides]
+        resized = [f"{rows}x{cols}" for rows, cols in sizes if (rows, cols) != grid]
+        if self.match == "interpolate" and resized:
+            words += f", {' and '.join(resized)} tokens interpolated"
+        return words
+
     def _renormalise(self, pixel_values: Tensor, config: MIMConfigBase) -> Tensor:
         channels = config.num_channels
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
@@ -203,7 +216,10 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
     if source == LITE0:
         return lite0_teacher(output_stride).eval().requires_grad_(False)
     try:
-        check_config(PreTrainedConfig.get_config_dict(source)[0])
+        fields = PreTrainedConfig.get_config_dict(source)[0]
+        check_config(fields)
+        if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING and not trusts_remote_code():
+            raise ValueError(f"it brings Python code of its own, which runs only with {TRUST}=1")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
         if output_stride is not None:
             set_output_stride(config, output_stride)

@@ -60,10 +60,12 @@ TARGET_OPTIONS = {
 def target_options(name: str, folder, patch: int = 8) -> dict:
     """`TARGET_OPTIONS` with a small teacher and a codebook of 5 codes for HOG of square patches in `folder`."""
     options = dict(TARGET_OPTIONS.get(name, {}))
-    if name == "teacher_feature":
+    if name in ("teacher_feature", "teacher_features"):
         if not (folder / "teacher").exists():
             MIMModel(tiny_config(image_size=32)).save_pretrained(folder / "teacher")
-        options = {**options, "teacher": str(folder / "teacher"), "match": "interpolate", "input_size": 32}
+        teacher = {"teacher": str(folder / "teacher"), "match": "interpolate", "input_size": 32}
+        several = {"teachers": [teacher, {**teacher, "layers": [1]}], "norm": "layer"}
+        options |= teacher if name == "teacher_feature" else several
     if name == "discrete_token":
         save_file({"codes": torch.rand(5, 27 * (patch // 8) ** 2)}, folder / "codebook.safetensors")
         options = {**options, "codebook": str(folder / "codebook.safetensors")}

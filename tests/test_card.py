@@ -315,10 +315,11 @@ def test_the_cards_of_released_models(path):
 
 
 def test_the_teacher_of_a_wrapped_target_is_named():
-    from hf_mim.hub.card import teacher_of
+    from hf_mim.hub.card import teachers_of
 
-    assert teacher_of({"teacher": "me/dino"}) == "me/dino" == teacher_of({"features": {"teacher": "me/dino"}})
-    assert teacher_of({}) is None
+    assert teachers_of({"teacher": "me/dino"}) == ["me/dino"] == teachers_of({"features": {"teacher": "me/dino"}})
+    assert teachers_of({"teachers": ["me/dino", {"teacher": "me/clip", "weight": 2}]}) == ["me/dino", "me/clip"]
+    assert teachers_of({}) == []
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_types_of_options(value, annotation, wanted):
         ({"target": "pixle"}, "unknown target 'pixle': did you mean 'pixel'"),
         ({"target_config": {"normalise": True}}, "target 'pixel' 'normalise': did you mean 'normalize'.*loss"),
         ({"target_config": {"loss": "huber"}}, "unknown loss of target 'pixel' 'huber'.*mse, l1, smooth_l1"),
-        ({"decoder": "mlp", "decoder_config": {}}, "unknown decoder 'mlp'.*Choices: linear, transformer, cross_attent"),
+        ({"decoder": "gru", "decoder_config": {}}, "unknown decoder 'gru'.*Choices: linear, mlp, transformer, cross"),
         (
             {"masking": "blok"},
             r"unknown mask generator 'blok': did you mean 'block'\? Choices: random, block, inverse_",

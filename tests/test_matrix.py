@@ -31,7 +31,7 @@ def why_not(encoder: str, style: str, decoder: str, target: str) -> str | None:
     """The words of the refusal, for what does not go together."""
     if target == "moving_average" and encoder != "vit":
         return "choose that encoder"
-    if decoder == "linear" and style == "drop":
+    if decoder in ("linear", "mlp") and style == "drop":
         return "needs every token"
     if decoder == "unet" and encoder != "convnet":
         return "needs the feature maps"

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.decoder_base import Decoder
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import Size, pair
 
@@ -255,7 +257,7 @@ def with_pixel_head(converted: Converted, head: str, kind: str) -> Converted:
             converted.state.pop(name, None)
         return converted
     with torch.device("meta"):
-        decoder = MIMForPreTraining(MIMConfig(**fields)).decoder
+        decoder = cast(Decoder, MIMForPreTraining(MIMConfig(**fields)).decoder)
     rows, cols = decoder.base_grid
     height, width = pair(fields["image_size"])
     converted.state |= vit.pixel_head(

@@ -234,14 +234,15 @@ def check_predictions(model: MIMForPreTraining, pixel_values: Tensor) -> list[Ch
     grid = model.mask_grid(*pixel_values.shape[2:])
     mask = sample_masks(model.config, grid, [np.random.default_rng(0)]).flatten(0, -2)[:1]
     masks = mask.expand(len(pixel_values), -1)
-    hidden = mask.view(1, 1, *grid)
+    hidden = mask.view(1, 1, *grid)  # with masking `none` nothing is
     for axis, length in ((2, pixel_values.shape[2]), (3, pixel_values.shape[3])):
         hidden = hidden.repeat_interleave(length // hidden.shape[axis], dim=axis)
     # The visible pixels are those of the next image; the hidden ones, which must not matter, stay.
     exchanged = torch.where(hidden, pixel_values, pixel_values.roll(1, 0))
     before, after = (hidden_predictions(model, images, masks) for images in (pixel_values, exchanged))
     spread, size = spread_and_size(before.flatten(0, 1))
-    of = f"{before.shape[1]} hidden tokens in each of {len(before)} images"
+    kind = "hidden tokens" if model.hides_tokens else "tokens"
+    of = f"{before.shape[1]} {kind} in each of {len(before)} images"
     seen = f"differ by {spread:.3g} around a size of {size:.3g} over {of}"
     remedy = (
         "the model has learned nothing but a mean: raise the learning rate or train longer, and compare the loss with "
@@ -276,10 +277,10 @@ def check_loss(model: MIMForPreTraining, pixel_values: Tensor) -> list[Check]:
 
 
 def hidden_predictions(model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
-    """(batch, hidden, dim)"""
+    """(batch, hidden, dim); of all tokens where the model hides none."""
     predicted = model(pixel_values, masks, return_loss=False).logits
     if predicted.shape[1] == masks.shape[1]:
-        predicted = predicted[:, masks[0]]
+        predicted = predicted[:, model.learned_tokens(masks)[0]]
     return predicted
 
 

@@ -15,7 +15,7 @@ from hf_mim.hub.files import PICTURES, read_json, read_recipe, weight_files
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.decoders import DECODERS
 from hf_mim.modeling.encoders import ENCODERS
-from hf_mim.modeling.masking import MASK_GENERATORS
+from hf_mim.modeling.masking import MASK_GENERATORS, hides_tokens
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.poolers import POOLERS
 from hf_mim.modeling.targets import TARGETS
@@ -210,21 +210,26 @@ def summary(config: MIMConfig, size: str, task: str, num_labels: int, metrics: d
         return f"{subject}, with {head} of {plural(num_labels, 'class')}."
     if not is_number(metrics.get("steps")):  # nothing here says that it was trained
         return f"{subject}."
-    return f"{subject}, pretrained without labels by predicting what was hidden from it, on {images(metrics, data)}."
+    how = "predicting what was hidden from it" if hides_tokens(config) else "predicting features of whole images"
+    return f"{subject}, pretrained without labels by {how}, on {images(metrics, data)}."
 
 
-def teacher_of(target_config: dict) -> str | None:
-    """The teacher of a target, or of the target that it wraps."""
-    return target_config.get("teacher") or (target_config.get("features") or {}).get("teacher")
+def teachers_of(target_config: dict) -> list[str]:
+    """The teachers of a target, or of the target that it wraps."""
+    options = target_config.get("features") or target_config
+    entries = options.get("teachers") or [options.get("teacher")]
+    names = [entry.get("teacher") if isinstance(entry, dict) else entry for entry in entries]
+    return [name for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
-def teacher_row(config: MIMConfig) -> str | None:
-    """The teacher, and what its own card says of its licence."""
-    teacher = teacher_of(config.target_config or {})
-    if teacher is None:
-        return None
-    license = license_of(teacher)
-    return clean(shareable(teacher)) + (f", whose own card says: licence {clean(license)}" if license else "")
+def teacher_row(config: MIMConfig) -> str:
+    """The teachers, and what the card of each says of its licence."""
+    rows = []
+    for teacher in teachers_of(config.target_config or {}):
+        license = license_of(teacher)
+        says = f", whose own card says: licence {clean(license)}" if license else ""
+        rows.append(clean(shareable(teacher)) + says)
+    return "; ".join(rows)
 
 
 def license_of(source: str) -> str | None:
@@ -254,7 +259,7 @@ def facts(
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
         ("data", data["words"] and images(metrics, data)),
         ("started from", clean(recipe.get("model", {}).get("init_from") or "")),
-        ("teacher", teacher_row(config)),
+        ("teacher" if len(teachers_of(config.target_config or {})) < 2 else "teachers", teacher_row(config)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),
         ("hardware", hardware(metrics)),

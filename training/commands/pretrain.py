@@ -30,13 +30,14 @@ from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.evaluation import frozen
-from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teacher_of
+from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teachers_of
 from hf_mim.training.evaluation.metrics import frozen_scores
 from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_loss
 from hf_mim.training.run import TrainingRun, which_run
 from hf_mim.training.trainer.advice import warning_of_twin
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.fitting import fit_target
 from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.throughput import mean_throughput
@@ -163,6 +164,8 @@ def describe(run: PretrainRun) -> None:
 def train(run: PretrainRun) -> MIMTrainer:
     """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
     config = run.config
+    if run.checkpoint is None:  # a checkpoint brings what was estimated
+        fit_target(run.model, run.splits.train, run.arguments.device, run.console)
     trainer = MIMTrainer(
         model=run.model,
         args=run.arguments,
@@ -177,7 +180,7 @@ def train(run: PretrainRun) -> MIMTrainer:
             TrainingMonitor(trainer, run.splits, run.folder, run.arguments.watch_every, run.console.warn)
         )
     if trainer.is_world_process_zero():
-        if teacher_of(run.model.target) is not None:
+        if teachers_of(run.model.target):
             trainer.add_callback(TeacherMonitor(trainer, run.splits, run.console.log))
         if run.arguments.profile:
             trainer.add_callback(ProfileCallback(trainer, run.folder, run.console.log))

@@ -4,7 +4,9 @@ an image are, in how many directions images differ, what predicting the mean cos
 import torch
 from torch import Tensor
 
+from hf_mim.modeling.encoder_base import image_size
 from hf_mim.modeling.target_base import DISTANCES
+from hf_mim.modeling.teachers import Teacher
 
 
 DEAD_SHARE = 0.1  # of the codes of a codebook may be unused before there is a warning
@@ -84,22 +86,23 @@ def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
         pixel_values: (batch, channels, height, width), as the student sees them.
 
     Returns:
-        per layer: teacher, layer (its name), grid (the student's), and `token_diversity`; [] without a teacher.
+        per teacher and layer: teacher, layer (its name), match (how its grid meets the student's), grid (the student's)
+        and `token_diversity`; [] without a teacher.
     """
-    teacher = teacher_of(model.target)
-    if teacher is None:
-        return []
-    grid = model.mask_grid(*pixel_values.shape[2:])
-    tokens = [stage.flatten(2).transpose(1, 2) for stage in teacher.maps(pixel_values, grid)]
-    rows = zip(teacher.layer_names(), tokens)
-    return [
-        {"teacher": teacher.source, "layer": name, "grid": list(grid), **token_diversity(layer)} for name, layer in rows
-    ]
+    grid, rows = model.mask_grid(*pixel_values.shape[2:]), []
+    for teacher in teachers_of(model.target):
+        maps, way = teacher.maps(pixel_values, grid), teacher.describe_match(image_size(pixel_values), grid)
+        for name, stage in zip(teacher.layer_names(), maps):
+            where = {"teacher": teacher.source, "layer": name, "match": way, "grid": list(grid)}
+            rows.append({**where, **token_diversity(stage.flatten(2).transpose(1, 2))})
+    return rows
 
 
-def teacher_of(target):
-    """The `Teacher` of a target, or of the one that it wraps; None without one."""
-    return getattr(getattr(target, "wrapped", target), "teacher", None)
+def teachers_of(target) -> list[Teacher]:
+    """The teachers of a target, or of the one that it wraps."""
+    target = getattr(target, "wrapped", target)
+    teacher = getattr(target, "teacher", None)
+    return list(getattr(target, "teachers", [])) if teacher is None else [teacher]
 
 
 def effective_rank(features: Tensor) -> tuple[float, float]:
@@ -129,6 +132,7 @@ def loss_of_the_mean(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> fl
     masks = bool_masked_pos[:, 0] if bool_masked_pos.ndim == 3 else bool_masked_pos
     target.bind(model.mim.encoder)
     values = target.targets(pixel_values, grid)
+    masks = model.learned_tokens(masks)
     hidden, dim = values["patches"][masks], target.outputs["patches"]
     if hidden.is_floating_point():
         mean = hidden.float().mean(dim=0)

@@ -203,10 +203,13 @@ class TeacherMonitor(TrainerCallback):
             rows, cols = row["grid"]
             self.log(
                 f"teacher {row['teacher']}, {row['layer']}: token diversity {row['raw']:.3f}, centred "
-                f"{row['centred']:.3f}, on {rows}x{cols} tokens of {len(pixel_values)} images"
+                f"{row['centred']:.3f}, on {rows}x{cols} tokens of {len(pixel_values)} images ({row['match']})"
             )
-        names = {"raw": "teacher_diversity", "centred": "teacher_diversity_centred"}
-        self.trainer.log({f"{name}_{row['layer']}": row[key] for row in self.diversity for key, name in names.items()})
+        sources = list(dict.fromkeys(row["teacher"] for row in self.diversity))
+        for row in self.diversity:
+            number = f"{sources.index(row['teacher']) + 1}_" if len(sources) > 1 else ""
+            names = {f"teacher_{number}diversity": "raw", f"teacher_{number}diversity_centred": "centred"}
+            self.trainer.log({f"{name}_{row['layer']}": row[key] for name, key in names.items()})
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
