@@ -1,4 +1,4 @@
-.PHONY: style quality test lower-bounds bench clean
+.PHONY: style quality test lower-bounds bench docs gallery clean
 
 style:
 	ruff check --fix .
@@ -20,6 +20,15 @@ lower-bounds:
 # Every comparison with a peer, onto docs/benchmarks.md. Continues where it was stopped.
 bench:
 	python benchmarks/run_all.py
+
+# The documentation site, into build/docs/: needs the extra `docs`, and no network to build or to read. Any warning or
+# broken link is an error.
+docs:
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+
+# The pictures of docs/gallery/: needs the extras `teacher` and `test`, and trains for some minutes.
+gallery:
+	python docs/site/gallery.py
 
 # build/ above all: pip leaves it behind, and the next build packages deleted modules from it.
 clean:

@@ -18,7 +18,7 @@ from hf_mim.training.commands.pretrain import pretrain
 
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 # What cannot be run here, by what is in the line, and why.
 SKIPPED = {
     "hf-mim push": "needs the Hub; test_hub.py pushes to a server of its own",
@@ -43,6 +43,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 # Recipes of published size, made small.
 SMALL_RECIPES = {
     "mae": ("model.image_size=32", "model.encoder_config.size=tiny", "model.decoder_config.num_hidden_layers=1"),
+    "a2mim_resnet50": ("model.image_size=64",),
     "segmentation_mae": ("model.image_size=32",),
 }
 

@@ -35,7 +35,8 @@ class Length:
         line = f"{self.steps:,} steps of {self.batch:,} images"
         if self.images is None or self.epochs is None:
             return line
-        return f"{line}, {self.epochs:,.3g} epochs of {self.images:,} images"
+        epochs = f"{self.epochs:,.0f}" if self.epochs >= 100 else f"{self.epochs:.3g}"
+        return f"{line}, {epochs} epochs of {self.images:,} images"
 
 
 def length_of(dataset, arguments: MIMTrainingArguments, drop_last: bool | None = None) -> Length:
