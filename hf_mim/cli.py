@@ -232,7 +232,7 @@ def convert(
 ):
     """Bring a checkpoint of another project: MAE, SimMIM, BEiT, DTM, A2MIM, SparK, DINO, timm, transformers."""
     from hf_mim.conversion import convert as run
-    from hf_mim.conversion.reading import size_of
+    from hf_mim.training.conversion.reading import size_of
 
     for line in run(source, out, heads, size_of(image_size), timm_name, decoder_heads, encoder, force):
         typer.echo(line)

@@ -17,8 +17,8 @@ from .encoder_base import (
     fill_hidden_pixels,
     grid_size,
 )
-from .encoder_native import native_config, native_model
 from .foreign import refuse_loading
+from .native_models import native_config, native_model
 from .options import pair, unknown_choice
 from .sparse import SparseMask, make_sparse
 

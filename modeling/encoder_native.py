@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
-from .foreign import check_config, trusts_remote_code
-from .options import pair, unknown_choice
+from .native_models import native_blocks, native_config, native_model, patch_embedding
+from .options import pair
 
 
 # How transformers' models name their tokens without a patch, and their last norm over all tokens.
@@ -24,94 +25,6 @@ PREFIX_TOKENS = (
     "register_tokens",
 )
 FINAL_NORMS = ("layernorm", "layer_norm", "norm", "post_layernorm", "rms_norm")
-# What a saved config holds beside the architecture, or what MIMConfig says.
-NOT_OPTIONS = {
-    *("image_size", "num_channels", "model_type", "architectures", "transformers_version", "dtype", "_name_or_path"),
-    *("id2label", "label2id", "out_features", "out_indices", "stage_names"),
-}
-
-
-def native_config(
-    config: MIMConfigBase, model_type: str, options: dict, use_mask_token: bool = False
-) -> PreTrainedConfig:
-    """The wrapped model's config; `MIMConfig` says image size and channels.
-
-    Raises:
-        ValueError: the model type or an option is unknown.
-    """
-    check_config(options)
-    if model_type not in CONFIG_MAPPING:
-        raise unknown_choice("transformers model type", model_type, sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))
-    config_class = CONFIG_MAPPING[model_type]
-    fields = {**config_class().to_dict(), **dict.fromkeys(config_class.__dataclass_fields__)}
-    for option in options:
-        if option not in fields and not option.startswith("_"):
-            choices = sorted(name for name in fields if name not in PreTrainedConfig.__dataclass_fields__)
-            raise unknown_choice(f"option of the transformers model {model_type!r}", option, choices)
-    if "image_size" in fields:
-        height, width = pair(config.image_size)
-        square = height == width and isinstance(config_class().image_size, int)
-        options = {**options, "image_size": height if square else [height, width]}
-    if "num_channels" in fields:
-        options = {**options, "num_channels": config.num_channels}
-    if "mask_ratio" in fields:  # ViTMAE hides patches by itself, in evaluation too
-        options = {**options, "mask_ratio": 0.0}
-    if "use_mask_token" in fields:
-        options = {**options, "use_mask_token": use_mask_token}
-    return config_class(**options)
-
-
-def native_model(config: MIMConfigBase, native: PreTrainedConfig, use_mask_token: bool = False) -> PreTrainedModel:
-    """The bare model of a native config, without its pooling layer, with the attention of `config` where it has it.
-
-    Raises:
-        ValueError: it has no bare model.
-    """
-    if type(native) not in MODEL_MAPPING:
-        raise ValueError(f"transformers has no bare model of type {native.model_type!r}")
-    model_class: Any = MODEL_MAPPING[type(native)]
-    supported = {"eager": True, "sdpa": model_class._supports_sdpa, "flex_attention": model_class._supports_flex_attn}
-    if supported.get(config._attn_implementation, model_class._supports_flash_attn):
-        native._attn_implementation = config._attn_implementation
-    takes = inspect.signature(model_class).parameters
-    options = {"add_pooling_layer": False, "use_mask_token": use_mask_token}
-    return model_class(native, **{name: value for name, value in options.items() if name in takes})
-
-
-def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
-    """-> the fields of a `MIMConfig` that wraps this pretrained model, and the weights of the model.
-
-    Of a model of images and text (CLIP, SigLIP, AIMv2) it is the image half, and its weights bring the projection into
-    the space of the text, `visual_projection.weight`, where there is one. Where an image processor is saved beside it,
-    the normalisation is that processor's.
-    """
-    check_config(PreTrainedConfig.get_config_dict(name_or_path)[0])
-    network = AutoModel.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
-    projection = getattr(network, "visual_projection", None)
-    network = getattr(network, "vision_model", network)
-    native = network.config
-    if not hasattr(native, "num_channels"):
-        raise ValueError(f"{name_or_path} is a {native.model_type!r} model, which takes no images")
-    defaults = type(native)().to_dict()
-    changed = {name: value for name, value in native.to_dict().items() if defaults.get(name, ...) != value}
-    options = {name: value for name, value in changed.items() if name not in NOT_OPTIONS}
-    fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
-    fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
-    fields |= native_statistics(name_or_path, native)
-    state = network.state_dict()
-    return fields, state if projection is None else {**state, "visual_projection.weight": projection.weight.detach()}
-
-
-def native_statistics(name_or_path: str, native: PreTrainedConfig) -> dict[str, list[float]]:
-    """The normalisation that a model's images want, as fields of a `MIMConfig`; {} where nothing says it. RADIO
-    normalises its images itself: they come as they are."""
-    if native.model_type == "radio":
-        return {"image_mean": [0.0] * native.num_channels, "image_std": [1.0] * native.num_channels}
-    try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
-        return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # no processor, or one that does not normalise: MIMConfig's defaults
 
 
 def infer_grid(tokens: int, height: float, width: float) -> Grid:
@@ -144,33 +57,13 @@ def eager_attention(modules: list[Any]):
             module.config = config
 
 
-def native_blocks(network: nn.Module) -> list[list[nn.Module]]:
-    """Of a model of transformers: the outermost list of modules of one class; blocks of stages, where stages are made
-    of a list `blocks` (Swin), whose other parts, such as the merging of patches, count as their last block."""
-    queue: list[nn.Module] = [network]
-    while queue:
-        module = queue.pop(0)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(inner) for inner in module}) == 1:
-            break
-        queue += list(module.children())
-    else:
-        return []
-    blocks: list[list[nn.Module]] = []
-    for stage in module:
-        inner = getattr(stage, "blocks", None)
-        if not isinstance(inner, nn.ModuleList) or len(inner) == 0:
-            blocks.append([stage])
-            continue
-        blocks += [[block] for block in inner]
-        blocks[-1] += [part for name, part in stage.named_children() if name != "blocks"]
-    return blocks
-
-
 class NativeEncoder(Encoder):
-    """Wraps a transformers vision model.
+    """Wraps a transformers vision model. Hidden tokens become the mask token of the wrapped model where its forward
+    takes `bool_masked_pos`, else one of our own, put in their place right behind the patch embedding.
 
     Options:
-        model_type: of transformers; and every field of that model's own config.
+        model_type: of transformers; and every field of that model's own config. `image_size` among them is the size
+            that its positions are those of, where it is not that of the `MIMConfig`.
         final_norm_names: what the wrapped model may call the last norm over its tokens.
     """
 
@@ -192,8 +85,9 @@ class NativeEncoder(Encoder):
         self.native: Any = native_config(config, model_type, options, use_mask_token)
         self.network = native_model(config, self.native, use_mask_token)
         self.takes = set(inspect.signature(self.network.forward).parameters)
-        self._check_inputs(model_type, use_mask_token)
+        self._check_inputs(model_type)
         self.has_mask_token = use_mask_token
+        self._add_mask_token(config, model_type)
         self.hidden_size = getattr(self.native, "hidden_size", None) or getattr(self.native, "hidden_sizes", [None])[-1]
         if self.hidden_size is None:
             raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
@@ -204,17 +98,40 @@ class NativeEncoder(Encoder):
         self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
         self._take_final_norm(final_norm_names)
 
-    def _check_inputs(self, model_type: str, use_mask_token: bool):
+    def _check_inputs(self, model_type: str):
         if "pixel_values" not in self.takes:
             raise ValueError(
                 f"the transformers model {model_type!r} takes no images; those that do: "
                 f"{', '.join(sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))}"
             )
-        if use_mask_token and "bool_masked_pos" not in self.takes:
+
+    def _add_mask_token(self, config: MIMConfigBase, model_type: str):
+        """Our own, where one is asked for and the wrapped model has none."""
+        self.mask_token: nn.Parameter | None = None
+        self.hidden: Tensor | None = None  # the mask of the forward pass that runs
+        self.std = config.initializer_range
+        if not self.has_mask_token or "bool_masked_pos" in self.takes:
+            return
+        patch = getattr(self.native, "patch_size", None)
+        embedding = None if patch is None else patch_embedding(self.network, config.num_channels, pair(patch))
+        if embedding is None:
             raise ValueError(
-                f"the transformers model {model_type!r} takes no bool_masked_pos and cannot hide tokens; "
-                "pretrain with encoder 'vit' or 'convnet'"
+                f"the transformers model {model_type!r} takes no bool_masked_pos and has no patch embedding behind "
+                "which tokens could be hidden; pretrain with encoder 'vit' or 'convnet'"
             )
+        self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))
+        embedding.register_forward_hook(self._hide)
+
+    def _hide(self, module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        """(batch, dim, rows, cols) -> the same with the token in hidden places."""
+        if self.hidden is None or self.mask_token is None:
+            return embedded
+        hidden = self.hidden.view(-1, 1, *embedded.shape[2:])
+        return torch.where(hidden, self.mask_token.to(embedded.dtype)[:, None, None], embedded)
+
+    def init_parameters(self):
+        if self.mask_token is not None:
+            init.trunc_normal_(self.mask_token, std=self.std)
 
     def _count_prefix_tokens(self):
         # A pooling head may have a query of this name (AIMv2).
@@ -304,14 +221,19 @@ class NativeEncoder(Encoder):
         if bool_masked_pos is not None:
             if not self.has_mask_token:
                 raise ValueError(NO_MASK_TOKEN)
-            extra["bool_masked_pos"] = bool_masked_pos
+            if self.mask_token is None:
+                extra["bool_masked_pos"] = bool_masked_pos
         trained = getattr(self.native, "image_size", None)
         if "interpolate_pos_encoding" in self.takes and trained and tuple(pixel_values.shape[2:]) != pair(trained):
             extra["interpolate_pos_encoding"] = True
         if "noise" in self.takes:  # ViTMAE orders its patches by it
             tokens = math.prod(self.mask_grid(*pixel_values.shape[2:]))
             extra["noise"] = torch.arange(tokens, device=pixel_values.device).expand(len(pixel_values), -1)
-        out, attentions = self._run(pixel_values, extra, output_attentions)
+        self.hidden = bool_masked_pos
+        try:
+            out, attentions = self._run(pixel_values, extra, output_attentions)
+        finally:
+            self.hidden = None
         tokens = out.last_hidden_state
         maps = (tokens,) if tokens.ndim == 4 else None
         return EncoderOutput(

@@ -97,6 +97,8 @@ class ViTEncoder(Encoder):
         pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
         position_embedding: sincos, learned, relative, shared_relative (one table for all blocks), rotary or none; a
             list of them for several at once.
+        position_grid: rows and columns of the patches that the positions are those of; None is the grid of
+            `image_size`. Other grids cover the same picture: tables are resized, coordinates scaled.
         num_register_tokens: extra tokens without a patch (2309.16588), after the class token.
         use_cls_token: whether there is a class token; it comes first.
         layer_scale_init_value, drop_path_rate, qk_norm, mlp (gelu, swiglu), layer_norm_eps: of the blocks. The drop
@@ -125,6 +127,7 @@ class ViTEncoder(Encoder):
         mask_stage: int = 0,
         pixel_fill: str = "none",
         position_embedding: str | list[str] = "sincos",
+        position_grid: int | list[int] | tuple[int, int] | None = None,
         num_register_tokens: int = 0,
         use_cls_token: bool = True,
         layer_scale_init_value: float | None = None,
@@ -144,6 +147,7 @@ class ViTEncoder(Encoder):
         self._name_stages([dim] * (depth + 1))
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
         self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
+        self.position_grid = self.base_grid if position_grid is None else pair(position_grid)
         self._add_positions(position_embedding, dim, depth, heads)
         post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
         self._add_norms(embedding_norm, final_norm, layer_norm_eps)
@@ -186,13 +190,14 @@ class ViTEncoder(Encoder):
             raise ValueError(f"sincos positions need a hidden_size divisible by 4, got {dim}")
         if "rotary" in self.positions and (dim // heads) % 4:
             raise ValueError(f"rotary positions need a head size divisible by 4, got {dim} / {heads} heads")
-        self.learned_positions = LearnedPositions(self.base_grid, dim) if "learned" in self.positions else None
+        base = self.position_grid
+        self.learned_positions = LearnedPositions(base, dim) if "learned" in self.positions else None
         tables = depth if "relative" in self.positions else 0
-        self.relative = nn.ModuleList(RelativePositionBias(self.base_grid, heads) for _ in range(tables))
+        self.relative = nn.ModuleList(RelativePositionBias(base, heads) for _ in range(tables))
         shared = "shared_relative" in self.positions
-        self.shared_relative = RelativePositionBias(self.base_grid, heads) if shared else None
-        self.sincos = FixedTables(partial(sincos_2d, base=self.base_grid, dim=dim))
-        self.rotary = FixedTables(partial(rotary_2d, base=self.base_grid, head_dim=dim // heads))
+        self.shared_relative = RelativePositionBias(base, heads) if shared else None
+        self.sincos = FixedTables(partial(sincos_2d, base=base, dim=dim))
+        self.rotary = FixedTables(partial(rotary_2d, base=base, head_dim=dim // heads))
 
     def init_parameters(self):
         """After the parts have drawn theirs."""

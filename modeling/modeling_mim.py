@@ -19,10 +19,10 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig
 from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
-from .encoder_native import load_native
 from .initial_weights import draw_linear
 from .layers import has_checkpointed_layers
 from .masking import check_masking, check_nothing_hidden, hides_tokens, sample_masks
+from .native_models import load_native
 from .options import Grid, pair
 from .outputs import MIMForPreTrainingOutput, MIMModelOutput, MIMReconstruction
 from .parts import make_decoder, make_encoder, make_global_head, make_pooler, make_target

@@ -11,6 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 Size = int | list[int] | tuple[int, int]
 Grid = tuple[int, int]  # rows and columns, or height and width
+# Options of encoders that say how one learns from hidden tokens, and not what it computes: with the encoder of somebody
+# else they stay those of the recipe.
+LEARNING_OPTIONS = (
+    *("mask_style", "mask_stage", "mask_after_downsampling", "mask_token_std", "mask_scale_init_value", "pixel_fill"),
+    "drop_path_rate",
+)
 
 
 class OptionError(ValueError):

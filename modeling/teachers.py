@@ -13,8 +13,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
-from .encoder_native import NativeEncoder, load_native
+from .encoder_native import NativeEncoder
 from .foreign import TRUST, check_config, refuse_loading, trusts_remote_code
+from .native_models import load_native
 from .options import Size, pair, unknown_choice
 
 

@@ -18,9 +18,9 @@ from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMM
 from hf_mim.cli import main
 from hf_mim.conversion import convert
 from hf_mim.conversion.convert import model_class, own_names
-from hf_mim.conversion.convnets import dense_kernels
-from hf_mim.conversion.official import Hints, convert_state
 from hf_mim.modeling.layers import sincos_2d
+from hf_mim.training.conversion.convnets import dense_kernels
+from hf_mim.training.conversion.official import Hints, convert_state
 
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -80,7 +80,7 @@ def test_it_pretrains_where_its_forward_takes_a_mask(model_type):
 
 def test_what_cannot_be_hidden_or_built_is_refused():
     with pytest.raises(ValueError, match="takes no bool_masked_pos"):
-        options = {"model_type": "convnext", **MODELS["convnext"][0]}
+        options = {"model_type": "resnet", **MODELS["resnet"][0]}
         MIMForPreTraining(MIMConfig(image_size=32, encoder="native", encoder_config=options, decoder="linear"))
     with pytest.raises(ValueError, match="did you mean 'swin'"):
         MIMConfig(encoder="native", encoder_config={"model_type": "swinn"})

@@ -135,15 +135,28 @@ def test_crops_on_the_device_train_the_same_weights(tmp_path):
     assert not equal(weights(whole), weights(tmp_path / "device"))
 
 
-def test_init_from_continues_with_weights_and_config_of_the_checkpoint(finished, tmp_path):
+def test_init_from_of_a_runs_own_recipe_continues_with_all_weights(finished, tmp_path):
     folder, _ = finished
     options = [f"model.init_from={folder}", "model.masking_config.ratio=0.5", "data.max_eval_images=0"]
-    base = ["data.max_train_images=64", "training.num_train_epochs=1", "training.learning_rate=0.0"]
-    run(tmp_path / "more", *options, base=base)
+    options += ["training.num_train_epochs=1", "training.learning_rate=0.0"]
+    run(tmp_path / "more", *options, base=[], recipe=str(folder))
     assert equal(weights(folder), weights(tmp_path / "more"))  # at a learning rate of zero
     config, before = load_config(str(tmp_path / "more")), load_config(str(folder))
     assert config.masking_config == {**before.masking_config, "ratio": 0.5}
     assert config.encoder_config == before.encoder_config and config.image_size == 16
+
+
+def test_init_from_with_another_recipe_keeps_its_method(finished, tmp_path):
+    folder, _ = finished
+    options = [f"model.init_from={folder}", "model.image_size=16", "data.max_train_images=64"]
+    options += ["data.max_eval_images=0", "training.num_train_epochs=1", "training.learning_rate=0.0"]
+    printed = run(tmp_path / "more", *options, base=[], recipe="maskfeat_small")
+    config, before = load_config(str(tmp_path / "more")), load_config(str(folder))
+    assert (config.target, config.decoder) == ("hog", "linear") and config.masking_config == {"ratio": 0.6}
+    assert config.encoder_config == {**before.encoder_config, "mask_style": "token"}
+    ours, theirs = weights(tmp_path / "more"), weights(folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("mim."))
+    assert f"start: {folder}, a checkpoint of this project, encoder 'vit', with a new decoder" in printed
 
 
 def test_a_changed_part_of_a_checkpoint_starts_with_its_own_options(finished):
@@ -228,7 +241,7 @@ def test_an_interrupt_saves_what_there_is(tmp_path, monkeypatch):
     assert "stopped at step 1 of 2" in out.getvalue()
     assert {path.name for path in (tmp_path / "run").iterdir()} >= FILES - {"metrics.json"}
     set_seed(42)
-    initial = commands.make_model(commands.recipes.resolve("quick", TINY)["model"]).state_dict()
+    initial = commands.make_model(commands.recipes.resolve("quick", TINY)["model"])[0].state_dict()
     saved = weights(tmp_path / "run")
     assert saved.keys() == initial.keys() and not equal(saved, initial)
 

@@ -165,7 +165,7 @@ def test_the_source_names_the_keys_that_the_classes_have(section):
         assert imported == recipe_keys.fields_of(classes[section])
     else:
         fields = {key for key in MIMConfig.__dataclass_fields__ if not key.startswith("_")}
-        assert imported.keys() <= fields | {"init_from"} and imported["target"] is str
+        assert imported.keys() <= fields | recipe_keys.START_KEYS.keys() and imported["target"] is str
 
 
 def test_the_source_names_the_keys_of_commands_without_a_recipe():
@@ -201,11 +201,27 @@ def test_another_part_drops_the_recipes_options_of_that_part_only():
     assert same["decoder_config"] == plain["decoder_config"]
 
 
-def test_init_from_leaves_the_architecture_to_the_checkpoint():
-    overrides = ["model.init_from=somewhere", "model.masking_config.ratio=0.6"]
+def test_init_from_keeps_the_method_and_drops_what_describes_the_encoder():
+    plain, overrides = recipes.resolve("quick"), ["model.init_from=somewhere", "model.masking_config.ratio=0.6"]
     resolved = recipes.resolve("quick", overrides)
-    assert resolved["model"] == {"init_from": "somewhere", "masking_config": {"ratio": 0.6}}
-    assert resolved["training"] == recipes.resolve("quick")["training"]
+    kept = ("image_size", "encoder", "masking", "decoder", "decoder_config", "target", "target_config")
+    assert resolved["model"] == {
+        **{key: plain["model"][key] for key in kept},
+        "encoder_config": {"mask_style": "drop"},
+        "masking_config": {"ratio": 0.6},
+        "init_from": "somewhere",
+    }
+    assert resolved["training"] == plain["training"]
+
+
+def test_init_from_keeps_the_channels_of_a_recipe_for_images_of_several(tmp_path):
+    bands = {"num_channels": 5, "image_mean": [0.1] * 5, "image_std": [0.2] * 5}
+    recipes.save({"model": {**bands, "encoder_config": {"hidden_size": 8}}}, tmp_path / "bands.yaml", "")
+    resolved = recipes.resolve(str(tmp_path / "bands.yaml"), ["model.init_from=somewhere"])
+    assert resolved["model"] == {**bands, "encoder_config": {}, "init_from": "somewhere"}
+    saved = tmp_path / "again.yaml"
+    recipes.save(resolved, saved, "")
+    assert recipes.resolve(str(saved)) == resolved  # which is how a run resumes
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.conversion import convert
-from hf_mim.conversion.official import Hints, convert_state
 from hf_mim.modeling.encoder_base import unpatchify
 from hf_mim.modeling.layers import take_tokens
 from hf_mim.modeling.masking import MASK_GENERATORS
@@ -23,6 +22,7 @@ from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_hog import oriented_gradients
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe
+from hf_mim.training.conversion.official import Hints, convert_state
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"

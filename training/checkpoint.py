@@ -15,6 +15,16 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.training.common.declared import check_declared, check_file
 from hf_mim.training.common.errors import CheckpointError, RecipeError
 from hf_mim.training.common.foreign_errors import mismatch_reason
+from hf_mim.training.conversion.starting import (
+    DESCRIBES,
+    METHOD,
+    StartingEncoder,
+    adapt_channels,
+    describe_hiding,
+    fill,
+    fill_head,
+    start_fields,
+)
 from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.data.urls import LOCAL, is_url
 
@@ -207,6 +217,73 @@ def load_encoder(source: str) -> MIMModel:
         with damage_errors(source), encoder_errors(source, kind):
             model = MIMModel.from_encoder(location, add_pooling_layer=False)
     return model.eval().requires_grad_(False)
+
+
+# ---- encoders to start from ----------------------------------------------------------------------------------------
+def starting_encoder(source: str) -> StartingEncoder:
+    """The encoder of a checkpoint of this project, of a vision model of transformers or timm, or of an official file.
+    It becomes one of our own encoders where its weights fit exactly, else `native`, the class of transformers.
+
+    Args:
+        source: a folder, a URL, an id on the Hub, or a local file of weights.
+
+    Raises:
+        CheckpointError: there is no model, or it is no image encoder.
+    """
+    from hf_mim.training.conversion import libraries  # transformers' and timm's models, slow to import
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        with encoder_errors(source, "weights"):
+            return libraries.start_from(source, libraries.convert_file(path, libraries.Hints()))
+    fields, location = read_config(source), resolve(source)
+    kind = fields.get("model_type", "no model type")
+    if kind == MIMConfig.model_type:
+        return own_start(source, location)
+    with damage_errors(source), encoder_errors(source, kind):
+        return libraries.start_from(source, libraries.convert_folder(location, fields, libraries.Hints()))
+
+
+def own_start(source: str, location: str) -> StartingEncoder:
+    """Of a checkpoint of this project, of whatever head."""
+    config = load_config(source)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    whole = "MIMForPreTraining" in (config.architectures or ())
+    kind: Any = MIMForPreTraining
+    if not whole:
+        kind, options = MIMModel, {**options, "add_pooling_layer": False, "use_mask_token": True}
+    with damage_errors(source):
+        model, info = kind.from_pretrained(location, **options)
+    state = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+    fields = {name: getattr(config, name) for name in DESCRIBES}
+    start = StartingEncoder(source, fields, state, f"a checkpoint of this project, encoder {config.encoder!r}")
+    if whole:
+        start.state = {name.removeprefix("mim."): value for name, value in state.items() if name.startswith("mim.")}
+        start.head = {name: value for name, value in state.items() if not name.startswith("mim.")}
+        start.method = {name: getattr(config, name) for name in METHOD}
+    return start
+
+
+def start_model(section: dict[str, Any]) -> tuple[MIMForPreTraining, list[str]]:
+    """A recipe's method with the encoder of `init_from`. -> the model, and what to tell about it.
+
+    Args:
+        section: `model` of a recipe.
+
+    Raises:
+        CheckpointError: there is no encoder to start from, or the weights do not fit.
+        ValueError: the recipe's mask, decoder, target, image size or channels do not go with the encoder.
+    """
+    section = dict(section)
+    source, how = section.pop("init_from"), section.pop("init_channels", None)
+    start = starting_encoder(source)
+    fields, notes = start_fields(start, section)
+    state = adapt_channels(start, fields["num_channels"], how)
+    model = MIMForPreTraining(MIMConfig(**fields))
+    with weight_errors(source):
+        fill(model.mim, state)
+    decoder = "its decoder too" if fill_head(model, start) else "with a new decoder"
+    return model, [f"start: {source}, {start.description}, {decoder}; {describe_hiding(model)}", *notes]
 
 
 def untrained_twin(model: MIMModel, seed: int = 0) -> MIMModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_mim.modeling.options import shorten, unknown_choice
+from hf_mim.modeling.options import LEARNING_OPTIONS, shorten, unknown_choice
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.recipe_keys import (
     COMMAND_SECTIONS,
@@ -264,8 +264,8 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
 
     Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
     part no longer apply and are dropped; so are mean and std with another number of channels. With `model.init_from`
-    the architecture comes from the checkpoint, so that of a recipe without `init_from` is dropped too: only what was
-    asked for beside `init_from` changes it.
+    the encoder comes from there, so what describes that of a recipe without `init_from` is dropped too; its masks,
+    decoder, target and training stay.
 
     Args:
         command: the one that is about to run it; None does not ask.
@@ -281,7 +281,7 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
         check_keys(tree, file, SECTIONS, imported_keys_of)
     model, new = recipe.setdefault("model", {}), changes.get("model", {})
     if new.get("init_from") and not model.get("init_from"):
-        model.clear()
+        drop_encoder(model)
     for part in PARTS:
         if part in new and new[part] != model.get(part, MIMConfig.__dataclass_fields__[part].default):
             model.pop(f"{part}_config", None)
@@ -290,6 +290,21 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
             model.pop(name, None)
     merged = merge(recipe, changes)
     return {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
+
+
+def drop_encoder(model: dict) -> None:
+    """Takes what describes the encoder and its images out of the section `model`, but for the image size. Which kind of
+    encoder it was stays, as its other options are for that kind. A recipe for grey images does not ask for one channel:
+    they can be repeated."""
+    options = model.pop("encoder_config", None) or {}
+    model["encoder_config"] = {name: value for name, value in options.items() if name in LEARNING_OPTIONS}
+    for key in ("pooler", "pooler_config"):
+        model.pop(key, None)
+    if model.get("num_channels", 1) == 1:
+        model.pop("num_channels", None)
+    if model.get("num_channels", 3) <= 3:
+        model.pop("image_mean", None)
+        model.pop("image_std", None)
 
 
 def credited_paper(name: str, recipe: dict) -> str:

@@ -1,7 +1,6 @@
 """A checkpoint of another project, or a model of transformers or timm, as one of ours."""
 
 import json
-import re
 from pathlib import Path
 
 from torch import Tensor
@@ -9,12 +8,12 @@ from torch import Tensor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import Size
+from hf_mim.training.checkpoint import read_config, resolve
 from hf_mim.training.common.output_folder import check_new_folder
+from hf_mim.training.conversion.libraries import convert_file, convert_folder
+from hf_mim.training.conversion.official import Converted, Hints
+from hf_mim.training.conversion.reading import SUFFIXES
 from hf_mim.training.data.processors import processor_for
-
-from .libraries import convert_folder
-from .official import Converted, Hints, convert_state
-from .reading import SUFFIXES, read_file
 
 
 def convert(
@@ -61,32 +60,8 @@ def read_source(source: str, hints: Hints, encoder: str | Path | None) -> Conver
     if not path.is_file():
         if path.suffix in SUFFIXES and not path.is_dir():
             raise FileNotFoundError(f"there is no file {source}")
-        return convert_folder(source, hints)
-    tensors, hints.arguments, notes = read_file(path)
-    if encoder is not None:
-        tensors = with_encoder(tensors, Path(encoder))
-    converted = convert_state(tensors, hints)
-    converted.notes[:0] = notes
-    if not converted.fields.get("image_mean"):
-        converted.notes.append("the file does not say how its images were normalised: ImageNet's mean and std assumed")
-    return converted
-
-
-def with_encoder(head: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A head of Beyond [cls] that was saved alone, and the weights of its encoder's file, under the names that they
-    have in one file.
-
-    Raises:
-        ValueError: the head's file has other weights, or the encoder's is none.
-    """
-    if not all(re.match(r"\d+\.", name) for name in head):
-        raise ValueError("--encoder goes with a pooling head of Beyond [cls] that was saved alone")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    # Pretraining files have a decoder, fine-tuned ones a classifier, which would be taken for what the file is about.
-    unused = r"(fc_norm|head|lm_head|decoder\w*)\.|mask_token|decoder_pos_embed"
-    encoder = {name: value for name, value in read_file(path)[0].items() if not re.match(unused, name)}
-    return encoder | {f"head.{name}": value for name, value in head.items()}
+        return convert_folder(resolve(source), read_config(source), hints)
+    return convert_file(path, hints, None if encoder is None else Path(encoder))
 
 
 def own_names(converted: Converted) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
+from hf_mim.training.conversion.convnets import timm_name
 
-from .convnets import timm_name
 from .counterparts import check_same, named, patch_convolution, position_table, refuse
 
 

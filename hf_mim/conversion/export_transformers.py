@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, ViTConfig, ViTModel
 
-from hf_mim.modeling.encoder_native import native_config, native_model
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.native_models import native_config, native_model
 from hf_mim.modeling.options import pair
 
 from .counterparts import check_same, named, patch_convolution, position_table, refuse, scaled

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
+from hf_mim.modeling.native_models import load_native
 from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import (

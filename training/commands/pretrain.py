@@ -15,11 +15,12 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
-from hf_mim.training.checkpoint import config_errors, load_model
+from hf_mim.training.checkpoint import config_errors, load_model, start_model
 from hf_mim.training.commands.reconstruct import draw_examples
 from hf_mim.training.common.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.common.device import on_device
 from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.recipe_keys import START_KEYS
 from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
@@ -98,11 +99,11 @@ def set_up(name: str, overrides: Sequence[str], console: Console | RunConsole | 
         data=data,
         paper=recipes.credited_paper(name, recipe),
     )
-    run.model = make_model(recipe["model"] | display_bands(data))
+    run.model, start = make_model(recipe["model"] | display_bands(data))
     run.splits = load_splits(data, run.config, arguments.seed)
     run.keep_pixels(run.config, run.splits.data)
     check_length(run.splits.train, arguments)
-    describe(run)
+    describe(run, start)
     run.log_sample(run.splits.sample)
     run.find_checkpoint()
     return run
@@ -113,16 +114,17 @@ def display_bands(data: DataArguments) -> dict:
     return {} if data.display_bands is None else {"display_bands": data.display_bands}
 
 
-def make_model(section: dict) -> MIMForPreTraining:
-    """The model of a recipe: new, or with the weights of `init_from` and its config where the recipe is silent.
+def make_model(section: dict) -> tuple[MIMForPreTraining, list[str]]:
+    """The model of a recipe, new or with the encoder of `init_from`, and what to tell about its start.
 
     Raises:
         ValueError: an unknown part, option or checkpoint, or values that do not fit together.
     """
-    fields = dict(section)
-    checkpoint = fields.pop("init_from", None)
     with config_errors():
-        return load_model(checkpoint, fields) if checkpoint else MIMForPreTraining(MIMConfig(**fields))
+        if section.get("init_from"):
+            return start_model(section)
+        fields = {name: value for name, value in section.items() if name not in START_KEYS}
+        return MIMForPreTraining(MIMConfig(**fields)), []
 
 
 def check_length(dataset, arguments: MIMTrainingArguments) -> None:
@@ -140,7 +142,7 @@ def check_length(dataset, arguments: MIMTrainingArguments) -> None:
         )
 
 
-def describe(run: PretrainRun) -> None:
+def describe(run: PretrainRun, start: list[str]) -> None:
     config, train = run.config, run.splits.train
     count = f"{len(train):,}" if isinstance(train, Sized) else "streamed"
     run.describe(
@@ -152,6 +154,8 @@ def describe(run: PretrainRun) -> None:
         method=f"{config.masking} masks, {config.target} target, {config.decoder} decoder",
         training=run.describe_training(),
     )
+    for line in start:
+        run.console.log(line)
     run.describe_length(train)
     if isinstance(train, MIMDataset):
         whole = train.without_augmentation()

@@ -7,13 +7,12 @@ import math
 import re
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.encoder_native import native_config, native_model
 from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.modeling.native_models import native_config, native_model
 
 from .reading import Weights
 
@@ -143,6 +142,8 @@ def timm_convnet(weights: Weights, name: str, image_size) -> tuple[dict, dict[st
     Raises:
         ValueError: timm has none of this name, or the weights are another's.
     """
+    import timm  # slow to import, and not everybody has it
+
     known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     first = getattr(known, "first_conv", None)
     first = f"{first[0] if isinstance(first, tuple) else first}.weight"

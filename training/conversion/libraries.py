@@ -1,62 +1,122 @@
 """Models of transformers and timm, from a folder or the Hub, where a config says what the weights do not."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import transformers
-from transformers import AutoModel, PreTrainedConfig, ViTMAEForPreTraining
+from torch import Tensor
+from transformers import AutoModel, ViTMAEForPreTraining
+from transformers.utils import cached_file
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.encoder_native import load_native
 from hf_mim.modeling.foreign import check_config, refuse_loading, trusts_remote_code
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.training.common.errors import CheckpointError
+from hf_mim.modeling.native_models import check_images, load_native
 
 from . import vit_family as vit
 from .official import Converted, Hints, convert_state, finish, with_mae_decoder
 from .reading import Weights, read_file
+from .starting import DESCRIBES, METHOD, StartingEncoder
 
 
 VITS = ("vit", "vit_mae", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers")
 CONVNETS = ("resnet", "convnext", "convnextv2")
+TIMM = "timm_wrapper"  # the model type of timm's models in transformers
+TIMM_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 
-def convert_folder(source: str, hints: Hints) -> Converted:
+def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     """A model of transformers or timm.
 
+    Args:
+        source: a local folder or an id on the Hub.
+        fields: of its config.json.
+
     Raises:
-        ValueError: there is none, or it is ours already.
+        ValueError: it is of no known kind, or ours already.
     """
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source} was not found, locally or on the Hub: {reason}", source) from error
-    if not fields:
-        raise CheckpointError(f"{source} has no config.json; give the file of the weights itself", source)
     check_config(fields)
-    if "architecture" in fields and fields.get("model_type", "timm_wrapper") == "timm_wrapper":
-        return convert_timm(Path(source), fields, hints)
     kind = fields.get("model_type")
+    if "architecture" in fields and (kind or TIMM) == TIMM:
+        return convert_timm(source, fields, hints)
     if kind is None:
-        raise CheckpointError(f"the config.json of {source} names no model type", source)
+        raise ValueError(f"the config.json of {source} names no model type")
     if kind == MIMConfig.model_type:
-        message = f"{source} is a checkpoint of this project already; hf-mim export goes the other way"
-        raise CheckpointError(message, source)
+        raise ValueError(f"{source} is a checkpoint of this project already; hf-mim export goes the other way")
+    check_images(fields, source)
     if kind in VITS and fields.get("hidden_act", "gelu") == "gelu":
         return convert_vit(source, kind, hints)
     return convert_native(source, kind)
 
 
-def convert_timm(folder: Path, fields: dict, hints: Hints) -> Converted:
-    """A folder as timm saves it: its config names the architecture."""
-    names = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        message = f"{folder} has none of {', '.join(names)}; download the model of timm first: hf download"
-        raise CheckpointError(message, str(folder))
+def convert_file(path: Path, hints: Hints, encoder: Path | None = None) -> Converted:
+    """A file of weights alone; `encoder` is that of the encoder, where it holds a pooling head (Beyond [cls]).
+
+    Raises:
+        ValueError: it is of no known kind, or holds other types than tensors.
+    """
+    tensors, hints.arguments, notes = read_file(path)
+    if encoder is not None:
+        tensors = with_encoder(tensors, encoder)
+    converted = convert_state(tensors, hints)
+    converted.notes[:0] = notes
+    if not converted.fields.get("image_mean"):
+        converted.notes.append("the file does not say how its images were normalised: ImageNet's mean and std assumed")
+    return converted
+
+
+def with_encoder(head: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A head of Beyond [cls] that was saved alone, and the weights of its encoder's file, under the names that they
+    have in one file.
+
+    Raises:
+        ValueError: the head's file has other weights, or the encoder's is none.
+    """
+    if not all(re.match(r"\d+\.", name) for name in head):
+        raise ValueError("--encoder goes with a pooling head of Beyond [cls] that was saved alone")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    # Pretraining files have a decoder, fine-tuned ones a classifier, which would be taken for what the file is about.
+    unused = r"(fc_norm|head|lm_head|decoder\w*)\.|mask_token|decoder_pos_embed"
+    encoder = {name: value for name, value in read_file(path)[0].items() if not re.match(unused, name)}
+    return encoder | {f"head.{name}": value for name, value in head.items()}
+
+
+def start_from(source: str, converted: Converted) -> StartingEncoder:
+    """The encoder of what was converted, and its decoder where it has one."""
+    defaults = {"image_size": 224, "num_channels": 3}  # of ConvNets, which have no size of their own
+    fields = defaults | {name: value for name, value in converted.fields.items() if name in DESCRIBES}
+    state = {name: value for name, value in converted.state.items() if name.startswith("encoder.")}
+    encoder = fields["encoder"]
+    form = f"as our encoder {encoder!r}" if encoder != "native" else "as its own class (encoder 'native')"
+    start = StartingEncoder(source, fields, state, f"{converted.kind} {form}", converted.notes)
+    if converted.pretraining:
+        config = MIMConfig(**converted.fields)
+        start.head = {name: value for name, value in converted.state.items() if name.startswith("decoder.")}
+        start.method = {name: getattr(config, name) for name in METHOD}
+    return start
+
+
+def timm_weights(source: str) -> Path:
+    """The file with the weights of a model that timm saved.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in TIMM_FILES:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            return Path(path)
+    raise ValueError(f"{source} has none of {', '.join(TIMM_FILES)}")
+
+
+def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
+    """A model as timm saves it: its config names the architecture."""
+    import timm  # slow to import, and not everybody has it
+
+    path = timm_weights(source)
     tensors, _, _ = read_file(path)
     name, options = fields["architecture"], fields.get("model_args") or {}
     saved = fields.get("pretrained_cfg") or {}

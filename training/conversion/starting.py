@@ -1,0 +1,219 @@
+"""An encoder to start from, whoever saved it, in the place of the encoder that a recipe describes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.encoder_base import Encoder
+from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
+from hf_mim.modeling.options import LEARNING_OPTIONS, OptionError, options_of, pair, unknown_choice
+from hf_mim.modeling.parts import ENCODERS, make_encoder
+
+
+DESCRIBES = ("image_size", "num_channels", "image_mean", "image_std", "encoder", "encoder_config")  # an encoder
+METHOD = ("decoder", "decoder_config", "target")  # what a head is for
+# Learning options that mean the same for each kind of encoder.
+SHARED = ("mask_style", "pixel_fill", "drop_path_rate")
+MASK_STYLES = {"vit": ("drop", "token", "add"), "convnet": ("add", "token", "sparse"), "native": ()}
+CHANNELS = {
+    "repeat": "the new channels take the weights of the old ones in turn",
+    "average": "each new channel takes the mean weights of the old ones",
+    "new": "a new first layer: features mean nothing until it is trained",
+}
+
+
+@dataclass
+class StartingEncoder:
+    """An encoder with its weights.
+
+    Attributes:
+        source: where it comes from.
+        fields: those of a `MIMConfig` that describe the encoder and its images: `encoder`, `encoder_config`,
+            `image_size`, `num_channels`, and `image_mean` and `image_std` where the source says them.
+        state: its weights as `MIMModel` names them (`encoder.`).
+        description: what it is, and as which encoder of ours.
+        notes: what a user should know of the conversion, a line each.
+        head: the weights behind the encoder as `MIMForPreTraining` names them, where the source has them.
+        method: the fields of a `MIMConfig` that these weights are for.
+    """
+
+    source: str
+    fields: dict[str, Any]
+    state: dict[str, Tensor]
+    description: str
+    notes: list[str] = field(default_factory=list)
+    head: dict[str, Tensor] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+
+    def model(self) -> MIMModel:
+        """The encoder as it is at the source, without a pooler and without a mask token, in eval mode."""
+        model = MIMModel(MIMConfig(**self.fields), add_pooling_layer=False)
+        fill(model, self.state)
+        return model.eval()
+
+
+def fill(model: MIMModel, state: dict[str, Tensor]) -> None:
+    """Loads the weights of a start; the mask token, which it may lack or have in another width, may stay new.
+
+    Raises:
+        ValueError: the weights do not fill the encoder.
+    """
+    own = model.state_dict()
+    masks = [name for name in own if is_of_mask(name)]
+    state = {name: value for name, value in state.items() if name in own or not is_of_mask(name)}
+    state = {name: value for name, value in state.items() if name not in masks or value.shape == own[name].shape}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lacking = [name for name in missing if name not in masks]
+    if lacking or unexpected:
+        raise ValueError(f"the weights do not fill the encoder: {', '.join((lacking + unexpected)[:4])}")
+
+
+def fill_head(model: MIMForPreTraining, start: StartingEncoder) -> bool:
+    """Loads the decoder of a start, where the model's is the same and predicts the same. -> whether it did."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("mim.")}
+    method = {name: getattr(model.config, name) for name in METHOD}
+    shapes = [{name: value.shape for name, value in state.items()} for state in (own, start.head)]
+    if not start.head or method != start.method or shapes[0] != shapes[1]:
+        return False
+    model.load_state_dict(start.head, strict=False)
+    return True
+
+
+def is_of_mask(name: str) -> bool:
+    return "mask_token" in name or "mask_scale" in name
+
+
+def start_fields(start: StartingEncoder, section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """-> the fields of a `MIMConfig` of a recipe's method with this encoder, and what to tell about it.
+
+    Args:
+        section: `model` of a recipe, without `init_from`; its `encoder` says which kind of encoder its
+            `encoder_config` is for.
+
+    Raises:
+        ValueError: the recipe asks for other channels.
+    """
+    kind, section = start.fields["encoder"], dict(section)
+    recipe_kind, asked = section.pop("encoder", "vit"), section.pop("encoder_config", None) or {}
+    options, notes = learning_options(start.fields, recipe_kind, asked)
+    kept = {name: value for name, value in start.fields["encoder_config"].items() if name not in LEARNING_OPTIONS}
+    fields = {**start.fields, **section, "encoder": kind, "encoder_config": {**kept, **options}}
+    if fields["image_size"] != start.fields["image_size"]:
+        notes += keep_positions(start, fields)
+    if fields["num_channels"] != start.fields["num_channels"] and "image_mean" not in section:
+        fields["image_mean"] = fields["image_std"] = None
+    return fields, notes
+
+
+def learning_options(source: dict, recipe_kind: str, asked: dict) -> tuple[dict, list[str]]:
+    """-> the recipe's options of the encoder as far as they go with that of the source, and what is left out."""
+    kind, options, notes = source["encoder"], dict(asked), []
+    if recipe_kind == "native" and kind == "vit":
+        options.setdefault("mask_style", "token")  # which is what models of transformers do
+    for name, value in asked.items():
+        applies = kind == recipe_kind or name in SHARED
+        if name in LEARNING_OPTIONS:
+            applies = applies and takes_option(source, name)
+            applies = applies and (name != "mask_style" or value in MASK_STYLES[kind])
+        if not applies:
+            del options[name]
+            notes.append(f"{name}={value} of the recipe is left out: it is for encoder {recipe_kind!r}")
+    return options, notes
+
+
+def takes_option(source: dict, name: str) -> bool:
+    """Whether the encoder of a source has an option of this name."""
+    kind, options = source["encoder"], source["encoder_config"]
+    if name in options_of(ENCODERS[kind]):
+        return True
+    if options.get("model_type") == "timm":
+        return name == "drop_path_rate"
+    return kind != "vit" and hasattr(CONFIG_MAPPING[options.get("model_type", "vit")](), name)
+
+
+def keep_positions(start: StartingEncoder, fields: dict[str, Any]) -> list[str]:
+    """Has positions stay those of the source's grid where the image size is another. -> what to tell about it."""
+    options = fields["encoder_config"]
+    if fields["encoder"] == "convnet":
+        return []
+    if fields["encoder"] == "native":
+        options.setdefault("image_size", start.fields["image_size"])
+        return [f"trained at {size_title(start.fields)} pixels: its class interpolates positions"]
+    with torch.device("meta"):
+        encoder: Any = make_encoder(MIMConfig(**start.fields))
+    options["position_grid"] = list(encoder.position_grid)
+    rows, cols = encoder.position_grid
+    return [f"trained at {size_title(start.fields)} pixels: the positions of {rows}x{cols} patches are interpolated"]
+
+
+def describe_hiding(model: MIMForPreTraining) -> str:
+    """What becomes of hidden tokens."""
+    encoder: Any = model.mim.encoder
+    if encoder.drops_tokens:
+        return "hidden tokens are dropped"
+    if model.config.encoder == "native":
+        own = encoder.mask_token is not None
+        return f"hidden tokens become {'a new mask token' if own else 'the mask token of its class'}"
+    return {
+        "token": "hidden tokens become a mask token",
+        "add": "a mask token is added to hidden ones",
+        "sparse": "the network computes on visible positions only",
+    }[encoder.mask_style]
+
+
+def size_title(fields: dict[str, Any]) -> str:
+    height, width = pair(fields["image_size"])
+    return f"{height}x{width}"
+
+
+# ---- other channels --------------------------------------------------------------------------------------------------
+def adapt_channels(start: StartingEncoder, channels: int, how: str | None) -> dict[str, Tensor]:
+    """The weights of a start for images of `channels` channels.
+
+    Raises:
+        ValueError: they are other than the source's, and nothing says how.
+    """
+    old = start.fields["num_channels"]
+    if channels == old:
+        return start.state
+    if how is None:
+        choices = "; ".join(f"{name} ({cost})" for name, cost in CHANNELS.items())
+        raise OptionError(
+            f"{start.source} takes {old} channels and the recipe's images have {channels}: say what its first layer "
+            f"becomes by model.init_channels: {choices}. Or keep its channels: model.num_channels={old}",
+            "init_channels",
+        )
+    if how not in CHANNELS:
+        raise unknown_choice("model.init_channels", how, CHANNELS)
+    name, is_linear = first_layer(start)
+    state, weight = dict(start.state), start.state[name]
+    if how == "new":
+        del state[name]
+        return state
+    weight = weight.unflatten(1, (-1, old)).movedim(2, 1) if is_linear else weight
+    if how == "repeat" and channels > 1:
+        new = weight[:, torch.arange(channels) % old] * (old / channels)
+    else:  # one grey channel stands for all of the old ones
+        new = weight.mean(dim=1, keepdim=True).repeat_interleave(channels, dim=1) * (old / channels)
+    state[name] = new.movedim(1, 2).flatten(1) if is_linear else new
+    return state
+
+
+def first_layer(start: StartingEncoder) -> tuple[str, bool]:
+    """The name of the weight that reads the images, and whether it is a linear layer of patches.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    if start.fields["encoder"] == "vit":
+        return "encoder.patch_embedding.weight", True
+    with torch.device("meta"):
+        encoder: Encoder = make_encoder(MIMConfig(**start.fields))
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == start.fields["num_channels"]:
+            return f"encoder.{name}.weight", False
+    raise ValueError(f"{start.source}: the layer that reads the image was not found, its channels cannot be changed")
