@@ -10,11 +10,11 @@ from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.checkpoint import load_config, resolve
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.output_folder import check_new_folder
+from hf_mim.training.conversion.fcmae import to_official
 from hf_mim.training.data.processors import processor_for
 
 from .export_timm import to_timm
 from .export_transformers import to_transformers
-from .fcmae import to_official
 from .onnx import to_onnx
 
 
