@@ -153,6 +153,8 @@ def keep_positions(start: StartingEncoder, fields: dict[str, Any]) -> list[str]:
 def describe_hiding(model: MIMForPreTraining) -> str:
     """What becomes of hidden tokens."""
     encoder: Any = model.mim.encoder
+    if not model.hides_tokens:
+        return "nothing is hidden"
     if encoder.drops_tokens:
         return "hidden tokens are dropped"
     if model.config.encoder == "native":
