@@ -3,55 +3,15 @@ function that runs it, whose module is imported when it is called."""
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_mim.command_table import TUNED, DryRun, Force, License, Overrides, app, command, completing, recipe_words
+from hf_mim.command_words import check_command, check_words, is_heavy, split
 from hf_mim.cpu import tune_for_cpu
-
-
-app = typer.Typer(
-    name="hf-mim",
-    help="Masked image modeling for the Hugging Face ecosystem.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-# {command: the sections of its overrides}, which are checked before anything heavy is imported
-SECTIONS: dict[str, tuple[str, ...]] = {}
-TUNED: set[str] = set()  # commands that compute for long; see `tune_for_cpu`
-
-
-def command(*sections: str, tuned: bool = False) -> Callable[[Callable], Callable]:
-    """Adds a function to the table."""
-
-    def add(function: Callable) -> Callable:
-        SECTIONS[function.__name__] = sections
-        if tuned:
-            TUNED.add(function.__name__)
-        return app.command()(function)
-
-    return add
-
-
-def recipe_words(default: str) -> object:
-    help = f"A recipe's name (see `hf-mim recipes`) or a file, `{default}` by default, and what to change in it."
-    return typer.Argument(metavar="RECIPE SECTION.KEY=VALUE", help=help, show_default=False)
-
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
-License = Annotated[str | None, typer.Option(help="Licence id for the card, such as mit.")]
-
-
-def split(words: list[str] | None) -> tuple[str | None, list[str]]:
-    """`[RECIPE] SECTION.KEY=VALUE ...` -> the recipe, or None, and the overrides."""
-    from hf_mim.training.recipe import is_override
-
-    words = list(words or [])
-    return (words[0], words[1:]) if words and not is_override(words[0]) else (None, words)
+from hf_mim.error_lines import describe
 
 
 def push_if_asked(folder: Path) -> None:
@@ -64,40 +24,57 @@ def push_if_asked(folder: Path) -> None:
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 @command("model", "data", "training", tuned=True)
-def pretrain(words: Annotated[list[str] | None, recipe_words("quick")] = None):
+def pretrain(words: Annotated[list[str] | None, recipe_words("quick")] = None, dry_run: DryRun = False):
     """Pretrain a model: `hf-mim pretrain`, or `hf-mim pretrain mae data.dataset=me/photos model.target=pixel`."""
     from hf_mim.training.commands.pretrain import pretrain as run
 
     name, overrides = split(words)
-    push_if_asked(run(name or "quick", overrides))
+    folder = run(name or "quick", overrides, preview=dry_run)
+    if not dry_run:
+        push_if_asked(folder)
 
 
 @command("model", "data", "training", "finetune", tuned=True)
 def finetune(
     model: Annotated[str, typer.Argument(help="A checkpoint or a vision model of transformers; a folder or a Hub id.")],
     words: Annotated[list[str] | None, recipe_words("finetune_small")] = None,
+    dry_run: DryRun = False,
 ):
     """Fine-tune on labelled images: `hf-mim finetune MODEL data.dataset=me/photos finetune.lora=true`."""
     from hf_mim.training.commands.finetune import finetune as run
 
-    push_if_asked(run(model, *split(words)))
+    folder = run(model, *split(words), preview=dry_run)
+    if not dry_run:
+        push_if_asked(folder)
 
 
-@command()
-def recipes():
-    """List the recipes that `pretrain` and `finetune` know."""
-    from rich.table import Table
+@command(light=True)
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="The one to print as it is.", autocompletion=completing("complete_recipe"))
+    ] = None,
+):
+    """List the recipes of `pretrain` and `finetune`, or print one, to read or to change."""
+    from hf_mim.reference.show import show_recipes
 
-    from hf_mim.training.common.console import RunConsole
-    from hf_mim.training.recipe import list_recipes
+    show_recipes(name)
 
-    table = Table(caption="Run one with: hf-mim pretrain RECIPE data.dataset=..., or: hf-mim finetune MODEL RECIPE ...")
-    for title in ("recipe", "command", "paper"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("description")
-    for entry in list_recipes():
-        table.add_row(entry["name"], entry["runs"], entry.get("paper", "").partition(" ")[0], entry["title"])
-    RunConsole().show(table)
+
+@command(light=True)
+def options(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SECTION, PART or KEY",
+            help="Such as data, target, target.hog or crop_scale; without, what there is.",
+            autocompletion=completing("complete_option"),
+        ),
+    ] = None,
+):
+    """List every key of a recipe and every option of a part: type, default and meaning."""
+    from hf_mim.reference.show import show_options
+
+    show_options(name)
 
 
 @command("data")
@@ -276,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     try:
         check_command(arguments)
-        if arguments and "--help" not in arguments and arguments != ["recipes"]:  # those need nothing heavy
+        if is_heavy(arguments):
             check_words(*arguments)
             if arguments[0] in TUNED:
                 tune_for_cpu()
@@ -296,62 +273,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         return 2
-
-
-def check_command(arguments: list[str]) -> None:
-    """Raises:
-    OptionError: there is no such command.
-    """
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in SECTIONS:
-        from hf_mim.modeling.options import unknown_choice
-
-        raise unknown_choice("command", arguments[0], SECTIONS)
-
-
-def check_words(name: str, *words: str) -> None:
-    """Finds what is wrong with recipe and overrides before torch is imported, which takes seconds.
-
-    Raises:
-        RecipeError: an unknown recipe, section or key, or a value of another type.
-    """
-    if not SECTIONS.get(name) or any(word.startswith("-") for word in words):
-        return
-    from hf_mim.training import recipe as recipes
-
-    if name in ("pretrain", "finetune"):
-        recipe, overrides = split(list(words[1:] if name == "finetune" else words))
-        if recipe is not None or name == "pretrain":
-            recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
-            return
-    else:
-        overrides = [word for word in words if recipes.is_override(word)]
-    recipes.check_names(overrides, name, SECTIONS[name])
-
-
-def describe(error: Exception) -> str | None:
-    """One line for what the user can do something about; None for a mistake of ours, which keeps its traceback."""
-    # What the command line itself got wrong, such as an unknown option: the class of these errors moved within typer.
-    usage = getattr(error, "format_message", None)
-    if usage is not None:
-        return f"{usage()} See hf-mim --help"
-    if "torch" in sys.modules:
-        from hf_mim.training.common.resources import explain_shortage
-
-        if (message := explain_shortage(error)) is not None:
-            return message
-    if "huggingface_hub" in sys.modules:
-        from hf_mim.hub.errors import explain
-
-        if (message := explain(error)) is not None:
-            return message
-    from hf_mim.training.common.errors import UserError
-
-    if not isinstance(error, ValueError | OSError):  # UserError and OptionError are ValueErrors
-        return None
-    if isinstance(error, UserError):  # a line already; a name in it may hold line breaks
-        return str(error).replace("\n", "\\n")
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def silence_libraries() -> None:

@@ -41,6 +41,7 @@ class MIMConfig(MIMConfigBase):
         target, target_config: an entry of `TARGETS`.
         pooler, pooler_config: an entry of `POOLERS`; `apply_final_norm` says whether it sees the tokens after the
             encoder's last norm.
+        initializer_range: standard deviation of the weights that a part draws from a normal distribution.
         feature_pyramid: of `MIMBackbone`, for encoders of one stride: factors by which the `out_features` are scaled;
             [4, 2, 1, 0.5] makes strides 4, 8, 16 and 32 of patches of 16.
         format_version: of the checkpoint that holds this config; nobody sets it.

@@ -62,8 +62,11 @@ class MLPDecoder(Decoder):
 class TransformerDecoder(Decoder):
     """A narrow transformer over all tokens, a learned token standing for the hidden ones (MAE, 2111.06377).
 
-    Options: hidden_size (divisible by 4), num_hidden_layers, num_attention_heads, intermediate_size
-    (4 * hidden_size), layer_norm_eps.
+    Options:
+        hidden_size: width, divisible by 4.
+        num_hidden_layers, num_attention_heads: depth, at least 1, and heads.
+        intermediate_size: of the MLPs; None is 4 * hidden_size.
+        layer_norm_eps: of the LayerNorms.
     """
 
     layer_class: type[ViTLayer | CrossLayer] = ViTLayer
@@ -161,7 +164,8 @@ class ConvDecoder(Decoder):
     """Grouped convolutions on the mask grid, then a linear layer (data2vec 2.0, 2212.07525, section 3.1).
 
     Options:
-        hidden_size, num_hidden_layers, kernel_size (odd).
+        hidden_size, num_hidden_layers: channels and number of the convolutions.
+        kernel_size: of the convolutions, odd.
         groups: of the convolutions; must divide the widths of encoder and decoder.
         hidden: what stands in hidden places where the encoder drops them: noise, N(0, noise_std) in training and 0 in
             evaluation, as released, or token, a learned one.

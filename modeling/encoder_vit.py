@@ -89,7 +89,8 @@ class ViTEncoder(Encoder):
 
     Options:
         size: tiny, small, base, large or huge; gives the defaults of the next four, which win where they are set.
-        patch_size, hidden_size, num_hidden_layers, num_attention_heads: as everywhere; `patch_size` may be a pair.
+        patch_size: pixels, an int or a (height, width) pair.
+        hidden_size, num_hidden_layers, num_attention_heads: width, depth and heads; None is that of `size`.
         intermediate_size: of the MLP; 4 * hidden_size, for SwiGLU 8/3 of it rounded up to a multiple of 8.
         mask_style: `drop` encodes the visible patches only (MAE, 2111.06377); `token` puts a learned token in the
             place of hidden ones (BEiT, SimMIM); `add` adds it to them (A2MIM).
@@ -101,8 +102,12 @@ class ViTEncoder(Encoder):
             `image_size`. Other grids cover the same picture: tables are resized, coordinates scaled.
         num_register_tokens: extra tokens without a patch (2309.16588), after the class token.
         use_cls_token: whether there is a class token; it comes first.
-        layer_scale_init_value, drop_path_rate, qk_norm, mlp (gelu, swiglu), layer_norm_eps: of the blocks. The drop
-            rate grows linearly with depth.
+        layer_scale_init_value: what the learned factors behind each branch of a block start from; None has none.
+        drop_path_rate: probability that a branch of the last block is left out in training; it grows linearly with
+            depth.
+        qk_norm: whether queries and keys pass a norm before they meet.
+        mlp: gelu or swiglu.
+        layer_norm_eps: of the LayerNorms.
         block_norm: pre, or post: the norms stand behind each sum (data2vec 2.0).
         embedding_norm: whether the tokens pass a LayerNorm before the first block (data2vec 2.0, CLIP).
         final_norm: whether the tokens pass a last LayerNorm.

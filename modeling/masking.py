@@ -93,7 +93,12 @@ def no_mask(batch: int, grid: Grid, rngs: list[np.random.Generator]) -> Tensor:
 def random_mask(
     batch: int, grid: Grid, rngs: list[np.random.Generator], *, ratio: float = 0.75, unit: int | tuple[int, int] = 1
 ) -> Tensor:
-    """Units of `unit` tokens drawn uniformly without replacement (MAE with unit 1, SimMIM and A2MIM with 32 pixels)."""
+    """Units drawn uniformly without replacement (MAE with unit 1, SimMIM and A2MIM with 32 pixels).
+
+    Options:
+        ratio: share of hidden tokens, in (0, 1).
+        unit: tokens that are hidden together: the side of a square, or a (height, width) pair.
+    """
     hidden = count_hidden(grid, ratio, unit)
     return _hide_first(_unit_order(grid, unit, rngs), hidden)
 
@@ -111,9 +116,14 @@ def block_mask(
 ) -> Tensor:
     """Rectangles of random size, place and shape until the count is reached (BEiT, 2106.08254, Algorithm 1).
 
-    A rectangle has at least `min_block` units (fewer where fewer are still missing) and an aspect ratio between
-    `min_aspect` and its inverse; each gets `tries` tries to add something without passing the count. What is missing
-    then is drawn at random.
+    What no rectangle can add is drawn at random.
+
+    Options:
+        ratio: share of hidden tokens, in (0, 1).
+        unit: tokens that are hidden together: the side of a square, or a (height, width) pair.
+        min_block: units of a rectangle at least; fewer where fewer are still missing.
+        min_aspect: the aspect ratio of a rectangle lies between this, in (0, 1], and its inverse.
+        tries: of each rectangle to add something without passing the count.
     """
     if not 0 < min_aspect <= 1 or min_block < 1 or tries < 1:
         raise ValueError(
@@ -137,10 +147,16 @@ def inverse_block_mask(
     block_size: int = 3,
     adjust: float = 0.07,
 ) -> Tensor:
-    """Hides all but some square blocks of `block_size` units (data2vec 2.0, 2212.07525, section 3.2, as released).
+    """Hides all but some square blocks (data2vec 2.0, 2212.07525, section 3.2, as released).
 
     As many blocks as fill the visible share plus `adjust`, rounded down, have their centres at random, with
     repetition, and are cut by the border; what they show too much or too little is corrected at random.
+
+    Options:
+        ratio: share of hidden tokens, in (0, 1).
+        unit: tokens that are hidden together: the side of a square, or a (height, width) pair.
+        block_size: side of the visible blocks in units.
+        adjust: share of the units by which more is shown, at least 0, since blocks overlap.
     """
     if block_size < 1 or adjust < 0:
         raise ValueError(f"block_size must be at least 1 and adjust at least 0, got {block_size} and {adjust}")

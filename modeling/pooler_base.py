@@ -6,10 +6,11 @@ from .encoder_base import Encoder, Grid
 
 
 class Pooler(nn.Module):
-    """Made as `Pooler(encoder, *, apply_final_norm=True, **options)`.
+    """Made as `Pooler(encoder, *, apply_final_norm=True, **options)`. A pooler with `needs_attentions` reads the
+    attention of the encoder's last block, which the model computes for it.
 
-    `apply_final_norm` says whether the pooler sees the tokens after the encoder's last norm. A pooler with
-    `needs_attentions` reads the attention of the encoder's last block, which the model computes for it.
+    Options:
+        apply_final_norm: whether the pooler sees the tokens after the encoder's last norm, or before it.
     """
 
     out_dim: int

@@ -6,7 +6,11 @@ from .pooler_base import Pooler, at_least_one
 
 class CentralPooler(Pooler):
     """The mean of the `size` x `size` patches in the middle (`cp1` to `cp4` in the code of Beyond [cls], 2412.03215).
-    Nothing is learned. As released where the grid's sides are even; with odd sides and size it is the true middle."""
+    Nothing is learned. As released where the grid's sides are even; with odd sides and size it is the true middle.
+
+    Options:
+        size: side of the square in patches, at least 1.
+    """
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, size: int = 2):
         super().__init__(encoder, apply_final_norm=apply_final_norm)

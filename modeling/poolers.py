@@ -53,7 +53,11 @@ class MaxPooler(Pooler):
 class GemPooler(Pooler):
     """The generalised mean (mean of max(x, eps)^p)^(1/p) of each channel with one learned p (1711.02512).
 
-    Values below `eps` count as `eps`: made for features without negative values.
+    Made for features without negative values.
+
+    Options:
+        p: where the learned exponent starts; 1 is the mean, and the larger, the closer to the maximum.
+        eps: smaller values count as this.
     """
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, p: float = 3.0, eps: float = 1e-6):
@@ -79,7 +83,8 @@ class AbmilpPooler(Pooler):
     made here. `depth=2, hidden_size=128` is the pooling of Ilse et al. (1802.04712), the 128 not verified.
 
     Options:
-        depth: linear layers of the score, 1 or more; `activation` is tanh or relu.
+        depth: linear layers of the score, 1 or more.
+        activation: between those layers: tanh or relu.
         hidden_size: of the hidden layers; None is the tokens' width D.
         gated: hidden layers are multiplied by a learned sigmoid gate (Ilse's gated form).
         self_attention: `none`; `map`: the score sees SA(X) and X is summed; `both`: SA(X) is summed too.
@@ -261,7 +266,12 @@ class EfficientPooler(Pooler):
     """Efficient probing (2506.10178): each of Q learned queries attends to the patches themselves,
     A = softmax(q X^T / sqrt(D)), and sums its own chunk of their values X W_v; the chunks are concatenated.
     D^2 / d_out + Q D parameters, as the authors' logs say; an older description of theirs has averages instead of W_v.
-    The vector has D / `d_out` channels, the weights are (batch, queries, rows * cols)."""
+    The weights are (batch, queries, rows * cols).
+
+    Options:
+        num_queries: Q; times `d_out` it must divide the width D.
+        d_out: the vector has D / d_out channels.
+    """
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, num_queries: int = 32, d_out: int = 1):
         super().__init__(encoder, apply_final_norm=apply_final_norm)

@@ -34,6 +34,7 @@ from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.processors import processor_for
+from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation.classification import confusion_matrix
 from hf_mim.training.evaluation.metrics import CLASSIFICATION, score_classes
 from hf_mim.training.own_data import dataset_title
@@ -50,7 +51,7 @@ HEAD_STD = {None: 2e-5, "lamb": 0.02}
 METRIC = "accuracy"  # what the best checkpoint is the best in
 
 
-def finetune_classification(run: FinetuneRun) -> Path:
+def finetune_classification(run: FinetuneRun, preview: bool = False) -> Path:
     """Fine-tunes, evaluates and writes everything; see `finetune`."""
     config, state = classifier_config(run)
     splits = load_labelled_splits(run.data, config, run.arguments.seed)
@@ -59,6 +60,8 @@ def finetune_classification(run: FinetuneRun) -> Path:
     model = load_classifier(run, config, state, splits.classes)
     describe(run, model, splits)
     run.log_sample(splits.sample)
+    if preview:
+        return dry_run(run, partial(make_trainer, run, model, splits, weights))
     trainer = make_trainer(run, model, splits, weights)
     return run.execute(lambda: train(run, trainer), partial(finish, run, splits))
 

@@ -26,6 +26,7 @@ def finetune(
     name: str | None = None,
     overrides: Sequence[str] = (),
     console: Console | RunConsole | None = None,
+    preview: bool = False,
 ) -> Path:
     """Fine-tunes a model, evaluates it, and writes everything into one folder.
 
@@ -36,6 +37,7 @@ def finetune(
             resume.
         overrides: `section.key=value`; `task=segmentation` is short for `finetune.task=segmentation`.
         console: where to print; None is the terminal.
+        preview: print what would run, how long and with how much memory, and write nothing.
 
     Returns:
         the folder.
@@ -48,8 +50,8 @@ def finetune(
     quiet = os.environ.get("RANK", "0") != "0"  # of another process than the first
     source, recipe, paper = read_recipe(source, name, list(overrides), RunConsole(console, quiet))
     if FinetuneArguments(**recipe["finetune"]).task == "segmentation":
-        return finetune_segmentation(source, recipe, console, paper)
-    return finetune_classification(set_up(source, recipe, console, paper))
+        return finetune_segmentation(source, recipe, console, paper, preview)
+    return finetune_classification(set_up(source, recipe, console, paper), preview)
 
 
 def read_recipe(source: str, name: str | None, overrides: list[str], console: RunConsole) -> tuple[str, dict, str]:

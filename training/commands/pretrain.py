@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import set_seed
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.masking import num_hidden_tokens
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
@@ -30,6 +31,7 @@ from hf_mim.training.data.processors import processor_for
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
+from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teachers_of
 from hf_mim.training.evaluation.metrics import frozen_scores
@@ -57,13 +59,19 @@ class PretrainRun(TrainingRun[MIMTrainer]):
         return self.model.config
 
 
-def pretrain(name: str = "quick", overrides: Sequence[str] = (), console: Console | RunConsole | None = None) -> Path:
+def pretrain(
+    name: str = "quick",
+    overrides: Sequence[str] = (),
+    console: Console | RunConsole | None = None,
+    preview: bool = False,
+) -> Path:
     """Pretrains a recipe, evaluates it where there are labels, and writes everything into one folder.
 
     Args:
         name: of a recipe, or a file or run folder with one, or the URL of such.
         overrides: `section.key=value`.
         console: where to print; None is the terminal.
+        preview: print what would run, how long and with how much memory, and write nothing.
 
     Returns:
         the folder; of a run at a URL, its local one.
@@ -74,6 +82,8 @@ def pretrain(name: str = "quick", overrides: Sequence[str] = (), console: Consol
         SystemExit: with code 143, after SIGTERM and a checkpoint; with 1, where another process is gone.
     """
     run = set_up(name, overrides, console)
+    if preview:
+        return dry_run(run, partial(make_trainer, run))
     return run.execute(lambda: train(run), partial(finish, run))
 
 
@@ -152,6 +162,7 @@ def describe(run: PretrainRun, start: list[str]) -> None:
         model=f"{config.encoder} encoder, {run.model.mim.num_parameters() / 1e6:.2f} M parameters, with the decoder "
         f"{run.model.num_parameters() / 1e6:.2f} M",
         method=f"{config.masking} masks, {config.target} target, {config.decoder} decoder",
+        masks=describe_masks(run.model),
         training=run.describe_training(),
     )
     for line in start:
@@ -164,13 +175,20 @@ def describe(run: PretrainRun, start: list[str]) -> None:
             run.console.warn(f"warning: {problem}")
 
 
+def describe_masks(model: MIMForPreTraining) -> str:
+    """Such as `37 of 49 tokens hidden, on a grid of 7x7`."""
+    grid = model.mask_grid(*pair(model.config.image_size))
+    hidden, count = num_hidden_tokens(model.config, grid), model.config.masks_per_image
+    several = f", {count} masks of each image" if count > 1 else ""
+    return f"{hidden} of {grid[0] * grid[1]} tokens hidden, on a grid of {grid[0]}x{grid[1]}{several}"
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
-def train(run: PretrainRun) -> MIMTrainer:
-    """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
+def make_trainer(run: PretrainRun) -> MIMTrainer:
     config = run.config
     if run.checkpoint is None:  # a checkpoint brings what was estimated
         fit_target(run.model, run.splits.train, run.arguments.device, run.console)
-    trainer = MIMTrainer(
+    return MIMTrainer(
         model=run.model,
         args=run.arguments,
         train_dataset=run.splits.train,
@@ -178,6 +196,11 @@ def train(run: PretrainRun) -> MIMTrainer:
         processing_class=processor_for(config, run.splits.sample),
         console=run.console,
     )
+
+
+def train(run: PretrainRun) -> MIMTrainer:
+    """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
+    trainer = make_trainer(run)
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a check needs whole weights
     if run.arguments.watch_every and whole:
         trainer.add_callback(

@@ -27,6 +27,7 @@ from hf_mim.training.data.processors import BICUBIC, own_processor
 from hf_mim.training.data.sample import PixelSample, fits_stock_processor
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
+from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation.iou import ious, predict_mask
 from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
 from hf_mim.training.own_data import SCENES, dataset_title
@@ -43,7 +44,11 @@ ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "randaugment", "random_erasin
 
 
 def finetune_segmentation(
-    source: str, recipe: dict, console: Console | RunConsole | None = None, paper: str = ""
+    source: str,
+    recipe: dict,
+    console: Console | RunConsole | None = None,
+    paper: str = "",
+    preview: bool = False,
 ) -> Path:
     """Fine-tunes an encoder inside a UperNet. Arguments, result and errors as of `finetune`."""
     options = FinetuneArguments(**recipe["finetune"])
@@ -61,9 +66,11 @@ def finetune_segmentation(
     run.keep_pixels(encoder.config, splits.data)
     batch = min(run.arguments.train_batch_size, len(splits.train))
     run.model = model = make_segmenter(encoder, options, splits.classes, batch)
-    trainer = make_trainer(run, model, splits, size)
     describe(run, model, splits, size)
     run.log_sample(splits.sample)
+    if preview:
+        return dry_run(run, partial(make_trainer, run, model, splits, size))
+    trainer = make_trainer(run, model, splits, size)
     return run.execute(lambda: train(run, trainer), partial(write_results, run, splits))
 
 

@@ -9,12 +9,11 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec, resolve_name
-from pathlib import Path
 
 from hf_mim.modeling.options import Size, is_of, shorten, unknown_choice
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.sharing import check_secrets
+from hf_mim.training.common.source import fields_of_class
 
 
 # section -> where the classes are whose fields are its keys: module and class, a later one over an earlier
@@ -73,41 +72,14 @@ def keys_of(section: str) -> dict[str, typing.Any]:
     return keys
 
 
-def source_of(module: str) -> Path:
-    """The file of a module, which is not imported; the packages that it is in are, unless it is at the top of one."""
-    package, _, name = module.rpartition(".")
-    spec = find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"no package {package}")
-    return Path(spec.submodule_search_locations[0]) / f"{name}.py"
-
-
 def read_fields(module: str, name: str) -> dict[str, typing.Any]:
     """{field: type} of a dataclass of this project and its bases in it, or of one of transformers.
 
     Raises:
         LookupError: there is no such class in the module.
     """
-    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
-    places = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            origin = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
-            places |= {alias.name: origin for alias in node.names if origin.startswith("hf_mim.")}
-    if places.get(name, module) != module:
-        return read_fields(places[name], name)
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in places]
-            inherited = [read_fields(places[base], base) for base in reversed(bases)]
-            fields = [entry for entry in node.body if isinstance(entry, ast.AnnAssign) and is_public(entry.target)]
-            own = {ast.unparse(field.target): read_type(field.annotation) for field in fields}
-            return {key: kind for part in (*inherited, own) for key, kind in part.items()}
-    raise LookupError(f"no class {name} in {module}")
-
-
-def is_public(target: ast.expr) -> bool:
-    return isinstance(target, ast.Name) and not target.id.startswith("_")
+    options = fields_of_class(module, name)
+    return {key: read_type(option.annotation) for key, option in options.items() if option.annotation is not None}
 
 
 def read_type(annotation: ast.expr) -> typing.Any:

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,29 +65,43 @@ def seconds_per_step(trainer, shape: tuple[int, int, int]) -> float | None:
     Returns:
         None where it cannot be told: of several processes, sharded or compiled models, or without the memory.
     """
-    args, model = trainer.args, trainer.model
+    args = trainer.args
     if args.world_size > 1 or args.n_gpu > 1 or args.torch_compile or trainer.is_sharded:
         return None
     count = min(args.train_batch_size, TIMED) if args.device.type == "cpu" else args.train_batch_size
-    training = model.training
-    with torch.random.fork_rng():
-        pixel_values = torch.randn(count, *shape, device=args.device)
-        model.eval()  # batch norms and what counts codes must not see noise
+    with unchanged(trainer):
         try:
             for _ in range(2):  # the first one warms up
                 started = time.perf_counter()
-                with trainer.compute_loss_context_manager():
-                    outputs = model(pixel_values=pixel_values)
-                    loss = outputs.loss if outputs.loss is not None else outputs.logits.float().mean()
-                loss.backward()
-                loss.item()  # waits for the device
+                compute_gradients(trainer, count, shape)
                 seconds = time.perf_counter() - started
         except torch.OutOfMemoryError:
             return None
-        finally:
-            model.zero_grad(set_to_none=True)
-            model.train(training)
     return seconds * args.train_batch_size / count * args.gradient_accumulation_steps
+
+
+@contextmanager
+def unchanged(trainer) -> Iterator[None]:
+    """A context that computes gradients and leaves the model of a trainer, its mode and the random states as they
+    were. Batch norms, and what counts codes, see nothing: the model is in eval mode."""
+    training = trainer.model.training
+    with torch.random.fork_rng():
+        trainer.model.eval()
+        try:
+            yield
+        finally:
+            trainer.model.zero_grad(set_to_none=True)
+            trainer.model.train(training)
+
+
+def compute_gradients(trainer, count: int, shape: tuple[int, int, int]) -> None:
+    """Forward and backward pass of `count` images of noise; waits for the device."""
+    pixel_values = torch.randn(count, *shape, device=trainer.args.device)
+    with trainer.compute_loss_context_manager():
+        outputs = trainer.model(pixel_values=pixel_values)
+        loss = outputs.loss if outputs.loss is not None else outputs.logits.float().mean()
+    loss.backward()
+    loss.item()
 
 
 class Throughput:

@@ -1,0 +1,47 @@
+"""What is wrong with the words of a command line, found before anything heavy is imported."""
+
+from hf_mim.command_table import HELP, LIGHT, SECTIONS
+
+
+def split(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """`[RECIPE] SECTION.KEY=VALUE ...` -> the recipe, or None, and the overrides."""
+    from hf_mim.training.recipe import is_override
+
+    words = list(words or [])
+    return (words[0], words[1:]) if words and not is_override(words[0]) else (None, words)
+
+
+def is_heavy(arguments: list[str]) -> bool:
+    """Whether a command runs that needs torch."""
+    return bool(arguments) and arguments[0] in SECTIONS and arguments[0] not in LIGHT and not {*arguments} & {*HELP}
+
+
+def check_command(arguments: list[str]) -> None:
+    """Raises:
+    OptionError: there is no such command.
+    """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in SECTIONS:
+        from hf_mim.modeling.options import unknown_choice
+
+        raise unknown_choice("command", arguments[0], SECTIONS)
+
+
+def check_words(name: str, *words: str) -> None:
+    """Finds what is wrong with recipe and overrides before torch is imported, which takes seconds.
+
+    Raises:
+        RecipeError: an unknown recipe, section or key, or a value of another type.
+    """
+    words = tuple(word for word in words if word != "--dry-run")
+    if not SECTIONS.get(name) or any(word.startswith("-") for word in words):
+        return
+    from hf_mim.training import recipe as recipes
+
+    if name in ("pretrain", "finetune"):
+        recipe, overrides = split(list(words[1:] if name == "finetune" else words))
+        if recipe is not None or name == "pretrain":
+            recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
+            return
+    else:
+        overrides = [word for word in words if recipes.is_override(word)]
+    recipes.check_names(overrides, name, SECTIONS[name])
