@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_mim.command_table import TUNED, DryRun, Force, License, Overrides, app, command, completing, recipe_words
-from hf_mim.command_words import check_command, check_words, is_heavy, split
+from hf_mim.command_words import check_command, check_words, is_heavy, part_words, split, take_plugins
 from hf_mim.cpu import tune_for_cpu
 from hf_mim.error_lines import describe
 
@@ -117,9 +117,8 @@ def analyze(
 ):
     """Measure what encoders learned, beside the same encoders untrained: `hf-mim analyze FOLDER data.dataset=...`."""
     from hf_mim.analysis.run import analyze as run
-    from hf_mim.training.recipe import is_override
 
-    run([word for word in words if not is_override(word)], [word for word in words if is_override(word)])
+    run(*part_words(words))
 
 
 @command("probe", "data", tuned=True)
@@ -132,6 +131,39 @@ def probe(
     from hf_mim.training.commands.probe import probe as run
 
     run(model, [*(overrides or []), *(["probe.uncached=true"] if uncached else [])])
+
+
+@command("data", tuned=True)
+def embed(
+    model: Annotated[str, typer.Argument(help="A checkpoint of this project or a vision model of transformers.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="OUT SECTION.KEY=VALUE", help="The folder to write, and what to embed.")
+    ],
+    pooler: Annotated[str, typer.Option(help="What makes one vector of the tokens: mean, cls, max, ...")] = "mean",
+    layer: Annotated[int, typer.Option(help="Whose tokens; -1 is the last, 0 the embedding.")] = -1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+):
+    """Write a vector of every image, with file names and labels, as parquet. Run it again to go on where it stopped."""
+    from hf_mim.training.commands.embed import embed as run
+
+    folders, overrides = part_words(words)
+    if len(folders) != 1:
+        raise typer.BadParameter(f"embed takes one folder to write, not {len(folders)}: {' '.join(folders)}")
+    run(model, Path(folders[0]), overrides, pooler, layer, workers)
+
+
+@command(tuned=True)
+def search(
+    folder: Annotated[Path, typer.Argument(help="A folder that `embed` wrote.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("nearest.png"),
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 8,
+    force: Force = False,
+):
+    """Find the images that are most like one, and show them beside it."""
+    from hf_mim.training.commands.search import search as run
+
+    run(folder, image, out, count, force)
 
 
 @command("model", "data", "training")
@@ -158,6 +190,20 @@ def codebook(
     from hf_mim.training.commands.teacher import fit_codebook
 
     fit_codebook(model, out, list(overrides or []), codes, images, force=force)
+
+
+@command(light=True)
+def new(
+    kind: Annotated[str, typer.Argument(help="target, mask, pooler or decoder.")],
+    name: Annotated[str, typer.Argument(help="What recipes are to call it, such as edge.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("."),
+    force: Force = False,
+):
+    """Write a part of your own: a class, its test and a recipe that run as they are."""
+    from hf_mim.new.write import write_part
+
+    module, test, recipe = write_part(kind, name, out, force)
+    typer.echo(f"wrote {module}, {test} and {recipe}\nnext: pytest {test}\nand:  hf-mim pretrain {recipe}")
 
 
 @command()
@@ -252,6 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     try:
+        plugins, arguments = take_plugins(arguments)
         check_command(arguments)
         if is_heavy(arguments):
             check_words(*arguments)
@@ -259,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
                 tune_for_cpu()
             silence_libraries()
         group = typer.main.get_command(app)
-        return group.main(args=arguments, prog_name="hf-mim", standalone_mode=False) or 0
+        return group.main(args=[*plugins, *arguments], prog_name="hf-mim", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
     except typer.Exit as error:

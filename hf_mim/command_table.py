@@ -75,5 +75,16 @@ def every_command(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            help="A module or file with parts of your own; it may stand anywhere, and repeatedly.",
+        ),
+    ] = None,
 ):
     """Masked image modeling for the Hugging Face ecosystem."""
+    if plugin:
+        from hf_mim.training.common.plugins import load_plugins
+
+        load_plugins(plugin)

@@ -11,6 +11,25 @@ def split(words: list[str] | None) -> tuple[str | None, list[str]]:
     return (words[0], words[1:]) if words and not is_override(words[0]) else (None, words)
 
 
+def part_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Names and overrides, in any order. -> the names, and the overrides."""
+    from hf_mim.training.recipe import is_override
+
+    return [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
+
+
+def take_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Takes `--plugin MODULE`, which may stand anywhere, out of a command line. -> both parts."""
+    plugins, others = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--plugin":
+            plugins += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (plugins if word.startswith("--plugin=") else others).append(word)
+    return plugins, others
+
+
 def is_heavy(arguments: list[str]) -> bool:
     """Whether a command runs that needs torch."""
     return bool(arguments) and arguments[0] in SECTIONS and arguments[0] not in LIGHT and not {*arguments} & {*HELP}

@@ -33,11 +33,18 @@ def register_processors() -> None:
         AutoImageProcessor.register(config, image_processor_classes={"torchvision": processor}, exist_ok=True)
 
 
+def load_plugins() -> None:
+    from hf_mim.training.common.plugins import load_installed
+
+    load_installed()
+
+
 # What registers when a module is loaded. The first config loads the parts, to check its own.
 TRIGGERS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
     "transformers.models.auto.image_processing_auto": register_processors,
     "hf_mim.modeling.parts": register_models,
+    "hf_mim.modeling.modeling_mim": load_plugins,  # when all that they may import is there
 }
 
 

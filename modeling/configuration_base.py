@@ -62,6 +62,7 @@ class MIMConfigBase(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float | int = 0.02
     feature_pyramid: list[float | int] | tuple[float | int, ...] | None = None
     format_version: int = FORMAT_VERSION
+    plugins: list[str] | tuple[str, ...] | None = None
     stage_names: list[str] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

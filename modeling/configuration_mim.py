@@ -44,6 +44,7 @@ class MIMConfig(MIMConfigBase):
         initializer_range: standard deviation of the weights that a part draws from a normal distribution.
         feature_pyramid: of `MIMBackbone`, for encoders of one stride: factors by which the `out_features` are scaled;
             [4, 2, 1, 0.5] makes strides 4, 8, 16 and 32 of patches of 16.
+        plugins: modules of other projects that the parts come from; saved with a checkpoint, and never imported by it.
         format_version: of the checkpoint that holds this config; nobody sets it.
 
     Raises:
@@ -78,7 +79,10 @@ class MIMConfig(MIMConfigBase):
         return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, with the whole `AUTO_MAP`."""
+        """As in transformers, with the whole `AUTO_MAP`, and the plug-ins that the parts come from."""
+        from .parts import plugins_of
+
+        self.plugins = plugins_of(self) or None
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         self.auto_map = dict(AUTO_MAP)

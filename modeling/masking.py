@@ -56,7 +56,7 @@ def check_masking(config: MIMConfigBase, grid: Grid) -> None:
     """Raises:
     ValueError: the generator or an option is unknown, an option's value is bad, or the ratio does not fit the grid.
     """
-    check_part("mask generator", MASK_GENERATORS, config.masking, config.options("masking"))
+    check_part("mask generator", MASK_GENERATORS, config.masking, config.options("masking"), config.plugins)
     num_hidden_tokens(config, grid)
     if config.masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {config.masks_per_image}")

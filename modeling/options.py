@@ -92,13 +92,19 @@ def is_of(value: object, annotation: Any) -> bool:
     return not inner or not isinstance(value, list | tuple) or all(is_of(item, inner[0]) for item in value)
 
 
-def check_part(kind: str, entries: dict, name: str, options: dict) -> None:
+def check_part(kind: str, entries: dict, name: str, options: dict, plugins: Iterable[str] | None = None) -> None:
     """Checks a part's name, and the names and types of its options.
+
+    Args:
+        plugins: the modules of other projects that a checkpoint needs, for the message.
 
     Raises:
         ValueError: the name or an option is unknown (the message lists the choices), or a value is of a wrong type.
     """
     if name not in entries:
+        if plugins:
+            message = f"{kind} {shorten(name)} comes from the plug-in {' or '.join(plugins)}, which is not loaded"
+            raise OptionError(f"{message}: import it first, or add --plugin {' --plugin '.join(plugins)}", kind, name)
         raise unknown_choice(kind, name, entries)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entries[name]).parameters.values())
     choices = options_of(entries[name])

@@ -152,7 +152,7 @@ def wrap_features(kind: str, config: MIMConfigBase, encoder: Encoder, features: 
         raise ValueError(
             f"target {kind!r} needs target_config.features: {{name: teacher_feature, teacher: ...}}, or {{name: hog}}"
         )
-    check_part("target", TARGETS, name, options)
+    check_part("target", TARGETS, name, options, config.plugins)
     wrapped = TARGETS[name](config, encoder, **options)
     if not wrapped.token_features:
         raise ValueError(f"target {kind!r} needs token features, which target {name!r} does not have")

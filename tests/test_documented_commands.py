@@ -139,6 +139,8 @@ def test_a_documented_command_runs(line, things, tmp_path, monkeypatch):
     for target, source in {"photos": photos, "me/photos": photos, "image.png": things / "image.png"}.items():
         Path(target).parent.mkdir(exist_ok=True)
         Path(target).symlink_to(source)
+    if words[0] == "search":
+        assert main(["embed", "FOLDER", "VECTORS", "data.split=test"]) == 0
     for name in ("facebook", "MODEL", "TEACHER"):
         Path(name).symlink_to(things / name)
     if any(word.endswith(".pth") for word in words):

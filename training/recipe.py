@@ -10,6 +10,7 @@ import yaml
 
 from hf_mim.modeling.options import LEARNING_OPTIONS, shorten, unknown_choice
 from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.plugins import LOADED, PluginError, load_plugins, plugins_of
 from hf_mim.training.common.recipe_keys import (
     COMMAND_SECTIONS,
     SECTIONS,
@@ -21,6 +22,7 @@ from hf_mim.training.common.recipe_keys import (
 )
 
 
+PLUGINS = "plugins"  # what a recipe may have beside its sections: a list of modules
 RECIPES = Path(__file__).parent / "recipes"
 PARTS = ("encoder", "masking", "decoder", "target", "pooler")
 # What a recipe's header may say, each as `# Key: text`, continued on indented lines.
@@ -253,7 +255,8 @@ def read_words(name: str, overrides: Sequence[str], command: str | None = None) 
         check_command(name, recipe, command)
         for other in set(COMMANDS) & set(changes) - {command}:
             raise RecipeError(f"hf-mim {command} has no section {other!r}: hf-mim {other} MODEL has", other)
-    for tree, file in ((recipe, find(name).name), (changes, "")):
+    sections = {section: values for section, values in recipe.items() if section != PLUGINS}
+    for tree, file in ((sections, find(name).name), (changes, "")):
         check_keys(tree, file, SECTIONS, keys_of)
     return recipe, changes
 
@@ -277,6 +280,7 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
     from hf_mim.modeling.configuration_mim import MIMConfig
 
     recipe, changes = read_words(name, overrides, command)
+    plugins = load_named(recipe, name)
     for tree, file in ((recipe, find(name).name), (changes, "")):
         check_keys(tree, file, SECTIONS, imported_keys_of)
     model, new = recipe.setdefault("model", {}), changes.get("model", {})
@@ -289,7 +293,23 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
         for name in ("image_mean", "image_std"):
             model.pop(name, None)
     merged = merge(recipe, changes)
-    return {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
+    resolved = {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
+    return ({PLUGINS: plugins} if plugins else {}) | resolved
+
+
+def load_named(recipe: dict, name: str) -> list[str]:
+    """Takes the plug-ins out of a recipe and imports them; those of a recipe at a URL only where the user names them
+    too. -> them, and those that the command line names.
+
+    Raises:
+        PluginError: one cannot be imported, or may not be.
+    """
+    names = plugins_of(recipe, find(name).name)
+    if "://" in name and (strange := [plugin for plugin in names if plugin not in LOADED]):
+        message = f"the recipe at {name} names the plug-in {strange[0]}, whose code would run"
+        raise PluginError(f"{message}: add --plugin {strange[0]} if you trust it", strange[0])
+    load_plugins(names, find(name).name)
+    return list(dict.fromkeys([*names, *LOADED]))
 
 
 def drop_encoder(model: dict) -> None:

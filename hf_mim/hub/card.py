@@ -13,25 +13,16 @@ from hf_mim.hub import card_results as results_of
 from hf_mim.hub.card_results import clean, code, is_number
 from hf_mim.hub.files import PICTURES, read_json, read_recipe, weight_files
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.decoders import DECODERS
-from hf_mim.modeling.encoders import ENCODERS
-from hf_mim.modeling.masking import MASK_GENERATORS, hides_tokens
+from hf_mim.modeling.masking import hides_tokens
 from hf_mim.modeling.options import pair
-from hf_mim.modeling.poolers import POOLERS
-from hf_mim.modeling.targets import TARGETS
+from hf_mim.modeling.parts import TABLES as PARTS
+from hf_mim.modeling.parts import is_own
 from hf_mim.training import recipe as recipes
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.sharing import file_inside, shareable
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
-PARTS: dict[str, dict] = {
-    "encoder": ENCODERS,
-    "masking": MASK_GENERATORS,
-    "decoder": DECODERS,
-    "target": TARGETS,
-    "pooler": POOLERS,
-}
 # What a checkpoint does: its tag on the Hub, its Auto class, what that returns, and the parts that are in it.
 TASKS = {
     "features": ("image-feature-extraction", "AutoModel", None, tuple(PARTS)),
@@ -257,6 +248,7 @@ def facts(
         ("method", clean(header.get("paper") or "")),
         *((name, part(config, name)) for name in TASKS[task][3]),
         ("parameters", f"{size(encoder)} in the encoder, {size(shapes.values())} in all" if shapes else None),
+        *(("plug-in", f"{clean(note)}") for note in plugin_notes(config)),
         ("data", data["words"] and images(metrics, data)),
         ("started from", clean(recipe.get("model", {}).get("init_from") or "")),
         ("teacher" if len(teachers_of(config.target_config or {})) < 2 else "teachers", teacher_row(config)),
@@ -266,6 +258,17 @@ def facts(
         ("seed", clean(metrics["seed"]) if "seed" in metrics else None),
         ("versions", clean(", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()))),
     ]
+
+
+def plugin_notes(config: MIMConfig) -> list[str]:
+    """What does not travel: a sentence about each plug-in that a part comes from."""
+    entries = {kind: table.get(getattr(config, kind)) for kind, table in PARTS.items()}
+    kinds = [kind for kind, entry in entries.items() if not is_own(getattr(entry, "__module__", ""))]
+    use = "the encoder loads without it, and pretraining further needs it"
+    if {"encoder", "pooler"} & {*kinds}:
+        use = "nothing loads before it is imported"
+    parts = ", ".join(f"{kind} {getattr(config, kind)}" for kind in kinds) or "a part"
+    return [f"{plugin} ({parts}) is code that is not uploaded: {use}" for plugin in config.plugins or []]
 
 
 def header_of(folder: Path) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_mim.training import recipe as recipes
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.sharing import file_inside, shareable
+from hf_mim.training.recipe import PLUGINS
 
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,8 @@ def read_recipe(folder: Path) -> dict:
     """{section: {key: value}} of recipe.yaml without what must not leave this machine, {} without one."""
     path = file_inside(folder, "recipe.yaml")
     recipe = recipes.parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path else None
-    return shareable({name: values for name, values in (recipe or {}).items() if isinstance(values, dict)})
+    kept = {name: values for name, values in (recipe or {}).items() if isinstance(values, dict) or name == PLUGINS}
+    return shareable(kept)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

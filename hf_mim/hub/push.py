@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from transformers.dynamic_module_utils import custom_object_save
 from yaml import YAMLError
 
-from hf_mim.hub.card import command_of, header_of, make_card, read_config
+from hf_mim.hub.card import command_of, header_of, make_card, plugin_notes, read_config
 from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import PICTURES, RESULTS, read_json, read_recipe, weight_files, write_json
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
@@ -91,7 +91,9 @@ def push(
         if card not in (None, files["README.md"].read_bytes()) and not force and was_edited(api, owned, card, revision):
             del files["README.md"]
         make_repository(api, owned, private, revision)
-        return commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+        published = commit(api, owned, files, revision=revision, tag=tag, pr=pr)
+    published.notes.extend(f"plug-in {note}" for note in plugin_notes(read_config(folder)))
+    return published
 
 
 def check_options(revision: str | None, tag: str | None, pr: bool) -> None:

@@ -42,6 +42,21 @@ EXAMPLES: dict[str, tuple[str, str, str]] = {
         "hf-mim codebook facebook/dinov2-base codes.safetensors --codes 256",
         "hf-mim codebook facebook/dinov2-base codes.safetensors data.dataset=photos --images 500",
     ),
+    "embed": (
+        "hf-mim embed FOLDER vectors",
+        "hf-mim embed facebook/dinov2-base vectors data.dataset=photos",
+        "hf-mim embed FOLDER vectors data.dataset=photos data.split=test --pooler cls",
+    ),
+    "search": (
+        "hf-mim search VECTORS image.png",
+        "hf-mim search VECTORS image.png --count 20",
+        "hf-mim search VECTORS image.png --out alike.jpg --force",
+    ),
+    "new": (
+        "hf-mim new target edge",
+        "hf-mim new pooler softmax",
+        "hf-mim new mask disc --out parts",
+    ),
     "push": (
         "hf-mim push FOLDER me/my-model",
         "hf-mim push FOLDER me/my-model --private --tag v1",

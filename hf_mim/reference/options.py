@@ -1,8 +1,10 @@
 """Every key of a recipe and every option of a part, with type, default and meaning."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.common.recipe_keys import COMMAND_SECTIONS, SECTIONS, describe_type, keys_of, read_type
@@ -70,8 +72,7 @@ def section(name: str) -> Group:
 
 def part(kind: str, name: str) -> Group:
     """A part and its options."""
-    module, table = PARTS[kind]
-    class_name = entries_of(module, table)[name]
+    module, class_name = class_of(kind, name)
     _, definition = find_definition(module, class_name)
     further = "" if kind != "encoder" or name == "vit" else "every field of the wrapped model's own config"
     options = keywords_of_part(module, class_name)
@@ -81,8 +82,20 @@ def part(kind: str, name: str) -> Group:
 
 
 def names_of(kind: str) -> list[str]:
-    """The entries of a kind of part."""
-    return list(entries_of(*PARTS[kind]))
+    """The entries of a kind of part; those of plug-ins where they are loaded."""
+    return list(dict.fromkeys([*entries_of(*PARTS[kind]), *loaded(kind)]))
+
+
+def loaded(kind: str) -> dict[str, Any]:
+    module, table = PARTS[kind]
+    return getattr(sys.modules[module], table, {}) if module in sys.modules else {}
+
+
+def class_of(kind: str, name: str) -> tuple[str, str]:
+    """The module and the name of the class or function of a part."""
+    module, table = PARTS[kind]
+    own = entries_of(module, table)
+    return (module, own[name]) if name in own else (loaded(kind)[name].__module__, loaded(kind)[name].__name__)
 
 
 def groups() -> Iterator[Group]:
