@@ -20,7 +20,8 @@ def part_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 def take_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Takes `--plugin MODULE`, which may stand anywhere, out of a command line. -> both parts."""
-    plugins, others = [], []
+    plugins: list[str] = []
+    others: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--plugin":

@@ -76,7 +76,7 @@ def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
 
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
-    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments, preview: seen.append(arguments))
     for words in ([], ["mae"], ["data.split=1", "model.decoder=2"], ["mae", "data.split=1"]):
         assert cli.main(["pretrain", *words]) == 0
     assert seen == [
@@ -93,7 +93,7 @@ def test_a_path_with_an_equals_sign_is_a_path_where_it_exists(monkeypatch, tmp_p
 
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
-    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *arguments, preview: seen.append(arguments))
     file = tmp_path / "lr=3.yaml"
     file.write_text("model: {}\n")
     assert cli.main(["pretrain", str(file), "data.split=1"]) == 0 and seen == [(str(file), ["data.split=1"])]
@@ -104,7 +104,7 @@ def test_an_interrupt_has_its_own_code_and_a_mistake_of_ours_its_traceback(monke
     from hf_mim.training.commands import pretrain
 
     def raising(error):
-        def run(*arguments):
+        def run(*arguments, preview):
             raise error
 
         return run

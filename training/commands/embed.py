@@ -53,7 +53,7 @@ class Embedder:
         choice = PoolerChoice(pooler, pooler, {})
         if sum(parameter.numel() for parameter in choice.make(model).parameters()) > 1:
             message = (
-                f"pooler {pooler} has weights, which nothing has trained here: take one without, such as mean or cls"
+                f"pooler {pooler} has weights that nothing has trained here: take one without, such as mean or cls"
             )
             raise RecipeError(message, "pooler")
         attention = choice.make(model).needs_attentions
