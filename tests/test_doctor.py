@@ -171,6 +171,20 @@ def test_features_that_have_collapsed_are_found_and_worse_than_untrained(quick, 
     assert "effective rank" in checks["features"].seen and "k-NN" in checks["better than untrained"].seen
 
 
+def test_the_loss_is_compared_with_that_of_the_mean(quick, tmp_path, data):
+    learnt = checks_of(quick, data)["loss"]
+    share = float(learnt.seen.split(" percent")[0])
+    assert learnt.state == "ok" and 5 < share < 100 and "of the target's variance is explained, on" in learnt.seen
+
+    def forget(model):  # no learning rate was too high here: nothing at all is predicted
+        model.decoder.head.weight.zero_()
+        model.decoder.head.bias.zero_()
+
+    forgot = checks_of(damaged(quick, tmp_path / "forgot", forget), data)["loss"]
+    assert forgot.state == "unclear" and "not distinguishable from predicting the mean" in forgot.seen
+    assert "train longer, or raise the learning rate" in forgot.remedy
+
+
 def test_a_constant_target_is_found(quick, tmp_path):
     for i in range(20):
         path = tmp_path / "blank" / "train" / "ab"[i % 2] / f"{i}.png"

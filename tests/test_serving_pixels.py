@@ -15,10 +15,12 @@ import pytest
 import tifffile
 import torch
 from helpers import tiny_config
+from test_own_data import TINY
 from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
 from transformers.image_utils import load_image
 
 from hf_mim import MIMForPreTraining, MIMModel
+from hf_mim.cli import main
 from hf_mim.doctor.checks import examine
 from hf_mim.modeling.encoder_base import to_grey
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
@@ -450,3 +452,32 @@ def test_doctor_speaks_of_lost_levels(tmp_path):
     checks = {check.name: check for check in examine(str(tmp_path / "model"), DataArguments(str(tmp_path / "images")))}
     assert checks["pixels"].state == "fault" and "2 levels are left" in checks["pixels"].seen
     assert "data.value_range" in checks["pixels"].remedy
+
+
+def test_dark_files_from_run_to_doctor(tmp_path, capsys):
+    """8-bit microscopy kept in 16 bits: each command names the range and the remedy, which works."""
+    for seed in range(40):
+        file = tmp_path / "images" / "ab"[seed % 2] / f"{seed}.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(tiff(levels(seed, top=150 + 85 * (seed % 2), kind=np.uint16, size=(16, 16))))
+    half, out = "[0.5]", tmp_path / "run"
+    words = [f"data.dataset={tmp_path / 'images'}", *TINY, "model.num_channels=1"]
+    words += [f"model.image_mean={half}", f"model.image_std={half}"]
+    assert main(["pretrain", "quick", *words, f"training.output_dir={out}"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "values: uint16 from 0 to 235 in 40 images looked at; 2 of 256 levels used" in printed
+    assert (
+        "warning: only 2 levels are left of" in printed
+        and "data.value_range=auto, or to numbers such as [0,235]" in printed
+    )
+    assert "percent of 36 images are all but constant" in printed
+    assert main(["doctor", str(out)]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pixels: set data.value_range=auto" in printed and f"data: {tmp_path / 'images'}, as in" in printed
+    for check in ("loss", "better than untrained"):
+        assert f" {check}: the pixels may be the cause; mend them first. Then: " in printed
+    repaired = tmp_path / "repaired"
+    assert main(["pretrain", "quick", *words, f"training.output_dir={repaired}", "data.value_range=[0,235]"]) == 0
+    assert "levels are left" not in capsys.readouterr().out
+    main(["doctor", str(repaired)])
+    assert "only 2 levels" not in " ".join(capsys.readouterr().out.split())

@@ -16,7 +16,13 @@ from hf_mim.cli import main
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.data.pretraining import Splits
-from hf_mim.training.evaluation.feature_statistics import effective_rank, loss_of_the_mean
+from hf_mim.training.evaluation.feature_statistics import (
+    describe_explained,
+    effective_rank,
+    explained_share,
+    loss_of_the_mean,
+    nearly_constant,
+)
 from hf_mim.training.trainer import monitor as watch
 from hf_mim.training.trainer import saving
 
@@ -49,6 +55,12 @@ def test_looks_are_written_logged_and_not_noticed(tmp_path):
     for entry in looks:
         assert 0 <= entry["watch_knn"] <= 100 and 1 <= entry["watch_effective_rank"] <= 16
         assert entry["watch_mean_loss"] == looks[0]["watch_mean_loss"] > 0
+    by_step = {entry["step"]: entry["loss"] for entry in history(tmp_path / "watched") if "loss" in entry}
+    for entry, steps in zip(looks, ([1, 2], [4, 5], [7])):  # a step's own loss is logged after the look
+        expected = 1 - sum(by_step[step] for step in steps) / len(steps) / entry["watch_mean_loss"]
+        assert entry["watch_explained"] == pytest.approx(expected, rel=1e-6)
+    metrics = json.loads((tmp_path / "watched" / "metrics.json").read_text())
+    assert metrics["explained"] == round(looks[-1]["watch_explained"], 4)
     assert not (tmp_path / "alone" / "watch").exists()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -125,6 +137,44 @@ def test_a_loss_that_learns_nothing_is_named_and_one_that_learns_is_not(tmp_path
     assert "nothing is learned" in warning and "Raise training.base_learning_rate" in warning
     monkeypatch.setattr(watch, "loss_of_the_mean", lambda *args, **kwargs: 1e6)
     assert not [text for text in watched(tmp_path / "b", network, **options) if "predicting the mean" in text]
+
+
+def test_a_warning_that_still_holds_comes_again_at_the_end(tmp_path):
+    words = ["training.learning_rate=0", "training.watch_every=2", "training.per_device_train_batch_size=16"]
+    printed = run(tmp_path / "run", *words).splitlines()
+    plateaus = [i for i, line in enumerate(printed) if "is no better than always predicting the mean" in line]
+    table = next(i for i, line in enumerate(printed) if "accuracy of the frozen encoder" in line)
+    assert len(plateaus) == 2 and plateaus[0] < table < plateaus[1]
+    assert any("at the end, the loss is above that of predicting" in line for line in printed[table:])
+    assert any("warning: the encoder cannot be told from the untrained one" in line for line in printed[table:])
+
+
+def test_what_is_explained_is_a_share_of_the_variance():
+    torch.manual_seed(0)
+    network = MIMForPreTraining(tiny_config(target_config={"normalize": False}))
+    pixels, masks = torch.randn(6, 3, 16, 16), torch.zeros(6, 16, dtype=torch.bool)
+    masks[:, :5] = True
+    patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(6, 16, 48)[masks]
+    with torch.no_grad():
+        predicted = network(pixels, masks, return_loss=False).logits
+        predicted = predicted[masks] if predicted.shape[1] == 16 else predicted.flatten(0, 1)
+    residual, variance = (patches - predicted).square().mean(), (patches - patches.mean(dim=0)).square().mean()
+    share = explained_share(network, pixels, masks)
+    assert share == pytest.approx(1 - (residual / variance).item(), rel=1e-4) and share < 0
+    assert describe_explained(network, share) == "the loss is above that of predicting the mean"
+    assert describe_explained(network, 0.25) == "25.0 percent of the target's variance is explained"
+    hog = MIMForPreTraining(tiny_config(target="pixel", target_config={"loss": "l1"}))
+    assert describe_explained(hog, 0.25) == "the loss is 25.0 percent below that of predicting the mean"
+
+
+def test_nearly_constant_images_are_said():
+    noise = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flat = torch.full((3, 3, 16, 16), 40, dtype=torch.uint8)
+    flat[:, :, ::2] += 3  # deviates by 1.5 levels
+    assert nearly_constant(torch.cat([noise, flat[:2]])) is None
+    assert nearly_constant(torch.cat([noise, flat])).startswith("50 percent of 6 images are all but constant")
+    flat[:, :, ::2] += 3
+    assert nearly_constant(torch.cat([noise, flat])) is None
 
 
 @pytest.mark.parametrize("broken", ["loss", "weights"])

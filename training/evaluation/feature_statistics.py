@@ -72,6 +72,8 @@ def explained_share(model, pixel_values: Tensor, bool_masked_pos: Tensor) -> flo
 
 def describe_explained(model, share: float) -> str:
     """`explained_share` in words."""
+    if share < 0:
+        return "the loss is above that of predicting the mean"
     squared = getattr(model.target, "distance", None) is DISTANCES["mse"]
     if squared:
         return f"{100 * share:.1f} percent of the target's variance is explained"
