@@ -34,6 +34,31 @@ def pretrain(words: Annotated[list[str] | None, recipe_words("quick")] = None, d
         push_if_asked(folder)
 
 
+@command("model", "data", "training", tuned=True)
+def distill(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEACHER... STUDENT SECTION.KEY=VALUE",
+            help="Models to learn from, the model that learns, and what to change in the recipe. The student: vit, a "
+            "timm model, a model type of transformers, or a folder or Hub id to start from.",
+        ),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="distill, or distill_small for the shipped images; or a file.", show_default=False),
+    ] = None,
+):
+    """Distil teachers into a student of any architecture: `hf-mim distill lite0 facebook/dinov2-small resnet18`."""
+    from hf_mim.training.commands.distill import distill as run
+    from hf_mim.training.recipe import is_override
+
+    names = [word for word in words if not is_override(word)]
+    if len(names) < 2:
+        raise typer.BadParameter("name at least one teacher and the student: hf-mim distill TEACHER STUDENT")
+    push_if_asked(run(names[:-1], names[-1], [word for word in words if is_override(word)], recipe))
+
+
 @command("model", "data", "training", "finetune", tuned=True)
 def finetune(
     model: Annotated[str, typer.Argument(help="A checkpoint or a vision model of transformers; a folder or a Hub id.")],

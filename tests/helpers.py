@@ -22,6 +22,7 @@ RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 1
 RESNET["layer_type"] = "basic"
 CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
 SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
+TIMM_VIT = {"model_name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 NATIVE_VIT = {**VIT, "model_type": "vit", "intermediate_size": 32}
 DINOV2 = {**VIT, "model_type": "dinov2"}
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import CONVNEXT, DECODER_OPTIONS, NATIVE_VIT, RESNET, SWIN, VIT, target_options
+from helpers import CONVNEXT, DECODER_OPTIONS, NATIVE_VIT, RESNET, SWIN, TIMM_VIT, VIT, target_options
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.modeling.decoders import DECODERS
@@ -22,6 +22,7 @@ ENCODERS = {
     ("convnet", "add"): ({**RESNET, "mask_style": "add"}, 16),
     ("convnet", "token"): ({**CONVNEXT, "mask_style": "token"}, 16),
     ("convnet", "sparse"): ({**RESNET, "mask_style": "sparse"}, 32),
+    ("timm", "fill"): (TIMM_VIT, 8),
     ("native", "vit"): ({**NATIVE_VIT, "patch_size": 8}, 8),
     ("native", "swin"): ({**SWIN, "patch_size": 8}, 8),
 }

@@ -1,0 +1,139 @@
+"""The command `distill`: students of every kind learn from whole images; what cannot be a student is refused."""
+
+import io
+import json
+
+import pytest
+import torch
+from helpers import RESNET, TIMM_VIT, perturb, tiny_config
+from rich.console import Console
+from transformers import AutoModel
+
+from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
+from hf_mim.cli import main
+from hf_mim.modeling.encoders import ENCODERS
+from hf_mim.training.commands.distill import choose_encoder, distill
+
+
+SMALL = [
+    "model.image_size=32",
+    "data.max_train_images=32",
+    "data.max_eval_images=0",
+    "training.num_train_epochs=1",
+    "training.per_device_train_batch_size=16",
+    "training.watch_every=0",
+    "training.bf16=false",
+    "model.target_config.statistics_images=16",
+]
+VIT = "model.encoder_config={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8}"
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[str]:
+    """Two grey ViTs of this project."""
+    torch.manual_seed(0)
+    for width in (12, 16):
+        encoder = {"hidden_size": width, "num_hidden_layers": 1}
+        model = MIMModel(tiny_config(num_channels=1, image_size=16, encoder_config=encoder))
+        perturb(model).save_pretrained(tmp_path / f"vit{width}")
+    return [str(tmp_path / "vit12"), str(tmp_path / "vit16")]
+
+
+def run(sources: list[str], student: str, folder, *words: str, **options) -> tuple[MIMForPreTraining, str]:
+    out = io.StringIO()
+    overrides = [*SMALL, *words, f"training.output_dir={folder}"]
+    assert distill(sources, student, overrides, console=Console(file=out, width=250), **options) == folder
+    return MIMForPreTraining.from_pretrained(folder), out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("student", "encoder", "words"),
+    [
+        ("vit", "vit", [VIT]),
+        ("mobilenetv3_small_050", "convnet", []),
+        ("vit_tiny_patch16_224", "timm", [f"model.encoder_config={json.dumps(TIMM_VIT)}", "model.encoder=timm"]),
+        ("resnet", "convnet", [f"model.encoder_config={json.dumps(RESNET)}"]),
+    ],
+)
+def test_students_of_every_kind(student, encoder, words, sources, tmp_path):
+    model, printed = run(sources, student, tmp_path / "run", *words)
+    assert f"student: {student}" in printed and model.config.encoder == encoder
+    assert model.config.masking == "none" and model.config.target == "teacher_features"
+    assert model.config.target_config["feature_dims"] == [[12], [16]] and len(model.decoder.heads) == 2
+    before = MIMForPreTraining(model.config).state_dict()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.startswith("mim.encoder") for name in changed)
+    pixels = torch.randn(2, 1, 32, 32)
+    again = AutoModel.from_pretrained(tmp_path / "run")
+    assert torch.equal(again(pixels).last_hidden_state, model.eval().mim(pixels).last_hidden_state)
+
+
+def test_with_masks_and_with_weights(sources, tmp_path):
+    words = [VIT, "model.masking=random", "model.masking_config.ratio=0.5", "model.target_config.weights=[2, 1]"]
+    model, _ = run(sources, "vit", tmp_path / "run", *words)
+    assert model.config.masking_config == {"ratio": 0.5} and model.target.weights == [2.0, 1.0]
+    assert model.mim.encoder.mask_token is not None
+
+
+def test_what_is_no_student_or_no_distillation_is_refused(sources, tmp_path):
+    for student, message in (
+        ("resnt18", "did you mean 'resnet18'"),
+        ("bert", "bert cannot be a student here: .*takes no images"),
+        ("vit_tiny_patch16_224", "image size 40x40 is not divisible by the last map's cell 16x16"),
+    ):
+        size = 40 if student.startswith("vit_") else 32
+        with pytest.raises(ValueError, match=message):
+            distill(sources, student, [*SMALL, f"model.image_size={size}", f"training.output_dir={tmp_path / 'no'}"])
+    with pytest.raises(ValueError, match="named before the student"):
+        distill(sources, "vit", [*SMALL, "model.target_config.teachers=[a]"])
+    with pytest.raises(ValueError, match="recipe mae has no target teacher_features"):
+        distill(sources, "vit", SMALL, recipe="mae")
+    with pytest.raises(ValueError, match="as a teacher"):
+        distill([str(tmp_path / "absent"), sources[0]], "vit", [*SMALL, f"training.output_dir={tmp_path / 'no'}"])
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_command_line(sources, tmp_path, capsys):
+    assert main(["distill", "vit"]) == 2 and "hf-mim distill TEACHER STUDENT" in capsys.readouterr().err
+    assert main(["distill", "a", "b", "model.masking_confg=1"]) == 2
+    assert "did you mean 'masking_config'" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert main(["distill", *sources, "vit", *SMALL, VIT, f"training.output_dir={folder}"]) == 0
+    assert (folder / "metrics.json").is_file()
+
+
+# --- encoder timm ------------------------------------------------------------------------------------------------
+
+
+def test_the_tokens_are_timms_and_weights_come_back(tmp_path):
+    torch.manual_seed(0)
+    config = MIMConfig(image_size=32, encoder="timm", encoder_config=TIMM_VIT)
+    model = perturb(MIMModel(config)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    features = model.encoder.network.model.forward_features(pixels)  # timm's own pass, with its class token
+    torch.testing.assert_close(model(pixels).last_hidden_state, features[:, 1:], rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = MIMModel.from_pretrained(tmp_path)
+    assert torch.equal(again(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[:, 5] = True
+    filled = pixels.clone()
+    filled[:, :, 8:16, 8:16] = pixels.mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(model(pixels, hidden).last_hidden_state, model(filled).last_hidden_state)
+
+
+def test_what_encoder_timm_refuses():
+    for options, message in (
+        ({"model_name": "vit_tny_patch16_224"}, "did you mean"),
+        ({"model_name": "vit_tiny_patch16_224", "checkpoint_path": "x"}, "load files are refused"),
+        ({"model_name": "vit_tiny_patch16_224", "pixel_fill": "none"}, "pixel_fill"),
+        ({**TIMM_VIT, "embed_dm": 3}, "cannot be made"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MIMConfig(image_size=32, encoder="timm", encoder_config=options)
+
+
+def test_a_convnet_is_cut_where_it_can_be():
+    fields = {"image_size": 64, "num_channels": 3}
+    assert choose_encoder("resnet18", fields)[0] == "convnet" and set(ENCODERS) >= {"convnet", "timm"}
+    assert choose_encoder("swin_tiny_patch4_window7_224", {"image_size": 224})[0] == "timm"  # its maps end in channels
