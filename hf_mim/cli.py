@@ -46,7 +46,7 @@ def distill(
     ],
     recipe: Annotated[
         str | None,
-        typer.Option(help="distill, or distill_small for the shipped images; or a file.", show_default=False),
+        typer.Option(help="distill; distill_small for the shipped images.", show_default=False),
     ] = None,
 ):
     """Distil teachers into a student of any architecture: `hf-mim distill lite0 facebook/dinov2-small resnet18`."""

@@ -155,13 +155,14 @@ def check_length(dataset, arguments: MIMTrainingArguments) -> None:
 def describe(run: PretrainRun, start: list[str]) -> None:
     config, train = run.config, run.splits.train
     count = f"{len(train):,}" if isinstance(train, Sized) else "streamed"
+    hiding = f"{config.masking} masks" if run.model.hides_tokens else "whole images"
     run.describe(
         run.splits.report,
         run.splits.digest,
         data=f"{dataset_title(run.data)}, {count} training images at {size_title(config.image_size)}",
         model=f"{config.encoder} encoder, {run.model.mim.num_parameters() / 1e6:.2f} M parameters, with the decoder "
         f"{run.model.num_parameters() / 1e6:.2f} M",
-        method=f"{config.masking} masks, {config.target} target, {config.decoder} decoder",
+        method=f"{hiding}, {config.target} target, {config.decoder} decoder",
         masks=describe_masks(run.model),
         training=run.describe_training(),
     )
