@@ -88,7 +88,10 @@ class NativeEncoder(Encoder):
         self._check_inputs(model_type)
         self.has_mask_token = use_mask_token
         self._add_mask_token(config, model_type)
+        self.map_cell: Grid | None = None  # pixels per position, of networks whose output is a map
         self.hidden_size = getattr(self.native, "hidden_size", None) or getattr(self.native, "hidden_sizes", [None])[-1]
+        if not hasattr(self.native, "hidden_size") or not hasattr(self.native, "patch_size"):
+            self._look_at_map(config)
         if self.hidden_size is None:
             raise ValueError(f"the transformers model {model_type!r} has no hidden_size: it cannot be wrapped")
         self._count_prefix_tokens()
@@ -104,6 +107,17 @@ class NativeEncoder(Encoder):
                 f"the transformers model {model_type!r} takes no images; those that do: "
                 f"{', '.join(sorted(MODEL_FOR_IMAGE_MAPPING_NAMES))}"
             )
+
+    def _look_at_map(self, config: MIMConfigBase):
+        """Width and cells of a ConvNet's output, which its config does not say: those of a twin without memory."""
+        size = pair(config.image_size)
+        with torch.device("meta"), torch.no_grad():
+            twin = native_model(config, copy.deepcopy(self.native)).eval()
+            tokens = twin(torch.zeros(1, config.num_channels, *size)).last_hidden_state
+        if tokens.ndim == 4:
+            self.hidden_size = tokens.shape[1]
+            down, right = (2 ** round(math.log2(length / cells)) for length, cells in zip(size, tokens.shape[2:]))
+            self.map_cell = down, right
 
     def _add_mask_token(self, config: MIMConfigBase, model_type: str):
         """Our own, where one is asked for and the wrapped model has none."""
@@ -200,6 +214,8 @@ class NativeEncoder(Encoder):
         return grid_size((height, width), pair(patch), "patch")
 
     def token_grid(self, height: int, width: int) -> Grid:
+        if self.map_cell is not None:  # such networks pad
+            return -(-height // self.map_cell[0]), -(-width // self.map_cell[1])
         if not hasattr(self.native, "patch_size"):
             return height // 32, width // 32
         merges = len(self.native.depths) - 1 if hasattr(self.native, "depths") else 0

@@ -137,3 +137,35 @@ def test_a_convnet_is_cut_where_it_can_be():
     fields = {"image_size": 64, "num_channels": 3}
     assert choose_encoder("resnet18", fields)[0] == "convnet" and set(ENCODERS) >= {"convnet", "timm"}
     assert choose_encoder("swin_tiny_patch4_window7_224", {"image_size": 224})[0] == "timm"  # its maps end in channels
+
+
+# --- ConvNets of transformers, as encoder native ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "mobilenet_v1", "depth_multiplier": 0.25},
+        {"model_type": "mobilenet_v2", "depth_multiplier": 0.35},
+    ],
+)
+def test_a_convnet_whose_config_says_no_width(options, tmp_path):
+    torch.manual_seed(0)
+    grid = (2, 3)
+    config = MIMConfig(image_size=[64, 96], encoder="native", encoder_config=options)
+    model = MIMModel(config).eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    expected = model.encoder.network(pixels).last_hidden_state
+    tokens = model(pixels).last_hidden_state
+    assert expected.shape == (2, model.encoder.hidden_size, *grid) and model.encoder.token_grid(64, 96) == grid
+    assert torch.equal(tokens, expected.flatten(2).transpose(1, 2))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(MIMModel.from_pretrained(tmp_path)(pixels).last_hidden_state, tokens)
+    pretraining = MIMForPreTraining(MIMConfig(**{**fields_of(config), "masking": "none", "decoder": "mlp"}))
+    assert pretraining(pixels).logits.shape[:2] == (2, grid[0] * grid[1])
+    with pytest.raises(ValueError, match="cannot hide|could be hidden"):
+        MIMForPreTraining(MIMConfig(**{**fields_of(config), "decoder": "mlp"}))
+
+
+def fields_of(config: MIMConfig) -> dict:
+    return {name: getattr(config, name) for name in ("image_size", "encoder", "encoder_config")}

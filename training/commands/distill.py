@@ -94,6 +94,7 @@ def choose_encoder(student: str, fields: dict) -> tuple[str, dict]:
         RecipeError: there is no such model, or none of the encoders takes it.
     """
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
     candidates: list[tuple[str, dict]] = []
     if student in CONFIG_MAPPING:
@@ -101,7 +102,9 @@ def choose_encoder(student: str, fields: dict) -> tuple[str, dict]:
     elif student in timm_models():
         candidates = [("convnet", {"model_type": "timm", "model_name": student}), ("timm", {"model_name": student})]
     if not candidates:
-        near = str(unknown_choice("student", student, [*timm_models(), *CONFIG_MAPPING])).partition("Choices")[0]
+        near = str(unknown_choice("student", student, [*timm_models(), *MODEL_FOR_IMAGE_MAPPING_NAMES])).partition(
+            "Choices"
+        )[0]
         raise RecipeError(f"{near.strip()} {STUDENTS}", student)
     for encoder, options in candidates:
         if (problem := check_student(encoder, options, fields)) is None:
