@@ -48,15 +48,17 @@ def distill(
         str | None,
         typer.Option(help="distill; distill_small for the shipped images.", show_default=False),
     ] = None,
+    dry_run: DryRun = False,
 ):
     """Distil teachers into a student of any architecture: `hf-mim distill lite0 facebook/dinov2-small resnet18`."""
     from hf_mim.training.commands.distill import distill as run
-    from hf_mim.training.recipe import is_override
 
-    names = [word for word in words if not is_override(word)]
+    names, overrides = part_words(words)
     if len(names) < 2:
         raise typer.BadParameter("name at least one teacher and the student: hf-mim distill TEACHER STUDENT")
-    push_if_asked(run(names[:-1], names[-1], [word for word in words if is_override(word)], recipe))
+    folder = run(names[:-1], names[-1], overrides, recipe, preview=dry_run)
+    if not dry_run:
+        push_if_asked(folder)
 
 
 @command("model", "data", "training", "finetune", tuned=True)

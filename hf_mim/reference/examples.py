@@ -10,6 +10,11 @@ EXAMPLES: dict[str, tuple[str, str, str]] = {
         "hf-mim pretrain mae data.dataset=photos training.num_train_epochs=400",
         "hf-mim pretrain FOLDER training.resume=true",
     ),
+    "distill": (
+        "hf-mim distill lite0 vit",
+        "hf-mim distill facebook/dinov2-base lite0 mobilenetv3_small_050 data.dataset=photos",
+        "hf-mim distill facebook/dinov2-base vit data.dataset=photos model.masking=block",
+    ),
     "finetune": (
         "hf-mim finetune FOLDER data.dataset=photos",
         "hf-mim finetune facebook/dinov2-base data.dataset=photos finetune.lora=true",

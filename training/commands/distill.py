@@ -32,6 +32,7 @@ def distill(
     overrides: Sequence[str] = (),
     recipe: str | None = None,
     console: Console | RunConsole | None = None,
+    preview: bool = False,
 ) -> Path:
     """Trains a student on the features of one or several teachers: `pretrain` with a recipe of target
     `teacher_features`. Returns the folder.
@@ -40,6 +41,7 @@ def distill(
         teachers: Hub ids, local folders, or `lite0`.
         student: see `STUDENTS`.
         overrides: `section.key=value`.
+        preview: as of `pretrain`.
         recipe: a name or file; None: `distill`, or `distill_small` for the shipped images.
 
     Raises:
@@ -57,7 +59,7 @@ def distill(
         f"model.target_config.teachers={json.dumps(teacher_entries(teachers, section))}",
         *student_overrides(student, recipes.resolve(name, overrides)["model"], console),
     ]
-    return pretrain(name, [*words, *overrides], console)
+    return pretrain(name, [*words, *overrides], console, preview)
 
 
 def teacher_entries(teachers: Sequence[str], section: dict) -> list:
