@@ -59,20 +59,26 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.final_norm: nn.Module = nn.Identity()
-        self.frozen = False
+        self.frozen: list[nn.Module] = []  # stay in eval mode
 
     def _name_stages(self, widths: list[int]):
         """The stem and numbered stages, of these channels."""
         self.num_features = widths
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, len(widths))]
 
-    def freeze(self):
-        """No gradients, and eval mode whatever the mode of the model around it, until it is loaded again."""
-        self.frozen = True
-        self.requires_grad_(False).eval()
+    def freeze(self, parameters: Iterable[nn.Parameter] | None = None):
+        """No gradients for these parameters, by default all, until the encoder is loaded again. Modules that have no
+        others stay in eval mode whatever the mode of the model around: their drop path and batch norms too."""
+        for parameter in self.parameters() if parameters is None else parameters:
+            parameter.requires_grad_(False)
+        self.frozen = frozen_modules(self)
+        self.train(self.training)
 
     def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
+        super().train(mode)
+        for module in self.frozen if mode else ():
+            module.eval()
+        return self
 
     def mask_grid(self, height: int, width: int) -> Grid:
         """The grid of tokens that can be hidden."""
@@ -137,6 +143,14 @@ class Encoder(nn.Module):
         """One feature map (batch, channels, rows, cols) for every name in `stage_names`."""
         assert encoded.feature_maps is not None
         return encoded.feature_maps
+
+
+def frozen_modules(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules with parameters of which none has a gradient."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [module]
+    return [frozen for child in module.children() for frozen in frozen_modules(child)]
 
 
 def grid_size(size: Grid, cell: Grid, what: str) -> Grid:

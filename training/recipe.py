@@ -355,6 +355,7 @@ def without_effect(recipe: dict) -> list[str]:
         "training.save_steps": (saves != "steps", f"training.save_strategy is {saves}"),
         "training.eval_steps": (evaluates != "steps", f"training.eval_strategy is {evaluates}"),
         "data.shuffle_buffer": (not data.get("streaming"), "data.streaming is false"),
+        "model.keep_weight": (not recipe.get("model", {}).get("keep"), "model.keep is not set"),
         "data.cache_size": (not data.get("cache_decoded"), "data.cache_decoded is false"),
     }
     for key, (is_overruled, reason) in overruled.items():

@@ -6,38 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_mim.analysis.measurement import NORMAL_95, Layer, Measurement, Setting, nested, number
+from hf_mim.training.evaluation.cka import FEWEST, centred_gram, hsic, ratio
 
 
 WINDOW = 64  # images whose similarities are compared with one another, whatever the batch size
-
-
-def centred_gram(features: Tensor) -> Tensor:
-    """(images, dim) -> (images * images,) float32: the Gram matrix U-centred (1310.5095, definition 2), so that the
-    inner product of two of them over n (n - 3) is the unbiased HSIC (1211.4811, equation 5)."""
-    features = features.double()
-    features = features - features.mean(dim=0)  # changes nothing but the rounding
-    gram = features @ features.T
-    count = len(gram)
-    gram.fill_diagonal_(0)
-    rows = gram.sum(dim=1) / (count - 2)
-    gram = gram - rows[:, None] - rows + gram.sum() / ((count - 1) * (count - 2))
-    return gram.fill_diagonal_(0).float().flatten()
-
-
-def hsic(first: list[Tensor], second: list[Tensor]) -> Tensor:
-    """Per window the unbiased HSIC of all pairs of layers: lists of (layers, n * n) -> (windows, layers, layers), each
-    weighted by its number of images."""
-    windows = []
-    for one, other in zip(first, second):
-        count = round(one.shape[1] ** 0.5)
-        windows.append(one.double() @ other.double().T / (count * (count - 3)) * count)
-    return torch.stack(windows)
-
-
-def ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """CKA (layers, layers) from HSICs (windows, ...); nan where a layer does not vary between images."""
-    own = [part.sum(dim=0).diagonal().clamp(min=0).sqrt() for part in (first, second)]
-    return cross.sum(dim=0) / (own[0][:, None] * own[1])
 
 
 def in_words(value: Tensor) -> str:
@@ -66,8 +38,8 @@ class CKA(Measurement):
         self.count = 0
         self.waiting: list[list[Tensor]] = []
         self.windows: list[Tensor] = []
-        if setting.images < 4:
-            self.absent = f"It needs at least 4 images, and there are {setting.images}."
+        if setting.images < FEWEST:
+            self.absent = f"It needs at least {FEWEST} images, and there are {setting.images}."
 
     def layer(self, index: int, layer: Layer) -> None:
         if index == len(self.waiting):
@@ -86,9 +58,9 @@ class CKA(Measurement):
         self.waiting = [[features[count:]] for features in together]
 
     def finish(self) -> None:
-        """The images that did not fill a window make a smaller one, or are left out where they are fewer than 4."""
+        """The images that did not fill a window make a smaller one, or are left out where they are too few."""
         left = sum(map(len, self.waiting[0])) if self.waiting else 0
-        if left >= 4:
+        if left >= FEWEST:
             self._close(left)
         self.waiting = []
 

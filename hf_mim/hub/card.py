@@ -251,6 +251,7 @@ def facts(
         *(("plug-in", f"{clean(note)}") for note in plugin_notes(config)),
         ("data", data["words"] and images(metrics, data)),
         ("started from", clean(recipe.get("model", {}).get("init_from") or "")),
+        ("kept of the start", clean(results_of.kept_of_start(recipe))),
         ("teacher" if len(teachers_of(config.target_config or {})) < 2 else "teachers", teacher_row(config)),
         ("budget", budget(recipe, metrics)),
         ("final loss", f"{metrics['final_loss']:.4g}" if is_number(metrics.get("final_loss")) else None),

@@ -5,10 +5,18 @@ import re
 
 from huggingface_hub import EvalResult
 
-from hf_mim.training.evaluation.metrics import CLASSIFICATION, READOUTS, SEGMENTATION, frozen_scores
+from hf_mim.training.evaluation.metrics import (
+    CLASSIFICATION,
+    FORGETTING,
+    READOUTS,
+    SEGMENTATION,
+    format_forgetting,
+    frozen_scores,
+)
 
 
 EVALUATED = {"train_images": "training images", "test_images": "test images"}
+KEEPING = ("freeze_layers", "layer_decay", "lora", "lora_rank")  # of the section `training`
 FINETUNED = CLASSIFICATION | SEGMENTATION  # what fine-tuning measures on the test images
 
 
@@ -106,6 +114,26 @@ def finetuned_counts(metrics: dict) -> str:
     return ", ".join([*images, *([clean(test["from"])] if test.get("from") else [])])
 
 
+def kept_of_start(recipe: dict) -> str:
+    """What a recipe does so that its encoder does not forget; "" where it does nothing."""
+    options = {f"model.{name}": recipe.get("model", {}).get(name) for name in ("keep", "keep_weight")}
+    options |= {f"training.{name}": recipe.get("training", {}).get(name) for name in KEEPING}
+    return ", ".join(f"{key}: {value}" for key, value in options.items() if value not in (None, False, 0, 1.0))
+
+
+def forgetting_rows(metrics: dict) -> list[dict]:
+    """{"name", "before", "after"} of every score on every set of images, of a run that started from another encoder."""
+    rows = []
+    for images in section(metrics, "forgetting").values():
+        before, after = (section(images, end) for end in ("before", "after")) if isinstance(images, dict) else ({}, {})
+        for name, metric in FORGETTING.items():
+            if is_number(before.get(name)) and is_number(after.get(name)):
+                ends = {"before": before[name], "after": after[name]}
+                texts = {end: format_forgetting(name, value) for end, value in ends.items()}
+                rows.append({"name": f"{metric.title}, {clean(images.get('data', ''))}", **texts})
+    return rows
+
+
 def with_interval(entry) -> str:
     """`76.6 (74.1-79.1)` of {"accuracy", "low", "high"}; "" where there is no accuracy."""
     if not isinstance(entry, dict) or not is_number(entry.get("accuracy")):
@@ -153,6 +181,8 @@ def template_fields(metrics: dict, probe: dict) -> dict:
         "finetuned_counts": finetuned_counts(metrics),
         "eval_counts": counts(evaluation),
         "protocol": [clean(line) for line in evaluation.get("protocol", {}).values()],
+        "forgetting": forgetting_rows(metrics),
+        "forgetting_protocol": FORGETTING["cka"].protocol,
         "probe": probe_rows(probe),
         "probe_counts": probe_counts(probe),
         "probe_protocol": probe_protocol(probe),

@@ -15,6 +15,7 @@ PICTURES = {
     "reconstructions.png": "test images: original, masked, prediction, prediction with the visible patches",
     "attention.png": "where the poolers look: test images, and the weights of their patches",
     "loss.png": "the training loss",
+    "forgetting.png": "what became of the encoder that training started from",
     "probe.png": "accuracy behind each pooler",
     "segmentation.png": "test images, their masks and the predicted ones",
     "confusion.png": "which classes are taken for which",

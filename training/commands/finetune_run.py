@@ -15,6 +15,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.plots import charts
 from hf_mim.training.run import TrainingRun, which_run
+from hf_mim.training.trainer.adaptation_arguments import ADAPTATION
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -65,6 +66,7 @@ def set_up(source: str, recipe: dict, console: Console | RunConsole | None = Non
         RecipeError: a value is wrong.
         FolderError: the folder holds another run.
     """
+    check_sections(recipe)
     options, data = FinetuneArguments(**recipe["finetune"]), DataArguments(**recipe["data"])
     if data.streaming:
         raise RecipeError("fine-tuning needs data with a length: set data.streaming=false", "data.streaming")
@@ -88,6 +90,19 @@ def set_up(source: str, recipe: dict, console: Console | RunConsole | None = Non
     )
     run.find_checkpoint()
     return run
+
+
+def check_sections(recipe: dict) -> None:
+    """Raises:
+    RecipeError: an option of pretraining, which would do nothing here.
+    """
+    for name in ("keep", "keep_weight"):
+        if recipe["model"].get(name) is not None:
+            raise RecipeError(f"model.{name} is an option of pretraining: leave it out", f"model.{name}")
+    for name in (*ADAPTATION, "freeze_layers"):
+        if name in recipe["training"]:
+            instead = f"set finetune.{name}" if name in ADAPTATION else "finetune.freeze freezes the whole encoder"
+            raise RecipeError(f"training.{name} is an option of pretraining: {instead}", f"training.{name}")
 
 
 def training_arguments(section: dict, metric: str | None = None) -> MIMTrainingArguments:

@@ -21,7 +21,7 @@ from hf_mim.training.commands.reconstruct import draw_examples
 from hf_mim.training.common.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.common.device import on_device
 from hf_mim.training.common.errors import RecipeError
-from hf_mim.training.common.recipe_keys import START_KEYS
+from hf_mim.training.common.recipe_keys import KEEP_KEYS, START_KEYS
 from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
@@ -34,15 +34,18 @@ from hf_mim.training.data.urls import is_url
 from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teachers_of
-from hf_mim.training.evaluation.metrics import frozen_scores
+from hf_mim.training.evaluation.metrics import FORGETTING, format_forgetting, frozen_scores
 from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_loss
 from hf_mim.training.run import TrainingRun, which_run
 from hf_mim.training.trainer.advice import warning_of_twin
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.fitting import fit_target
+from hf_mim.training.trainer.forgetting import ForgettingMonitor, watched_images
+from hf_mim.training.trainer.lora import merge_lora
 from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
+from hf_mim.training.trainer.start import check_start, describe_keeping
 from hf_mim.training.trainer.throughput import mean_throughput
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -98,6 +101,7 @@ def set_up(name: str, overrides: Sequence[str], console: Console | RunConsole | 
         if not is_url(name) and not Path(name).expanduser().is_dir():
             raise which_run("pretrain")
         output_dir = name
+    check_start(recipe["model"], arguments)
     file = recipes.find(name)
     run = PretrainRun.start(
         recipe,
@@ -130,6 +134,7 @@ def make_model(section: dict) -> tuple[MIMForPreTraining, list[str]]:
     Raises:
         ValueError: an unknown part, option or checkpoint, or values that do not fit together.
     """
+    section = {name: value for name, value in section.items() if name not in KEEP_KEYS}
     with config_errors():
         if section.get("init_from"):
             return start_model(section)
@@ -164,6 +169,7 @@ def describe(run: PretrainRun, start: list[str]) -> None:
         f"{run.model.num_parameters() / 1e6:.2f} M",
         method=f"{hiding}, {config.target} target, {config.decoder} decoder",
         masks=describe_masks(run.model),
+        **describe_keeping(run.recipe["model"], run.arguments),
         training=run.describe_training(),
     )
     for line in start:
@@ -196,6 +202,8 @@ def make_trainer(run: PretrainRun) -> MIMTrainer:
         data_collator=MIMCollator(config, run.model.mask_grid(*pair(config.image_size)), normalized=False),
         processing_class=processor_for(config, run.splits.sample),
         console=run.console,
+        keep=run.recipe["model"].get("keep"),
+        keep_weight=run.recipe["model"].get("keep_weight"),
     )
 
 
@@ -207,6 +215,8 @@ def train(run: PretrainRun) -> MIMTrainer:
         trainer.add_callback(
             TrainingMonitor(trainer, run.splits, run.folder, run.arguments.watch_every, run.console.warn)
         )
+        if run.recipe["model"].get("init_from") and trainer.is_world_process_zero():
+            trainer.add_callback(watch_forgetting(run, trainer))
     if trainer.is_world_process_zero():
         if teachers_of(run.model.target):
             trainer.add_callback(TeacherMonitor(trainer, run.splits, run.console.log))
@@ -218,8 +228,16 @@ def train(run: PretrainRun) -> MIMTrainer:
     return trainer
 
 
+def watch_forgetting(run: PretrainRun, trainer: MIMTrainer) -> ForgettingMonitor:
+    """Measures the start, which takes a while."""
+    images = watched_images(run.splits, run.config)
+    run.console.log(f"measuring the start on {', and on '.join(watched.title for watched in images)}")
+    return ForgettingMonitor(trainer, images, run.folder, run.arguments.watch_every, run.console.warn)
+
+
 def save(run: PretrainRun, trainer: MIMTrainer) -> None:
     """Writes weights, config and processor, the curve of the loss and reconstructions."""
+    merge_lora(run.model)
     run.save_model(trainer)
     if not trainer.is_world_process_zero():
         return
@@ -244,7 +262,9 @@ def finish(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None:
     write_results(run, trainer, seconds)
     folder = shlex.quote(run.location)
     # A stream is not opened again for examples; those of the looks are there.
-    drawn = [name for name in ("reconstructions.png", "watch", "loss.png") if (run.folder / name).exists()]
+    drawn = [
+        name for name in ("reconstructions.png", "watch", "loss.png", "forgetting.png") if (run.folder / name).exists()
+    ]
     run.log_next_steps(
         f"pictures: {', '.join(f'{folder}/{name}' for name in drawn)}",
         f"next, train it further: hf-mim pretrain {folder} model.init_from={folder}",
@@ -273,6 +293,8 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
             results["teacher"] = callback.diversity
         if isinstance(callback, TrainingMonitor) and callback.explained is not None:
             results["explained"] = round(callback.explained, 4)
+        if isinstance(callback, ForgettingMonitor):
+            results["forgetting"] = callback.summary(trainer.state.log_history)
     run.write_json("metrics.json", results)
     if bad.count:
         run.console.log(str(bad))
@@ -282,6 +304,8 @@ def write_results(run: PretrainRun, trainer: MIMTrainer, seconds: float) -> None
         run.console.show(results_table(results))
     else:
         run.console.log(f"Not evaluated: {run.splits.note}")
+    if results.get("forgetting"):
+        run.console.show(forgetting_table(results["forgetting"]))
     log_advice(run, trainer, results)
 
 
@@ -291,12 +315,27 @@ def log_advice(run: PretrainRun, trainer: MIMTrainer, results: dict) -> None:
     if "explained" in results:
         run.console.log(f"at the end, {describe_explained(run.model, results['explained'])}")
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TrainingMonitor):
+        if isinstance(callback, TrainingMonitor | ForgettingMonitor):
             for warning in callback.standing.values():
                 run.console.warn(f"warning: {warning}")
     worse = warning_of_twin(results, run.length) if "trained" in results else None
     if worse is not None:
         run.console.warn(worse)
+
+
+def forgetting_table(forgetting: dict[str, dict]) -> Table:
+    return make_table(
+        ("", "start", "now"),
+        [
+            (
+                f"{FORGETTING[name].title}, {images['data']}",
+                *(format_forgetting(name, images[end][name]) for end in ("before", "after")),
+            )
+            for images in forgetting.values()
+            for name in images["after"]
+        ],
+        title="what became of the start: accuracy of the frozen encoder in percent, and CKA",
+    )
 
 
 def missing_values(splits: Splits) -> dict | None:

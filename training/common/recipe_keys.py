@@ -45,6 +45,7 @@ TITLES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 # Of the section `model`: where the encoder comes from, and what its first layer becomes for other channels.
 START_KEYS = {"init_from": str | None, "init_channels": str | None}
+KEEP_KEYS = {"keep": str | None, "keep_weight": float | None}  # what is to stay near that start; see `trainer/start.py`
 MAX_STEPS = "training.max_steps"  # -1 is that of the epochs
 MORE_THAN_ZERO = (
     "training.num_train_epochs",
@@ -68,7 +69,7 @@ def keys_of(section: str) -> dict[str, typing.Any]:
     for module, name in (SECTIONS | COMMAND_SECTIONS)[section]:
         keys |= read_fields(module, name)
     if section == "model":
-        keys = {key: kind for key, kind in keys.items() if key not in NOT_SET_BY_USERS} | START_KEYS
+        keys = {key: kind for key, kind in keys.items() if key not in NOT_SET_BY_USERS} | START_KEYS | KEEP_KEYS
     return keys
 
 

@@ -64,6 +64,8 @@ class DataArguments:
         nodata: the value of what was not measured, or `nan`; it becomes the mean, 0 after normalisation.
         eval_crop: how a whole image gets the model's size: `squeeze`, or the share of its shorter side that a centre
             crop keeps (`none` is 1). None: that of the checkpoint, else 0.875. See `modeling.resizing.fit_whole`.
+        forgetting_dataset: a data set as of `dataset`, with labels or without, on which a run that starts from another
+            encoder (`model.init_from`) watches what is forgotten, besides its own; None is the images that ship.
         display_bands: numbers of the three channels, or the one, that pictures show, counted from 0.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
@@ -94,6 +96,7 @@ class DataArguments:
     value_range: list | str | None = None
     nodata: float | str | None = None
     eval_crop: float | str | None = None
+    forgetting_dataset: str | None = None
     display_bands: list[int] | None = None
     memory_limit_mb: int = 1024
     cache_decoded: bool = False
@@ -102,6 +105,7 @@ class DataArguments:
 
     def __post_init__(self):
         urls.check_url("data.dataset", self.dataset)
+        urls.check_url("data.forgetting_dataset", self.forgetting_dataset)
         urls.check_local("data.cache_dir", self.cache_dir)
         if self.streaming and self.crop_on_device:
             raise RecipeError(

@@ -1,5 +1,5 @@
 """Every metric, in one place: one entry gives its key in metrics.json and probe.json, its title in tables, pictures and
-model cards, how it is computed, and what is said of it. All are in percent."""
+model cards, how it is computed, and what is said of it. All but CKA are in percent."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_mim.training.evaluation.bootstrap import draw_counts, interval
+from hf_mim.training.evaluation.cka import linear_cka
 from hf_mim.training.evaluation.classification import TOP, accuracy, cross_entropy, f1_macro, top_accuracy
 from hf_mim.training.evaluation.iou import mean_iou, pixel_accuracy
 from hf_mim.training.evaluation.readouts import NEIGHBOURS, PENALTIES, TEMPERATURE, LinearProbe, NearestNeighbours
@@ -47,6 +48,15 @@ READOUTS = {
 }
 # The vectors of an image that they read. The first, which every encoder has, stands beside the raw pixels.
 POOLINGS = {"mean": "mean of the patches", "cls": "class token"}
+
+# What becomes of an encoder that is trained further: readouts, in percent, and a likeness, which is a share.
+FORGETTING = READOUTS | {
+    "cka": Metric(
+        "CKA to the start",
+        linear_cka,
+        "CKA to the start: how like the features are to those before training; 1 is the same up to rotation and scale.",
+    )
+}
 
 # Of a classifier. `compute`: logits (images, classes), labels (images,) -> percent, or None where it says nothing.
 CLASSIFICATION = {
@@ -91,6 +101,11 @@ def frozen_scores() -> list[FrozenScore]:
 def readout_protocol() -> dict[str, str]:
     """{key: sentence} of what reads out frozen features."""
     return {name: metric.protocol for name, metric in READOUTS.items()}
+
+
+def format_forgetting(name: str, value: float) -> str:
+    """A score of `FORGETTING`, for tables."""
+    return f"{value:.2f}" if name == "cka" else f"{value:.1f}"
 
 
 def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""Charts, drawn by matplotlib without a display: the loss, a confusion matrix, accuracies with intervals."""
+"""Charts, drawn by matplotlib without a display: loss, confusion matrix, accuracies with intervals, forgetting."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,4 +111,32 @@ def draw_accuracies(rows: list[tuple[str, dict[str, dict]]], title: str, poolers
     )
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(present), frameon=False)
+    figure.savefig(path)
+
+
+def draw_forgetting(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """Writes what became of an encoder that was trained further: a panel for each set of images, with accuracies in
+    percent on the left axis and CKA on the right one.
+
+    Args:
+        curves: {title of the images: {title of the score: [(step, value)]}}; a score without values is left out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(curves), 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (title, scores) in zip(panels, curves.items()):
+        right = axes.twinx()
+        for i, (name, points) in enumerate(scores.items()):
+            if points:
+                is_share = "CKA" in name
+                style = {"color": f"C{i}", "linestyle": ":" if is_share else "-", "marker": ".", "label": name}
+                (right if is_share else axes).plot(*zip(*points), **style)
+        axes.set(xlabel="optimizer step", ylabel="accuracy of the frozen encoder, percent")
+        axes.set_title(textwrap.fill(title, 60), fontsize=9)
+        right.set(ylabel="CKA to the start", ylim=(0, 1.05))
+        axes.grid(alpha=0.3)
+        axes.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="lower left")
     figure.savefig(path)

@@ -6,12 +6,14 @@ import torch
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
 from hf_mim.training.common.device import has_bf16
+from hf_mim.training.trainer.adaptation_arguments import AdaptationArguments
 from hf_mim.training.trainer.optimization import OptimizationArguments
 
 
 @dataclass
-class MIMTrainingArguments(OptimizationArguments):
-    """`TrainingArguments` with the defaults of masked image modeling, what `OptimizationArguments` adds, and these.
+class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
+    """`TrainingArguments` with the defaults of masked image modeling, what `OptimizationArguments` and, for
+    pretraining, `AdaptationArguments` add, and these.
 
     Args:
         learning_rate: wins over `base_learning_rate` where it is given.
@@ -20,6 +22,8 @@ class MIMTrainingArguments(OptimizationArguments):
             `lr_scheduler_kwargs` must name, `min_lr` or, as a share of the peak, `min_lr_rate`.
         lr_drops: shares of the training, in (0, 1), after which the learning rate falls to a tenth; it replaces
             `lr_scheduler_type` where it is given, and is constant but for that and the warm-up.
+        freeze_layers: how many of the encoder's first blocks stay as they are, with their drop path and batch norms,
+            and with the embedding; 0 freezes nothing. For pretraining.
         resume: go on in `output_dir` from its last complete checkpoint, exactly as if there had been no break; from
             the beginning where there is none.
         watch_every: steps, or a share of the training below 1, between checks (see `TrainingMonitor`); 0 makes none.
@@ -41,6 +45,7 @@ class MIMTrainingArguments(OptimizationArguments):
         default=None, metadata={"help": "The older name of activation_checkpointing."}
     )
     lr_drops: list[float] | None = field(default=None, metadata={"help": "Shares of the training: a tenth from there."})
+    freeze_layers: int = field(default=0, metadata={"help": "The first blocks, and the embedding, that stay."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     watch_every: float = field(default=0.25, metadata={"help": "Steps or a share of the training; 0 is never."})
     profile: bool = field(default=False, metadata={"help": "Write where the time of a few steps goes."})
@@ -63,6 +68,13 @@ class MIMTrainingArguments(OptimizationArguments):
             raise ValueError("training.hub_token is refused: log in with `hf auth login`, or set HF_TOKEN")
         check_hub_strategy(self.hub_strategy)
         self.check_optimization()
+        self.check_adaptation("training")
+        if self.freeze_layers < 0:
+            raise ValueError(f"training.freeze_layers must be a number of blocks, not {self.freeze_layers}")
+        if self.lora and self.freeze_layers:
+            raise ValueError(
+                "training.lora=true leaves all blocks as they are but for its additions: set training.freeze_layers=0"
+            )
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"training.bf16 must be true, false or auto, not {self.bf16!r}")
         if any(not 0 < share < 1 for share in self.lr_drops or ()):

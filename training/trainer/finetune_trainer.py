@@ -15,7 +15,7 @@ from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.modeling.modeling_mim import MIMPreTrainedModel
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
-from hf_mim.training.trainer.layer_decay import layer_of_parameters, parameter_groups
+from hf_mim.training.trainer.layer_decay import layer_of_parameters
 from hf_mim.training.trainer.optimization import unwrapped_name
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -58,16 +58,12 @@ class FinetuneTrainer(MIMTrainer):
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
         if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(model))
-            weights = {name: self.args.weight_decay * (name in decayed) for name, _ in model.named_parameters()}
             names = [unwrapped_name(name) for name, _ in model.named_parameters()]
-            layers, head = self.layers or (dict.fromkeys(names, 0), 0)
-            rate = self.args.learning_rate
-            groups = parameter_groups(model, layers, head, self.options.layer_decay, rate, weights)
+            groups = self._layered_groups(model, self.layers or (dict.fromkeys(names, 0), 0), self.options.layer_decay)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             if self.options.optimizer == "lamb":
                 kind = timm.optim.Lamb
-                settings = {"lr": rate, "betas": (self.args.adam_beta1, self.args.adam_beta2)}
+                settings = {"lr": self.args.learning_rate, "betas": (self.args.adam_beta1, self.args.adam_beta2)}
             self.optimizer = kind(groups, **settings)
             self._scale_rates(self.optimizer, model)
         return self.optimizer

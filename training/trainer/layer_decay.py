@@ -1,16 +1,28 @@
 """Layer-wise learning rates: the deeper a layer, the more of the learning rate it gets (ELECTRA, BEiT 2106.08254)."""
 
+import re
+
 from torch import nn
 
 from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.training.trainer.optimization import unwrapped_name
 
 
-def layer_of_parameters(model: nn.Module, encoder: Encoder) -> tuple[dict[str, int], int]:
+HIDING = re.compile(
+    r"mask_(token|scale)$"
+)  # what says that a token is hidden: part of pretraining, not of the features
+
+
+def layer_of_parameters(
+    model: nn.Module, encoder: Encoder, without: str = "finetune.layer_decay=1"
+) -> tuple[dict[str, int], int]:
     """The layer of every parameter of a model by name, and that of its head.
 
     0 is what comes before the encoder's first block in the order of definition (patch embedding, tokens, positions);
-    blocks count from 1 to L; L + 1 is all the rest: last norm, shared position biases, pooler, head.
+    blocks count from 1 to L; L + 1 is all the rest: last norm, shared position biases, mask token, pooler, head.
+
+    Args:
+        without: the setting that does without layers.
 
     Raises:
         ValueError: the encoder's blocks cannot be told apart.
@@ -18,12 +30,12 @@ def layer_of_parameters(model: nn.Module, encoder: Encoder) -> tuple[dict[str, i
     blocks = encoder.blocks()
     if not blocks:
         raise ValueError(
-            "the blocks of this encoder cannot be told apart: it has no list of blocks of one kind; set "
-            "finetune.layer_decay=1"
+            f"the blocks of this encoder cannot be told apart: it has no list of blocks of one kind; set {without}"
         )
     layers = {id(p): i + 1 for i, block in enumerate(blocks) for module in block for p in module.parameters()}
     head, before = len(blocks) + 1, True
     late = {id(p) for module in encoder.modules_after_blocks() for p in module.parameters()}
+    late |= {id(p) for name, p in encoder.named_parameters() if HIDING.search(name)}
     for parameter in encoder.parameters():
         before = before and layers.get(id(parameter)) is None
         layers.setdefault(id(parameter), 0 if before and id(parameter) not in late else head)
@@ -49,3 +61,18 @@ def parameter_groups(model, layers: dict[str, int], head: int, decay: float, lr:
         {"params": parameters, "lr": lr * decay ** (head + minus_layer), "weight_decay": weight}
         for (minus_layer, weight), parameters in sorted(groups.items(), key=lambda entry: entry[0])
     ]
+
+
+def freeze_layers(model: nn.Module, encoder: Encoder, count: int) -> None:
+    """Freezes the embedding and the first `count` blocks of the model's encoder; the mask token is trained on.
+
+    Raises:
+        ValueError: the blocks cannot be told apart, or none would be left.
+    """
+    layers, head = layer_of_parameters(model, encoder, "training.freeze_layers=0")
+    if count >= head - 1:
+        raise ValueError(
+            f"training.freeze_layers={count} leaves none of the encoder's {head - 1} blocks to train: choose from 0 to "
+            f"{head - 2}"
+        )
+    encoder.freeze(p for name, p in model.named_parameters() if layers[unwrapped_name(name)] <= count)

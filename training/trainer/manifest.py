@@ -31,6 +31,7 @@ MEANINGS = {
     "processes": "the number of processes is {change}; random numbers and rounding differ: the run will not end with "
     "exactly the same weights",
     "versions": "other versions than before ({change}): results may differ by rounding",
+    "start": "the weights of model.init_from have changed ({change}): from here on the run keeps near other ones",
     "recipe": "with other settings than before: {change}",
 }
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -40,6 +41,25 @@ COLLAPSED_SPREAD = 1e-3  # of the features around their mean, as a share of its 
 PLATEAU, PATIENCE = 0.97, 0.2  # the loss over that of the mean, from that share of the training on
 
 
+def is_due(state, every: float) -> bool:
+    """Whether a check is due at the end of a step: every so many steps, or shares of the training below 1, and at its
+    end."""
+    steps = int(every) if every >= 1 else max(1, round(every * state.max_steps))
+    return state.global_step % steps == 0 or state.global_step == state.max_steps
+
+
+@contextmanager
+def without_traces(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and without gradients; afterwards modes and random states are as before."""
+    training = model.training
+    with torch.random.fork_rng(), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
 class TrainingMonitor(TrainerCallback):
     """Every so often: a picture of reconstructions in `watch/`, online k-NN where there are labels, the effective rank
     of the features, the loss of predicting the mean and the target's own metrics (how its codes are used), logged as
@@ -69,7 +89,6 @@ class TrainingMonitor(TrainerCallback):
         self.checks = trainer.is_world_process_zero()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.steps = int(self.every) if self.every >= 1 else max(1, round(self.every * state.max_steps))
         if not self.checks:
             return
         self.last = state.global_step
@@ -81,25 +100,18 @@ class TrainingMonitor(TrainerCallback):
             self.labelled = [
                 fetch(d, n) for d, n in ((self.splits.train_eval, KNN_TRAIN), (self.splits.test, KNN_TEST))
             ]
-        self._without_traces(lambda: self._measure_target(self._inputs()))
+        with without_traces(self.model):
+            self._measure_target(self._inputs())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps and state.global_step != state.max_steps:
+        if not is_due(state, self.every):
             return
         self.model.target.reduce_metrics()
         if self.checks:
             should_log = control.should_log  # logging below clears it, and the loss is still to be logged
-            self._without_traces(lambda: self._check(state))
+            with without_traces(self.model):
+                self._check(state)
             control.should_log, self.last = should_log, state.global_step
-
-    def _without_traces(self, check: Callable[[], None]) -> None:
-        training = self.model.training
-        with torch.random.fork_rng(), torch.no_grad():
-            self.model.eval()
-            try:
-                check()
-            finally:
-                self.model.train(training)
 
     def _inputs(self) -> dict[str, Tensor]:
         # A copy of the generators: drawing a mask moves them, and every check is to hide the same patches.
@@ -128,7 +140,8 @@ class TrainingMonitor(TrainerCallback):
             results["watch_mean_loss"] = self.mean_loss
         results |= {f"watch_{name}": value for name, value in self.model.target.log_metrics().items()}
         self.standing = {}
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
+        logged = [entry for entry in state.log_history if "loss" in entry and entry["step"] > self.last]
+        losses = [entry["loss"] - entry.get("keep_loss", 0.0) for entry in logged]
         if losses and self.mean_loss:
             self.explained = results["watch_explained"] = 1 - float(np.mean(losses)) / self.mean_loss
         self._warn_of_codes(results)

@@ -22,6 +22,7 @@ from hf_mim.training.common.foreign_errors import is_torch_write_error
 from hf_mim.training.common.resources import ResourceError, explain_shortage
 from hf_mim.training.data.fingerprint import fingerprint
 from hf_mim.training.data.streaming import StreamedImages
+from hf_mim.training.trainer.lora import lora_layers, plain_state
 from hf_mim.training.trainer.manifest import flatten, versions, write_manifest
 from hf_mim.training.trainer.pushing import PushingTrainer
 
@@ -29,6 +30,7 @@ from hf_mim.training.trainer.pushing import PushingTrainer
 UNFINISHED = "unfinished"  # the folder in a run's folder that checkpoints are written into before they get their name
 MOVING_STATE = "moving_target.safetensors"  # beside the Trainer's own files in a checkpoint
 STREAM_STATE = "stream.json"
+LORA_STATE = "lora.safetensors"  # the model with its additions apart; the checkpoint's own weights have them in them
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -145,6 +147,16 @@ class CheckpointingTrainer(PushingTrainer):
             self._save(output_dir, state_dict=state)
         super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """A pretraining model with additions is saved as the plain model that it stands for."""
+        super()._save(output_dir, plain_state(self.bare_model) if self.has_additions else state_dict)
+
+    @property
+    def has_additions(self) -> bool:
+        """Whether it is a pretraining model with LoRA, which is not merged yet."""
+        model = self.bare_model
+        return isinstance(model, MIMForPreTraining) and bool(lora_layers(model))
+
     def _check_finite(self, folder: Path) -> None:
         """A device is waited for here, which is why it is done once per checkpoint and not at every step."""
         bad = next((n for n, p in self.bare_model.named_parameters() if not torch.isfinite(p.detach()).all()), None)
@@ -157,6 +169,8 @@ class CheckpointingTrainer(PushingTrainer):
             self.bare_model.config.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+        if self.has_additions:
+            save_file(self.bare_model.state_dict(), folder / LORA_STATE)
         if moving:
             save_file({name: value.contiguous() for name, value in moving.items()}, folder / MOVING_STATE)
         if isinstance(self.train_dataset, StreamedImages):
@@ -173,9 +187,12 @@ class CheckpointingTrainer(PushingTrainer):
         return (self.state.global_step - self._initial_global_step) * self.args.total_batch_size
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        self._load_renamed(folder)
+        if self.has_additions:
+            self.bare_model.load_state_dict(load_file(folder / LORA_STATE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_renamed(folder)
         if self.target is not None and (folder / MOVING_STATE).is_file():
             self.target.load_moving_state(load_file(folder / MOVING_STATE))
         if (folder / STREAM_STATE).is_file() and isinstance(self.train_dataset, StreamedImages):

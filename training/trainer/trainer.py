@@ -23,9 +23,12 @@ from hf_mim.training.data.base import ImageDataset
 from hf_mim.training.data.batches import normalize_batch
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.trainer.callbacks import DamagedShardsCallback, EpochCallback, EpochSampler, TargetCallback
+from hf_mim.training.trainer.layer_decay import freeze_layers, layer_of_parameters, parameter_groups
+from hf_mim.training.trainer.lora import inject_lora
 from hf_mim.training.trainer.optimization import WeightDecayCallback, lamb, scale_rates, unwrapped_name
 from hf_mim.training.trainer.progress import TrainingProgress
 from hf_mim.training.trainer.saving import CheckpointingTrainer
+from hf_mim.training.trainer.start import DISTANCES, Distance, WeightDistance
 from hf_mim.training.trainer.stopping import defer_sigterm, lost_worker, set_child_handler
 from hf_mim.training.trainer.throughput import Throughput, flops_per_image, peak_flops
 
@@ -38,10 +41,27 @@ class MIMTrainer(CheckpointingTrainer):
     Args:
         args: `MIMTrainingArguments`.
         console: where progress is shown; None shows nothing. All other arguments are those of `Trainer`.
+        keep: of a pretraining model, what is to stay near its start, `weights` or `features` (see `start.py`).
+        keep_weight: of that distance in the loss; None is its default.
+
+    Raises:
+        ValueError: what is to be frozen, added or kept does not fit the model, or each other.
     """
 
-    def __init__(self, *args, console: RunConsole | None = None, **kwargs):
+    layers: tuple[dict[str, int], int] | None = None  # as of `layer_of_parameters`, where rates differ between them
+    distance: Distance | None = None  # to the start, where it is a part of the loss
+
+    def __init__(
+        self,
+        *args,
+        console: RunConsole | None = None,
+        keep: str | None = None,
+        keep_weight: float | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.distances: list[Tensor] = []  # since the last log
+        self._adapt(keep, keep_weight)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.sampler: EpochSampler | None = None
@@ -69,6 +89,28 @@ class MIMTrainer(CheckpointingTrainer):
             if isinstance(self.train_dataset, ImageDataset):
                 self.add_callback(DamagedShardsCallback(self.train_dataset, console))
 
+    def _adapt(self, keep: str | None, keep_weight: float | None) -> None:
+        """Sets up what is frozen, added and kept of a pretraining model."""
+        model = self.bare_model
+        if not isinstance(model, MIMForPreTraining):
+            return
+        if (keep or self.args.lora) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            setting = "training.lora" if self.args.lora else "model.keep"
+            raise ValueError(f"{setting} needs whole weights in every process: it does not go with FSDP, DeepSpeed")
+        if keep == "weights" and self.args.lora:
+            raise ValueError(
+                "model.keep=weights has no effect with training.lora=true, which leaves the weights as they are: set "
+                "model.keep=features, or leave one out"
+            )
+        if keep is not None:
+            self.distance = DISTANCES[keep](model, keep_weight)
+        if self.args.freeze_layers:
+            freeze_layers(model, model.mim.encoder, self.args.freeze_layers)
+        if self.args.lora:
+            inject_lora(model, self.args)
+        if self.args.layer_decay < 1:
+            self.layers = layer_of_parameters(model, model.mim.encoder, "training.layer_decay=1")
+
     def _bind_before_sharding(self) -> None:
         """Raises:
         ValueError: the target follows the student, whose weights it would not see whole.
@@ -81,6 +123,10 @@ class MIMTrainer(CheckpointingTrainer):
                     f"target {model.config.target!r} follows the student's whole weights: it works with FSDP2 "
                     "(--fsdp_version 2), DeepSpeed's stages 1 and 2 and without sharding"
                 )
+
+    def run_record(self) -> dict[str, Any]:
+        start = {} if self.distance is None else {"start": self.distance.digest()}
+        return {**super().run_record(), **start}
 
     # ---- the run ---------------------------------------------------------------------------------------------------
     def train(self, *args, **kwargs):
@@ -117,7 +163,16 @@ class MIMTrainer(CheckpointingTrainer):
             self.micro_step = (step, batches if step == self.micro_step[0] else 0)
             key = (self.args.seed, self.args.process_index, *self.micro_step)
             inputs = {**inputs, "generator": torch.Generator().manual_seed(seed_of(key))}
+        if self.distance is not None and model.training:
+            return self._loss_with_distance(model, inputs, self.distance)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss_with_distance(self, model: nn.Module, inputs: dict[str, Any], distance: Distance) -> Tensor:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        bare = cast(MIMForPreTraining, self.bare_model)
+        kept = distance.weight * distance(bare, inputs["pixel_values"], outputs.bool_masked_pos)
+        self.distances.append(kept.detach())
+        return loss + kept
 
     # ---- speed -----------------------------------------------------------------------------------------------------
     def get_batch_samples(self, *args, **kwargs):
@@ -130,6 +185,9 @@ class MIMTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.throughput.read(self.state.global_step)
+            if self.distances:  # in every process, as for the loss
+                logs["keep_loss"] = self.accelerator.reduce(torch.stack(self.distances).mean(), "mean").item()
+                self.distances.clear()
         super().log(logs, start_time)
 
     def count_flops(self) -> None:
@@ -198,10 +256,21 @@ class MIMTrainer(CheckpointingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def create_optimizer(self, model=None):
-        is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
-        if is_new:
-            self._scale_rates(optimizer, self.model if model is None else model)
-        return optimizer
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            if self.layers is None:
+                super().create_optimizer(model)
+            else:
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+                self.optimizer = kind(self._layered_groups(model, self.layers, self.args.layer_decay), **settings)
+            self._scale_rates(self.optimizer, model)
+        return self.optimizer
+
+    def _layered_groups(self, model: nn.Module, layers: tuple[dict[str, int], int], decay: float) -> list[dict]:
+        """The groups of an optimizer, with layer-wise rates; `layers` as of `layer_of_parameters`."""
+        decayed = set(self.get_decay_parameter_names(model))
+        weights = {name: self.args.weight_decay * (name in decayed) for name, _ in model.named_parameters()}
+        return parameter_groups(model, *layers, decay, cast(float, self.args.learning_rate), weights)
 
     def _scale_rates(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
@@ -216,6 +285,8 @@ class MIMTrainer(CheckpointingTrainer):
         if not isinstance(bare, MIMPreTrainedModel):
             return super().get_decay_parameter_names(model)
         without = bare.parameters_without_decay()
+        if isinstance(self.distance, WeightDistance):  # takes the place of decay
+            without = without | {f"mim.encoder.{name}" for name in self.distance.start}
         return [name for name, _ in model.named_parameters() if unwrapped_name(name) not in without]
 
 
