@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     hidden_size: int
     num_prefix_tokens: int = 0
-    has_cls_token: bool = False
+    num_cls_tokens: int = 0  # they come first
     has_attentions: bool = True
     base_grid: Grid  # of the output tokens at the config's image size
     mask_style: str | None = None  # what hiding means, where it is an option
@@ -96,10 +96,18 @@ class Encoder(nn.Module):
         """The grid of a hidden state of `num_tokens` tokens without the prefix."""
         return self.token_grid(height, width)
 
+    @property
+    def has_cls_token(self) -> bool:
+        return self.num_cls_tokens > 0
+
+    def class_token(self, tokens: Tensor) -> Tensor:
+        """Encoded tokens -> the class token (batch, dim), of several their mean."""
+        return tokens[:, : max(1, self.num_cls_tokens)].mean(dim=1)
+
     def global_token(self, tokens: Tensor, bool_masked_pos: Tensor) -> Tensor:
         """Encoded tokens -> the class token (batch, dim), or without one the mean of the visible tokens."""
         if self.has_cls_token:
-            return tokens[:, 0]
+            return self.class_token(tokens)
         patches = tokens[:, self.num_prefix_tokens :]
         if patches.shape[1] != bool_masked_pos.shape[1]:  # hidden ones were dropped, or a coarser map has mixed them in
             return patches.mean(dim=1)

@@ -153,7 +153,8 @@ class NativeEncoder(Encoder):
         names = {name.rsplit(".", 1)[-1]: p for name, p in parameters.items()}
         prefixes = [p.shape[-2] if p.ndim > 1 else 1 for name, p in names.items() if name in PREFIX_TOKENS]
         self.num_prefix_tokens = sum(prefixes)
-        self.has_cls_token = any(name in names for name in PREFIX_TOKENS[:4])
+        first = next((names[name] for name in PREFIX_TOKENS[:4] if name in names), None)
+        self.num_cls_tokens = 0 if first is None else first.shape[-2] if first.ndim > 1 else 1
 
     def _take_final_norm(self, names: list[str] | tuple[str, ...]):
         """Takes the last norm out of the wrapped model, so that a pooler can see the tokens before it. CLIP's, which

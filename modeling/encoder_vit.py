@@ -102,6 +102,7 @@ class ViTEncoder(Encoder):
             `image_size`. Other grids cover the same picture: tables are resized, coordinates scaled.
         num_register_tokens: extra tokens without a patch (2309.16588), after the class token.
         use_cls_token: whether there is a class token; it comes first.
+        num_cls_tokens: how many there are (Pixio: 8); what asks for the class token gets their mean.
         layer_scale_init_value: what the learned factors behind each branch of a block start from; None has none.
         drop_path_rate: probability that a branch of the last block is left out in training; it grows linearly with
             depth.
@@ -135,6 +136,7 @@ class ViTEncoder(Encoder):
         position_grid: int | list[int] | tuple[int, int] | None = None,
         num_register_tokens: int = 0,
         use_cls_token: bool = True,
+        num_cls_tokens: int = 1,
         layer_scale_init_value: float | None = None,
         drop_path_rate: float = 0.0,
         qk_norm: bool = False,
@@ -151,7 +153,8 @@ class ViTEncoder(Encoder):
         self.initialization = choose("initialization", initialization, INITIALIZATIONS)
         self._name_stages([dim] * (depth + 1))
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
-        self._add_embeddings(use_cls_token, num_register_tokens, use_mask_token)
+        at_least("num_cls_tokens", num_cls_tokens, 1)
+        self._add_embeddings(num_cls_tokens if use_cls_token else 0, num_register_tokens, use_mask_token)
         self.position_grid = self.base_grid if position_grid is None else pair(position_grid)
         self._add_positions(position_embedding, dim, depth, heads)
         post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
@@ -172,10 +175,10 @@ class ViTEncoder(Encoder):
         if not 0 <= mask_stage < depth or (mask_stage and mask_style == "drop"):
             raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
 
-    def _add_embeddings(self, use_cls_token: bool, num_registers: int, use_mask_token: bool):
+    def _add_embeddings(self, num_cls_tokens: int, num_registers: int, use_mask_token: bool):
         at_least("num_register_tokens", num_registers, 0)
-        self.has_cls_token = use_cls_token
-        self.num_prefix_tokens = int(use_cls_token) + num_registers
+        self.num_cls_tokens = num_cls_tokens
+        self.num_prefix_tokens = num_cls_tokens + num_registers
         dim, channels = self.hidden_size, self.config.num_channels
         self.patch_embedding = nn.Linear(math.prod(self.patch_size) * channels, dim)
         self.prefix_tokens = nn.Parameter(torch.zeros(self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
@@ -242,7 +245,7 @@ class ViTEncoder(Encoder):
         parts = {
             "relative position bias": bool(self.positions & {"relative", "shared_relative"}),
             "rotary positions": "rotary" in self.positions,
-            "register tokens": self.num_prefix_tokens > self.has_cls_token,
+            "register tokens": self.num_prefix_tokens > self.num_cls_tokens,
             "encoder without a class token": not self.has_cls_token,
             "normalised queries and keys (qk_norm)": layer.attention.q_norm is not None,
             "SwiGLU": layer.mlp.gated,

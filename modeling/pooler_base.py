@@ -29,7 +29,8 @@ class Pooler(nn.Module):
         to one, (batch, rows * cols) or (batch, heads or queries, rows * cols), None where there are none.
 
         attentions: for `needs_attentions`. The last entry is read, (batch, heads, length, length) with length =
-        prefix + rows * cols; `cls_attention` needs its first row only, so that a cache may keep that alone.
+        prefix + rows * cols; `cls_attention` needs the class token's row only, of several their mean, so that a cache
+        may keep that alone.
         """
         raise NotImplementedError
 

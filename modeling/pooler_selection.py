@@ -32,7 +32,8 @@ class CentralPooler(Pooler):
 
 
 class ClsAttentionPooler(Pooler):
-    """The patches weighed by the class token's attention in the encoder's last block, divided by its sum over patches
+    """The patches weighed by the class token's attention (of several: their mean) in the encoder's last block, divided
+    by its sum over patches
     (`attn-mn` and `attn-lcte` in the code of Beyond [cls], 2412.03215). Nothing is learned.
 
     Options:
@@ -49,11 +50,14 @@ class ClsAttentionPooler(Pooler):
                 "'mean', 'central', 'abmilp'"
             )
         self.head = choose("head", head, ("mean", "lowest_entropy"))
+        self.num_cls_tokens = max(1, encoder.num_cls_tokens)
 
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
         if not attentions:
             raise ValueError("pooler 'cls_attention' needs the attentions of the encoder's last block, and got none")
-        rows = attentions[-1][:, :, 0, num_prefix_tokens:].float()  # (batch, heads, patches)
+        rows = (
+            attentions[-1][:, :, : self.num_cls_tokens, num_prefix_tokens:].float().mean(2)
+        )  # (batch, heads, patches)
         if self.head == "mean":
             rows = rows.mean(dim=1, keepdim=True)
         shares = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1e-12)

@@ -25,15 +25,16 @@ def read_out(probes: Tensor, keys: Tensor, values: Tensor, bias: Tensor | float 
 
 
 class ClsPooler(Pooler):
-    """The class token."""
+    """The class token, of several their mean."""
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         if not encoder.has_cls_token:
             raise ValueError("pooler 'cls' needs an encoder with a class token; choose another, such as 'mean'")
+        self.num_cls_tokens = max(1, encoder.num_cls_tokens)
 
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
-        return tokens[:, 0], None
+        return tokens[:, : self.num_cls_tokens].mean(dim=1), None
 
 
 class MeanPooler(Pooler):

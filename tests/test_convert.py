@@ -38,6 +38,7 @@ TRANSFORMERS = {
     "Dinov2": {**VIT, "mlp_ratio": 2},
     "Dinov2-swiglu": {**VIT, "use_swiglu_ffn": True},
     "Dinov2WithRegisters": {**VIT, "num_register_tokens": 3},
+    "Pixio": {**VIT, "mlp_ratio": 2, "n_cls_tokens": 5},
     "ConvNext": CONV,
     "ConvNextV2": CONV,
     "ResNet": {**CONV, "embedding_size": 8},

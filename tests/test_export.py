@@ -26,6 +26,7 @@ VITS = {
     "none": {"encoder_config": {"position_embedding": "none"}},
     "layer_scale": {"encoder_config": {"layer_scale_init_value": 0.1}},
     "oblong": {"image_size": [16, 24], "num_channels": 2, "encoder_config": {"patch_size": [4, 8], **LEARNED}},
+    "several_class_tokens": {"encoder_config": {"num_cls_tokens": 3}},
     "wide_epsilon": {"encoder_config": {"layer_norm_eps": 1e-4}},
 }
 TIMM_ONLY = {

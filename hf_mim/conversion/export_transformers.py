@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, ViTConfig, ViTModel
+from transformers import MODEL_MAPPING, PixioConfig, PixioModel, ViTConfig, ViTModel
 
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.native_models import native_config, native_model
@@ -22,8 +22,9 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
     kind: str = model.config.encoder
     native: Any
     if kind == "vit":
-        refuse(encoder.extra_parts(), "transformers' ViTModel")
-        native = vit_model(model)
+        pixio = encoder.num_cls_tokens > 1  # ViTModel has one class token
+        refuse(encoder.extra_parts(), f"transformers' {'Pixio' if pixio else 'ViT'}Model")
+        native = pixio_model(model) if pixio else vit_model(model)
     elif kind == "native":
         native = native_model(model.config, encoder.native)
         norm = {f"{encoder.taken_norm}.{name}": value for name, value in encoder.final_norm.state_dict().items()}
@@ -49,28 +50,52 @@ def native_noise(native, images: Tensor) -> dict:
     return {"noise": torch.arange(float(patches)).expand(len(images), -1)}
 
 
+def vit_options(model: MIMModel) -> dict[str, Any]:
+    """What the configs of ViT and Pixio have in common."""
+    encoder: Any = model.encoder
+    first, patch, size = encoder.layers[0], encoder.patch_size, pair(model.config.image_size)
+    return {
+        "hidden_size": encoder.hidden_size,
+        "num_hidden_layers": len(encoder.layers),
+        "num_attention_heads": first.attention.num_heads,
+        "layer_norm_eps": first.norm1.eps,
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_channels": model.config.num_channels,
+    }
+
+
 def vit_model(model: MIMModel) -> ViTModel:
     encoder: Any = model.encoder
-    config = model.config
-    first, patch = encoder.layers[0], encoder.patch_size
-    size = pair(config.image_size)
-    native = ViTModel(
-        ViTConfig(
-            hidden_size=encoder.hidden_size,
-            num_hidden_layers=len(encoder.layers),
-            num_attention_heads=first.attention.num_heads,
-            intermediate_size=first.mlp.fc2.in_features,
-            layer_norm_eps=first.norm1.eps,
-            image_size=size[0] if size[0] == size[1] else list(size),
-            patch_size=patch[0] if patch[0] == patch[1] else list(patch),
-            num_channels=config.num_channels,
-        ),
-        add_pooling_layer=False,
-    )
-    table = position_table(model)
+    config = ViTConfig(**vit_options(model), intermediate_size=encoder.layers[0].mlp.fc2.in_features)
+    native = ViTModel(config, add_pooling_layer=False)
+    native.load_state_dict(vit_state(model))
+    return native
+
+
+def pixio_model(model: MIMModel) -> PixioModel:
+    """Raises:
+    ValueError: its images or patches are not square, or its MLP's width is no multiple of the encoder's.
+    """
+    encoder: Any = model.encoder
+    options, inner = vit_options(model), encoder.layers[0].mlp.fc2.in_features
+    if isinstance(options["image_size"], list) or isinstance(options["patch_size"], list):
+        raise ValueError("transformers' PixioModel takes square images of square patches, and this encoder does not")
+    if inner % encoder.hidden_size:
+        raise ValueError(f"transformers' PixioModel has no MLP of width {inner} beside {encoder.hidden_size}")
+    mlp_ratio = inner // encoder.hidden_size
+    native = PixioModel(PixioConfig(**options, mlp_ratio=mlp_ratio, n_cls_tokens=encoder.num_cls_tokens))
+    native.load_state_dict(vit_state(model))
+    return native
+
+
+def vit_state(model: MIMModel) -> dict[str, Tensor]:
+    """The weights under the names of transformers' ViT and Pixio."""
+    encoder: Any = model.encoder
+    no_places = torch.zeros(encoder.num_cls_tokens, encoder.hidden_size)
     state = {
         "embeddings.cls_token": encoder.prefix_tokens.detach()[None],
-        "embeddings.position_embeddings": torch.cat([torch.zeros(1, encoder.hidden_size), table])[None],
+        "embeddings.position_embeddings": torch.cat([no_places, position_table(model)])[None],
         "embeddings.patch_embeddings.projection.weight": patch_convolution(model),
         "embeddings.patch_embeddings.projection.bias": encoder.patch_embedding.bias.detach(),
         **named("layernorm", encoder.final_norm),
@@ -82,8 +107,7 @@ def vit_model(model: MIMModel) -> ViTModel:
         block |= scaled(layer.attention.proj, layer.scale1, "attention.o_proj")
         block |= named("mlp.fc1", layer.mlp.fc1) | scaled(layer.mlp.fc2, layer.scale2, "mlp.fc2")
         state |= {f"layers.{i}.{name}": value for name, value in block.items()}
-    native.load_state_dict(state)
-    return native
+    return state
 
 
 def convnet_state(model: MIMModel) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from .reading import Weights, read_file
 from .starting import DESCRIBES, METHOD, StartingEncoder
 
 
-VITS = ("vit", "vit_mae", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers")
+VITS = ("vit", "vit_mae", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "pixio")
 CONVNETS = ("resnet", "convnext", "convnextv2")
 TIMM = "timm_wrapper"  # the model type of timm's models in transformers
 TIMM_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
@@ -169,7 +169,7 @@ def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
     fields, state, notes = vit.vit_encoder(weights, native.num_attention_heads, size, eps)
     state = {f"encoder.{name}": value for name, value in state.items()}
     converted = Converted(f"transformers' {kind}", fields, state, weights, notes)
-    if kind != "vit_mae":
+    if kind not in ("vit_mae", "pixio"):
         converted.fields["encoder_config"]["mask_style"] = "token"
     if with_decoder:
         hints = Hints(decoder_heads=native.decoder_num_attention_heads, eps=eps)

@@ -152,7 +152,8 @@ def token_positions(weights: Weights, grid: Grid | None, relative: bool):
     """-> the tokens without a patch (count, dim) with their positions in them, the patches' learned positions
     (rows * cols, dim) or None, the grid, and the kinds of positions by name."""
     stored = [weights.maybe(name) for name in ("cls_token", "dist_token", "reg_token")]
-    has_cls, tokens = stored[0] is not None, [token.flatten(0, -2) for token in stored if token is not None]
+    tokens = [token.flatten(0, -2) for token in stored if token is not None]
+    num_cls = 0 if stored[0] is None else len(tokens[0])
     prefix = torch.cat(tokens) if tokens else None
     table = weights.maybe("pos_embed")
     if table is None:
@@ -160,7 +161,7 @@ def token_positions(weights: Weights, grid: Grid | None, relative: bool):
             raise ValueError("the file has no positions: rotary ones, which are not in a file, cannot be converted")
         if grid is None:
             raise ValueError("the file does not say the size of its images: --image-size HEIGHTxWIDTH does")
-        return (prefix, has_cls), None, grid, []
+        return (prefix, num_cls), None, grid, []
     table = table.flatten(0, -2) if table.ndim == 3 else table
     count = 0 if prefix is None else len(prefix)
     for before in dict.fromkeys([count, min(1, count), 0]):
@@ -177,16 +178,18 @@ def token_positions(weights: Weights, grid: Grid | None, relative: bool):
         prefix = prefix + F.pad(table[:before], (0, 0, 0, count - before))
     table = table[before:]
     fixed = table.shape[1] % 4 == 0 and torch.allclose(table, sincos_2d(grid, grid, table.shape[1]), atol=1e-5)
-    return (prefix, has_cls), None if fixed else table, grid, ["sincos" if fixed else "learned"]
+    return (prefix, num_cls), None if fixed else table, grid, ["sincos" if fixed else "learned"]
 
 
 def prefix_state(prefix, weights: Weights, options: dict) -> dict[str, Tensor]:
-    tokens, has_cls = prefix
-    options["use_cls_token"] = has_cls
+    tokens, num_cls = prefix
+    options["use_cls_token"] = num_cls > 0
     if tokens is None:
         return {}
-    if len(tokens) > has_cls:
-        options["num_register_tokens"] = len(tokens) - has_cls
+    if num_cls > 1:
+        options["num_cls_tokens"] = num_cls
+    if len(tokens) > num_cls:
+        options["num_register_tokens"] = len(tokens) - num_cls
     return {"prefix_tokens": tokens}
 
 

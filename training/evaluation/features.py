@@ -93,7 +93,7 @@ class Features:
             if self.poolers is None:
                 result[f"tokens/{layer}"] = tokens
                 if attention is not None:
-                    result[f"attention/{layer}"] = attention[:, :, 0]
+                    result[f"attention/{layer}"] = attention[:, :, : max(1, encoder.num_cls_tokens)].mean(2)
                 continue
             for name, pooler in self.poolers.items():
                 result[f"{name}/{layer}"] = pool(pooler, tokens, encoder.num_prefix_tokens, grid, attention)[0]

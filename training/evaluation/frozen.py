@@ -65,7 +65,7 @@ def extract_features(model, loader, bf16: bool = False) -> dict[str, Tensor]:
             tokens = model(pixel_values.to(model.device)).last_hidden_state
         vectors["mean"].append(tokens[:, prefix:].float().mean(1).cpu())
         if has_cls:
-            vectors["cls"].append(tokens[:, 0].float().cpu())
+            vectors["cls"].append(model.encoder.class_token(tokens).float().cpu())
     return {pooling: torch.cat(parts) for pooling, parts in vectors.items()}
 
 

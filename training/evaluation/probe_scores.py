@@ -44,7 +44,8 @@ def pooled_vectors(source, images: ImageViews, layer: int, model, most: int) -> 
             pooled = features.get(f"{name}/{layer}")
             if pooled is None:
                 tokens = features[f"tokens/{layer}"]
-                pooled = tokens[:, 0] if name == "cls" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
+                patches = tokens[:, encoder.num_prefix_tokens :]
+                pooled = encoder.class_token(tokens) if name == "cls" else patches.mean(dim=1)
             parts.append(pooled.cpu())
     return {name: torch.cat(parts) for name, parts in vectors.items()}, images.labels[positions]
 
