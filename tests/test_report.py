@@ -240,6 +240,11 @@ def test_colours_are_told_apart_with_any_colour_vision(which, matrix):
         ({"value": 0.002, "low": None, "high": None, "unit": "share"}, ("0.2 %", None)),
         ({"value": 29.71, "low": None, "high": None, "unit": "dimensions"}, ("29.7", None)),
         ({"value": 0.0, "low": 0.0, "high": 0.0, "unit": "nats"}, ("0", "0")),
+        # As many decimals behind ± as before it.
+        ({"value": 0.0085, "low": 0.0059, "high": 0.01, "unit": "share"}, ("0.85 %", "0.26")),
+        ({"value": -4.93, "low": -5.056, "high": -4.85, "unit": "nats"}, ("-4.93", "0.13")),
+        ({"value": 0.5, "low": 0.4999, "high": 0.5, "unit": "share"}, ("50.0 %", "0.1")),
+        ({"value": 1234.5, "low": 1200.0, "high": 1250.0, "unit": ""}, ("1,234", "34")),
     ],
 )
 def test_the_first_table_says_numbers_as_people_do(found, words):
@@ -262,6 +267,7 @@ addEventListener("load", async () => {
       page: view.getComputedStyle(page.body).backgroundColor, ink: view.getComputedStyle(page.body).color,
       line: view.getComputedStyle(page.querySelector('figure svg path[style*="--c0"]')).stroke,
       hints: [...page.querySelectorAll(".hint")].filter(h => !h.hidden && h.offsetParent).length,
+      reachable: [...page.querySelectorAll(".scroll, .maps, .legend ul")].every(box => box.tabIndex === 0),
       table: view.words(page.getElementById("glance")), broken: [...page.images].filter(i => !i.naturalWidth).length,
     };
   }
@@ -293,6 +299,7 @@ def test_a_browser_shows_it_on_a_telephone_and_a_laptop_light_and_dark(report, t
     assert "CONSOLE" not in log
     for found in light.values():
         assert found["scroll"] <= found["client"] and found["requests"] == [] and found["broken"] == 0
+        assert found["reachable"]  # by keyboard, whose arrows then scroll
         assert found["scripts"] == 1  # the page's own: nothing of the hostile name became one
         assert found["copied"] in ("Copied", "Selected: press Ctrl+C")
     assert light["360"]["hints"] > 0

@@ -52,7 +52,7 @@ MASKS = (
     ("block", {"ratio": 0.4}),
     ("inverse_block", {"ratio": 0.8}),
 )
-POOLERS = ("abmilp", "attention", "simpool", "efficient", "central", "cls_attention", "central_attention")
+POOLERS = ("abmilp", "attention", "simpool", "efficient", "central", "cls_attention")
 CODES = 32
 
 

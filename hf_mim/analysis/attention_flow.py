@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_mim.analysis.exact_attention import attention_modules
 from hf_mim.analysis.measurement import Averages, Measurement, nested
-from hf_mim.analysis.numbers import percent
+from hf_mim.analysis.numbers import percent, readable
 
 
 EPS = 1e-6
@@ -173,5 +173,5 @@ class AttentionFlow(Measurement):
         entropy = self.averages.mean("cls_entropy", last)
         return (
             f"In the last block [cls] gives {share('cls_cls')} of its attention to itself and spreads the rest with an "
-            f"entropy of {entropy:.2f} of at most {maximum:.2f} nats; a patch gives {share('patch_self')} to itself."
+            f"entropy of {readable(entropy)} of at most {readable(maximum)} nats; a patch gives {share('patch_self')} to itself."
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.analysis.measurement import NORMAL_95, Layer, Measurement, Setting, nested, number
+from hf_mim.analysis.numbers import readable
 from hf_mim.training.evaluation.cka import FEWEST, centred_gram, hsic, ratio
 
 
@@ -96,7 +97,7 @@ class CKA(Measurement):
         nearest = max(known, key=lambda scalar: scalar["value"])
         return {
             "title": cls.title,
-            "summary": f"Most alike are the {nearest['title']}, with a CKA of {nearest['value']:.2f}.",
+            "summary": f"Most alike are the {nearest['title']}, with a CKA of {readable(nearest['value'])}.",
             "normal": cls.normal,
             "images": next(iter(measured.values())).count,
             "heatmaps": heatmaps,

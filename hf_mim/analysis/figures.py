@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,8 +137,8 @@ def inline(figure: Figure, titles: dict[str, str], attributes: str) -> Markup:
     return Markup(f'<svg viewBox="{box[1]}" {attributes} xmlns="http://www.w3.org/2000/svg">{inside.strip()}</svg>')
 
 
-def save_png(path: Path, drawings: dict[str, Drawing], styles: dict[str, Style]) -> None:
-    """Writes charts with their titles side by side, and a legend below."""
+def draw_sheet(drawings: dict[str, Drawing], styles: dict[str, Style]) -> Figure:
+    """Charts with their titles side by side, and a legend below."""
     cols = min(3, len(drawings))
     rows = [list(drawings.items())[i : i + cols] for i in range(0, len(drawings), cols)]
     heights = [max(drawing.height for _, drawing in row) + 22 for row in rows]
@@ -155,7 +154,7 @@ def save_png(path: Path, drawings: dict[str, Drawing], styles: dict[str, Style])
                 figure.text(*at, shorten(title, 50), weight="bold", fontsize=12)
         lines = [Line2D([], [], label=shorten(label, 40), **style.line) for label, style in styles.items()]
         figure.legend(handles=lines, loc="lower left", ncols=cols, frameon=False)
-        figure.savefig(path)
+    return figure
 
 
 @cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting
+from hf_mim.analysis.numbers import readable
 from hf_mim.modeling.encoder_base import Grid
 
 
@@ -85,9 +86,9 @@ class Fourier(Measurement):
         average, words = self.averages, "log amplitude at the highest frequency, relative to frequency 0"
         return {
             "title": self.title,
-            "summary": f"The log amplitude at {frequencies[-1]:.2g} pi, relative to frequency zero, is {first:.2f} "
-            f"before the first block and {final:.2f} after the last; the spatial variance goes from "
-            f"{average.mean('variance', 0):.3g} to {average.mean('variance', last):.3g}.",
+            "summary": f"The log amplitude at {frequencies[-1]:.2g} pi, relative to frequency zero, is "
+            f"{readable(first)} before the first block and {readable(final)} after the last; the spatial variance goes from "
+            f"{readable(average.mean('variance', 0))} to {readable(average.mean('variance', last))}.",
             "normal": self.normal,
             "images": self.count,
             "curves": {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting, number
-from hf_mim.analysis.numbers import percent
+from hf_mim.analysis.numbers import percent, readable
 
 
 OUTLIER = 3.0  # a token is an outlier whose norm is so many times the median of its image (2309.16588 shows such)
@@ -96,7 +96,7 @@ class FeatureHealth(Measurement):
         rank_curve = {"x": blocks, "mean": ranks, "low": None, "high": None, "x_label": "block", "unit": "dimensions"}
         return {
             "title": self.title,
-            "summary": f"The features of {self.final.count} images spread over {final:.0f} of at most {max_rank} "
+            "summary": f"The features of {self.final.count} images spread over {readable(final)} of at most {max_rank} "
             f"dimensions; {dead} of {dims} dimensions are dead; {percent(share)} of the tokens after the last block "
             "have an outlying norm.",
             "normal": self.normal,

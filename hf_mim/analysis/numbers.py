@@ -25,6 +25,16 @@ def readable(value: float | None, unit: str = "") -> str:
     return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0}f}"
 
 
+def margin_beside(text: str, margin: float, unit: str = "") -> str:
+    """Half of an interval with as many decimals as the number beside it, the `text` of `readable`, and at least one
+    unit of the last of them."""
+    if "e" in text:
+        return readable(margin, unit)
+    decimals = len(text.removesuffix(" %").partition(".")[2])
+    margin = 100 * margin if unit == SHARE else margin
+    return f"{max(margin, 10.0**-decimals) if margin else 0:,.{decimals}f}"
+
+
 def with_interval(value: float | None, low: float | None, high: float | None, unit: str = "") -> str:
     """`12.3 % (10.1 % to 14.0 %)`, without the brackets where there is no interval."""
     if low is None or high is None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
+from matplotlib import rc_context
 
 from hf_mim.analysis import figures
 from hf_mim.analysis.figures import Drawing, Style
-from hf_mim.analysis.numbers import SHARE, percent, readable, with_interval
+from hf_mim.analysis.numbers import SHARE, margin_beside, readable, with_interval
+from hf_mim.training.plots.charts import check_figures, save_figure
 
 
 # The first table, in this order: measurement, curves (the last value counts) or scalars, name, column, what it means.
@@ -44,12 +46,13 @@ class Chart:
         return figures.to_svg(self.drawing)
 
 
-def write_report(folder: Path, results: dict) -> Path:
+def write_report(folder: Path, results: dict, formats: str = "png") -> Path:
     """Writes `report.html` and a PNG of every measurement's figures into a folder.
 
     Args:
         folder: with the example images that `results` names.
         results: as `run.analyze` writes them to `report.json`; every text in them may come from anywhere.
+        formats: `svg` or `pdf` writes the figures in that format too.
 
     Returns:
         the page.
@@ -60,7 +63,9 @@ def write_report(folder: Path, results: dict) -> Path:
     unfinished.write_text(render(folder, results, styles, drawings), encoding="utf-8")
     for name, drawn in drawings.items():
         if drawn:
-            figures.save_png(folder / f"{name}.png", {chart.title: chart.drawing for chart in drawn}, styles)
+            sheet = figures.draw_sheet({chart.title: chart.drawing for chart in drawn}, styles)
+            with rc_context(figures.STYLE):  # ticks are made when a figure is saved
+                save_figure(sheet, folder / f"{name}.png", formats)
     path = folder / "report.html"
     unfinished.replace(path)
     return path
@@ -157,10 +162,8 @@ def headline_cell(scalar: dict | None) -> tuple[str, str | None]:
     value, margin = scalar["value"], None
     if scalar["low"] is not None and scalar["high"] is not None:
         margin = max(scalar["high"] - value, value - scalar["low"])
-    if scalar["unit"] == SHARE:
-        digits = f"{100 * margin:.1f}" if margin is not None and margin >= 0.0005 else "0.1"
-        return percent(value), None if margin is None else digits
-    return readable(value), None if margin is None else readable(margin)
+    text = readable(value, scalar["unit"])
+    return text, None if margin is None else margin_beside(text, margin, scalar["unit"])
 
 
 # ---- a measurement -------------------------------------------------------------------------------------------------
@@ -289,11 +292,12 @@ def numbers(present: dict[str, dict]) -> dict:
 
 
 def main() -> None:
-    """Makes the page again from a folder's `report.json`: `python -m hf_mim.analysis.report FOLDER`."""
+    """Makes the page again from a folder's `report.json`: `python -m hf_mim.analysis.report FOLDER [svg or pdf]`."""
     import sys
 
-    folder = Path(sys.argv[1])
-    print(write_report(folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    folder, formats = Path(sys.argv[1]), (sys.argv[2:] or ["png"])[0]
+    check_figures("format", formats)
+    print(write_report(folder, json.loads((folder / "report.json").read_text(encoding="utf-8")), formats))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from hf_mim.training.common.titles import name_of
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.urls import check_local
 from hf_mim.training.own_data import chosen_data, dataset_title, own_data
+from hf_mim.training.plots.charts import check_figures
 from hf_mim.training.run import Run, versions
 
 
@@ -58,6 +59,7 @@ class AnalyzeArguments:
             counts; or fields of `interaction.Plan`, as in analyze.interaction.pairs=50.
         batch_size: how many images at a time. The results do not depend on it.
         seed: of the untrained encoders, and of what is drawn at random.
+        figures: png; or svg or pdf, for papers: figures are written in that format too, beside the PNG.
         output_dir: the folder to write into; null makes one below `outputs`.
     """
 
@@ -69,9 +71,11 @@ class AnalyzeArguments:
     interaction: bool | str | dict = False
     batch_size: int = 32
     seed: int = 0
+    figures: str = "png"
     output_dir: str | None = None
 
     def __post_init__(self):
+        check_figures("analyze.figures", self.figures)
         for name, least in (("images", 2), ("prototype_images", 1), ("examples", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 message = f"analyze.{name} must be at least {least}, not {getattr(self, name)}"
@@ -150,7 +154,7 @@ def measure_and_write(run: Analysis, command: str, started: float) -> None:
             results["encoders"][label]["results"]["interaction"] = result
     results["seconds"] = round(time.perf_counter() - started, 1)
     run.write_report_json(results)
-    write_report(run.folder, results)
+    write_report(run.folder, results, run.arguments.figures)
 
 
 # ---- before --------------------------------------------------------------------------------------------------------

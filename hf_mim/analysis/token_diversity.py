@@ -4,7 +4,7 @@ known here: see `token_diversity` in training/evaluation/feature_statistics.py).
 import torch
 
 from hf_mim.analysis.measurement import Averages, Layer, Measurement, Setting
-from hf_mim.analysis.numbers import SHARE, percent
+from hf_mim.analysis.numbers import SHARE, percent, readable
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.training.evaluation.feature_statistics import diversity_of
 
@@ -72,9 +72,9 @@ class TokenDiversity(Measurement):
         before = self.averages.mean("raw", 0)
         return {
             "title": self.title,
-            "summary": f"Compared {compared}: 1 - the mean cosine of two tokens is {before:.2f} before the first block "
-            f"and {raw:.2f} after the last, where {percent(residual)} of the norm of the tokens differs from their "
-            "mean.",
+            "summary": f"Compared {compared}: 1 - the mean cosine of two tokens is {readable(before)} before the first "
+            f"block and {readable(raw)} after the last, where {percent(residual)} of the norm of the tokens differs "
+            "from their mean.",
             "normal": self.normal,
             "images": self.count,
             "curves": {name: self.averages.curve(name, *words) for name, words in CURVES.items()},

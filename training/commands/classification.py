@@ -289,7 +289,7 @@ def evaluate(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer)
         last, matrix = name, confusion_matrix(predictions, labels)
     results[last]["confusion"] = matrix.tolist()
     if trainer.is_world_process_zero():
-        draw_confusion(matrix, splits.classes, run.folder / "confusion.png")
+        draw_confusion(matrix, splits.classes, run.folder / "confusion.png", run.arguments.figures)
     return results
 
 

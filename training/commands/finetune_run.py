@@ -41,7 +41,7 @@ class FinetuneRun(TrainingRun[FinetuneTrainer]):
         def save_all() -> None:
             save()
             if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-                charts.draw_loss(trainer.state.log_history, self.folder / "loss.png")
+                charts.draw_loss(trainer.state.log_history, self.folder / "loss.png", self.arguments.figures)
 
         super().train(trainer, save_all)
 

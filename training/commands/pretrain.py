@@ -246,7 +246,7 @@ def save(run: PretrainRun, trainer: MIMTrainer) -> None:
         run.model = on_device(load_model(str(run.folder)), run.arguments.device)
         run.model.target.load_moving_state(moving)
     if any("loss" in entry for entry in trainer.state.log_history):
-        draw_loss(trainer.state.log_history, run.folder / "loss.png")
+        draw_loss(trainer.state.log_history, run.folder / "loss.png", run.arguments.figures)
     dataset = run.splits.test or run.splits.train
     if isinstance(dataset, MIMDataset):
         try:

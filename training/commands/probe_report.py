@@ -200,7 +200,8 @@ def write(results: dict, run: Probe) -> None:
     if (bad := run.splits.bad_images()).count:
         run.console.log(str(bad))
     rows, poolers = pooler_rows(results), poolers_of(results)
-    draw_accuracies(rows + other_rows(results), f"{run.title}, encoder frozen", len(rows), run.folder / "probe.png")
+    title, chart = f"{run.title}, encoder frozen", run.folder / "probe.png"
+    draw_accuracies(rows + other_rows(results), title, len(rows), chart, run.arguments.figures)
     made = ["probe.png"]
     if weights := results["examples"].get("weights"):
         titles = {name: f"{name} {poolers[name]['accuracy']:.1f} %" for name in weights}

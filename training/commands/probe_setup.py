@@ -27,6 +27,7 @@ from hf_mim.training.data.urls import check_local
 from hf_mim.training.evaluation.features import ImageViews, PoolerChoice, choose_layers
 from hf_mim.training.evaluation.heads import LEARNING_RATES, OPTIMIZERS, Schedule
 from hf_mim.training.own_data import chosen_data, own_data
+from hf_mim.training.plots.charts import check_figures
 from hf_mim.training.run import Run
 
 
@@ -62,6 +63,7 @@ class ProbeArguments:
         uncached: run the encoder again in every epoch: slow, and without the disk.
         cache: the folder that keeps the features; None is `outputs/token-cache`.
         workers: processes that decode images.
+        figures: png; or svg or pdf, for papers: the chart is written in that format too, beside the PNG.
         output_dir: None is `outputs/probe-<model>-<date>`.
 
     Raises:
@@ -85,9 +87,11 @@ class ProbeArguments:
     uncached: bool = False
     cache: str | None = None
     workers: int = 0
+    figures: str = "png"
     output_dir: str | None = None
 
     def __post_init__(self):
+        check_figures("probe.figures", self.figures)
         if self.optimizer not in OPTIMIZERS:
             raise out_of_range("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
         if self.learning_rates is None:

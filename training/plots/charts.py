@@ -1,4 +1,5 @@
-"""Charts, drawn by matplotlib without a display: loss, confusion matrix, accuracies with intervals, forgetting."""
+"""Charts, drawn by matplotlib without a display: loss, confusion matrix, accuracies with intervals, forgetting.
+The PNG of each is for screens and the Hub; `figures` names a second format, for papers."""
 
 import textwrap
 from pathlib import Path
@@ -6,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_mim.modeling.options import unknown_choice
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FORMATS = ("png", "svg", "pdf")
 NAMED = 40  # classes whose names, and
 NUMBERED = 20  # classes whose counts are still legible in a confusion matrix
 COLUMNS = {  # of the chart of accuracies: colours and names
@@ -30,7 +34,25 @@ def make_axes(width: float, height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.subplots()
 
 
-def draw_loss(history: list[dict], path: Path) -> None:
+def check_figures(key: str, figures: str) -> None:
+    """Raises:
+    OptionError: the option `key` names no format of `FORMATS`.
+    """
+    if figures not in FORMATS:
+        raise unknown_choice(key, figures, FORMATS)
+
+
+def save_figure(figure: "Figure", path: Path, figures: str = "png") -> None:
+    """Writes a figure as the PNG file `path`, and beside it as SVG or PDF, whose text stays text."""
+    from matplotlib import rc_context
+
+    figure.savefig(path)
+    if figures != "png":
+        with rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
+            figure.savefig(path.with_suffix(f".{figures}"))
+
+
+def draw_loss(history: list[dict], path: Path, figures: str = "png") -> None:
     """Writes the curve of the loss: as logged, and its running mean over a twentieth of the run.
 
     Args:
@@ -52,7 +74,7 @@ def draw_loss(history: list[dict], path: Path) -> None:
     other.set(ylabel="learning rate", ylim=(0, None))
     lines = axes.get_lines() + other.get_lines()
     axes.legend(handles=lines, loc="upper right")
-    figure.savefig(path)
+    save_figure(figure, path, figures)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -63,7 +85,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def draw_confusion(matrix: np.ndarray, classes: list[str], path: Path) -> None:
+def draw_confusion(matrix: np.ndarray, classes: list[str], path: Path, figures: str = "png") -> None:
     """Writes the picture of a confusion matrix: shares of every row in colour, counts as long as they are legible."""
     count = len(classes)
     side = min(max(5.0, 1.5 + 0.5 * count), 12.0)
@@ -82,10 +104,12 @@ def draw_confusion(matrix: np.ndarray, classes: list[str], path: Path) -> None:
         for row, column in np.argwhere(matrix > 0):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path, figures)
 
 
-def draw_accuracies(rows: list[tuple[str, dict[str, dict]]], title: str, poolers: int, path: Path) -> None:
+def draw_accuracies(
+    rows: list[tuple[str, dict[str, dict]]], title: str, poolers: int, path: Path, figures: str = "png"
+) -> None:
     """Writes the chart of a probing: every row as points with their intervals.
 
     Args:
@@ -111,10 +135,10 @@ def draw_accuracies(rows: list[tuple[str, dict[str, dict]]], title: str, poolers
     )
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(present), frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path, figures)
 
 
-def draw_forgetting(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+def draw_forgetting(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path, figures: str = "png") -> None:
     """Writes what became of an encoder that was trained further: a panel for each set of images, with accuracies in
     percent on the left axis and CKA on the right one.
 
@@ -139,4 +163,4 @@ def draw_forgetting(curves: dict[str, dict[str, list[tuple[int, float]]]], path:
         right.set(ylabel="CKA to the start", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
         axes.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="lower left")
-    figure.savefig(path)
+    save_figure(figure, path, figures)

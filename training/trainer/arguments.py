@@ -6,6 +6,7 @@ import torch
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
 from hf_mim.training.common.device import has_bf16
+from hf_mim.training.plots.charts import check_figures
 from hf_mim.training.trainer.adaptation_arguments import AdaptationArguments
 from hf_mim.training.trainer.optimization import OptimizationArguments
 
@@ -30,6 +31,7 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
         activation_checkpointing, gradient_checkpointing: one option under two names: transformers renamed it in 5.24
             and drops the older name in version 6. Either works here with every version.
         profile: record a few steps, and write where their time goes (see `ProfileCallback`).
+        figures: png; or svg or pdf, for papers: charts are written in that format too, beside the PNG.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]  # a number once it is made
@@ -49,6 +51,7 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     watch_every: float = field(default=0.25, metadata={"help": "Steps or a share of the training; 0 is never."})
     profile: bool = field(default=False, metadata={"help": "Write where the time of a few steps goes."})
+    figures: str = field(default="png", metadata={"help": "png, svg or pdf: charts are written so too."})
     per_device_train_batch_size: int = 64
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
@@ -68,6 +71,7 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
             raise ValueError("training.hub_token is refused: log in with `hf auth login`, or set HF_TOKEN")
         check_hub_strategy(self.hub_strategy)
         self.check_optimization()
+        check_figures("training.figures", self.figures)
         self.check_adaptation("training")
         if self.freeze_layers < 0:
             raise ValueError(f"training.freeze_layers must be a number of blocks, not {self.freeze_layers}")

@@ -178,7 +178,7 @@ class ForgettingMonitor(TrainerCallback):
             self._warn_of_accuracy(watched, self.start[i], now[i], state.global_step)
             self._warn_of_unlikeness(watched, scores[i]["cka"], self.untrained[i], state.global_step)
         self._log({watched.name: values for watched, values in zip(self.images, scores)})
-        draw_forgetting(curves(state.log_history, self.images), self.folder / "forgetting.png")
+        draw_forgetting(curves(state.log_history, self.images), self.folder / "forgetting.png", args.figures)
         control.should_log = should_log
 
     def summary(self, history: list[dict]) -> dict[str, dict]:
