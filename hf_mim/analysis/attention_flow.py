@@ -173,5 +173,6 @@ class AttentionFlow(Measurement):
         entropy = self.averages.mean("cls_entropy", last)
         return (
             f"In the last block [cls] gives {share('cls_cls')} of its attention to itself and spreads the rest with an "
-            f"entropy of {readable(entropy)} of at most {readable(maximum)} nats; a patch gives {share('patch_self')} to itself."
+            f"entropy of {readable(entropy)} of at most {readable(maximum)} nats; a patch gives {share('patch_self')} "
+            "to itself."
         )

@@ -87,8 +87,8 @@ class Fourier(Measurement):
         return {
             "title": self.title,
             "summary": f"The log amplitude at {frequencies[-1]:.2g} pi, relative to frequency zero, is "
-            f"{readable(first)} before the first block and {readable(final)} after the last; the spatial variance goes from "
-            f"{readable(average.mean('variance', 0))} to {readable(average.mean('variance', last))}.",
+            f"{readable(first)} before the first block and {readable(final)} after the last; the spatial variance "
+            f"goes from {readable(average.mean('variance', 0))} to {readable(average.mean('variance', last))}.",
             "normal": self.normal,
             "images": self.count,
             "curves": {
