@@ -80,7 +80,7 @@ REFERENCE = {
 @cache
 def made() -> dict[str, str]:
     """{address in the site: Markdown} of all pages that are made here."""
-    return {**recipe_pages(), **reference_pages(), **message_pages(), **root_pages()}
+    return {**recipe_pages(), **option_pages(), **reference_pages(), **message_pages(), **root_pages()}
 
 
 @cache

@@ -34,7 +34,13 @@ SECTION_SUMMARIES = {
     "probe": "evaluation of a frozen encoder, for hf-mim probe",
     "analyze": "measurements, for hf-mim analyze",
 }
-INIT_FROM = "a checkpoint whose config and weights the model starts from, in place of new ones"
+# Those keys of the section `model` that are no field of `MIMConfig`.
+START_MEANINGS = {
+    "init_from": "a checkpoint whose config and weights the model starts from, in place of new ones",
+    "init_channels": "what the first layer of `init_from` becomes for other channels: repeat, average or new",
+    "keep": "what is to stay near the start in further training: weights or features",
+    "keep_weight": "of the distance to the start, beside the loss; by default 0.01 for weights, 1 for features",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def section(name: str) -> Group:
             known = options.get(key)
             options[key] = replace(option, meaning=option.meaning or (known.meaning if known else ""))
     if name == "model":
-        options["init_from"] = Option("init_from", None, "None", INIT_FROM, "")
+        options |= {key: Option(key, None, "None", START_MEANINGS[key], "") for key in START_MEANINGS}
     return Group(name, f"{name}.", "", SECTION_SUMMARIES[name], {key: options[key] for key in keys_of(name)})
 
 
@@ -136,8 +142,8 @@ def find(word: str) -> list[Group]:
 
 def type_title(option: Option) -> str:
     """Such as `text or null`."""
-    if option.annotation is None:  # of `init_from`, which is no field of a class
-        return describe_type(str | None)
+    if option.annotation is None:  # of `START_MEANINGS`, which are no fields of a class
+        return describe_type(keys_of("model")[option.name])
     source = ast.unparse(option.annotation)
     # Enumerations of transformers, which are not imported, can be given as text.
     return describe_type(read_type(option.annotation)) or ("text" if "str" in source.split(" | ") else source)
