@@ -184,6 +184,10 @@ class NativeEncoder(Encoder):
         missing = [name for name in wrapped if name not in state and "mask_token" not in name]
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}")
+        for name, value in wrapped.items():
+            if name in state and state[name].shape != value.shape:
+                shapes = f"{tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} by the config"
+                raise ValueError(f"weights and config do not fit: {name} is {shapes}")
         self.network.load_state_dict({name: state.get(name, value) for name, value in wrapped.items()})
         if self.taken_norm is not None:
             names = self.final_norm.state_dict()

@@ -78,7 +78,7 @@ class MIMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the model type has no bare vision model.
         """
-        native_fields, state = load_native(name_or_path)
+        native_fields, state, _ = load_native(name_or_path)
         without = {} if add_pooling_layer else {"add_pooling_layer": False}
         model = cls(MIMConfig(**{**native_fields, **fields}), **without)
         model.get_encoder().load_native_state(state)

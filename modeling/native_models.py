@@ -1,17 +1,29 @@
 """Vision models of transformers for the encoders that wrap them: their configs, their weights, their parts."""
 
 import inspect
+import json
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_base import MIMConfigBase
 from .foreign import check_config, trusts_remote_code
+from .loading import config_fields, file_of, load_whole
 from .options import Grid, pair, shorten, unknown_choice
 
 
+# What a saved model may lack: parts of its task, and positions that are computed.
+NEW = ("pooler.", "mask_token", "classifier", "position_embeddings", "decoder_pos_embed")
 # What a saved config holds beside the architecture, or what MIMConfig says.
 NOT_OPTIONS = {
     *("image_size", "num_channels", "model_type", "architectures", "transformers_version", "dtype", "_name_or_path"),
@@ -74,7 +86,7 @@ def check_images(fields: dict, source: str) -> None:
         ValueError: transformers does not know the model, it takes no images, or the config would run code.
     """
     check_config(fields)
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{source} holds a model of type {shorten(model_type)}, which transformers does not know")
     config = CONFIG_MAPPING[model_type]()
@@ -82,15 +94,17 @@ def check_images(fields: dict, source: str) -> None:
         raise ValueError(f"{source} is a {model_type!r} model, which takes no images: it has no vision tower")
 
 
-def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
-    """-> the fields of a `MIMConfig` that wraps this pretrained model, and the weights of the model.
+def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor], list[str]]:
+    """-> the fields of a `MIMConfig` that wraps this pretrained model, the weights of the model, and the names of those
+    in its files that it does not use.
 
     Of a model of images and text (CLIP, SigLIP, AIMv2) it is the image half, and its weights bring the projection into
     the space of the text, `visual_projection.weight`, where there is one. Where an image processor is saved beside it,
     the normalisation is that processor's.
     """
-    check_images(PreTrainedConfig.get_config_dict(name_or_path)[0], name_or_path)
-    network = AutoModel.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
+    check_images(config_fields(name_or_path), name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
+    network, info = load_whole(AutoModel, name_or_path, config, NEW)
     projection = getattr(network, "visual_projection", None)
     network = getattr(network, "vision_model", network)
     native = network.config
@@ -103,19 +117,33 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor]]:
     fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
     fields |= native_statistics(name_or_path, native)
     state = network.state_dict()
-    return fields, state if projection is None else {**state, "visual_projection.weight": projection.weight.detach()}
+    if projection is not None:
+        state["visual_projection.weight"] = projection.weight.detach()
+    return fields, state, sorted(info["unexpected_keys"])
 
 
 def native_statistics(name_or_path: str, native: PreTrainedConfig) -> dict[str, list[float]]:
     """The normalisation that a model's images want, as fields of a `MIMConfig`; {} where nothing says it. RADIO
-    normalises its images itself: they come as they are."""
+    normalises its images itself: they come as they are.
+
+    Raises:
+        ValueError: the file of the image processor is damaged.
+    """
     if native.model_type == "radio":
         return {"image_mean": [0.0] * native.num_channels, "image_std": [1.0] * native.num_channels}
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
+        processor: Any = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
         return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # no processor, or one that does not normalise: MIMConfig's defaults
+        path = file_of(name_or_path, "preprocessor_config.json")
+    if path is None:
+        return {}
+    try:  # a processor of a class that cannot be loaded, or that does not normalise
+        with open(path, encoding="utf-8") as file:
+            saved = json.load(file)
+        return {name: [float(v) for v in saved[name]] for name in ("image_mean", "image_std") if saved.get(name)}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it does not say how images are normalised") from error
 
 
 def patch_embedding(network: nn.Module, num_channels: int, patch: Grid) -> nn.Conv2d | None:

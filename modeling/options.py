@@ -52,6 +52,12 @@ def shorten(value: object) -> str:
     return text if len(text) <= 400 else f"{text[:300]} ..."
 
 
+def shorten_text(text: str) -> str:
+    """Text of a file or of another library, as it is, as part of a line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:280]} ..."
+
+
 def unknown_choice(kind: str, value: str, choices: Iterable[object]) -> OptionError:
     """The error for a name that is not among the choices; it names the nearest one and lists them all."""
     names = [str(choice) for choice in choices]

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
 from .encoder_native import NativeEncoder
 from .encoder_timm import run_timm
-from .foreign import TRUST, check_config, refuse_loading, trusts_remote_code
+from .foreign import TRUST, refuse_loading, trusts_remote_code
+from .loading import config_fields, load_whole
 from .native_models import load_native
-from .options import Size, pair, unknown_choice
+from .options import OptionError, Size, pair, shorten_text, unknown_choice
 
 
 LITE0 = "lite0"
@@ -213,13 +214,12 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
     """-> a frozen encoder. Code that travels with it runs only with HF_MIM_TRUST_REMOTE_CODE=1.
 
     Raises:
-        ValueError: it cannot be loaded as an image encoder, or has no dilation to set.
+        OptionError: it cannot be loaded as an image encoder, or has no dilation to set.
     """
     if source == LITE0:
         return lite0_teacher(output_stride).eval().requires_grad_(False)
     try:
-        fields = PreTrainedConfig.get_config_dict(source)[0]
-        check_config(fields)
+        fields = config_fields(source)
         if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING and not trusts_remote_code():
             raise ValueError(f"it brings Python code of its own, which runs only with {TRUST}=1")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
@@ -227,17 +227,19 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
             set_output_stride(config, output_stride)
         if config.model_type == "mim":
             # By the Auto class: the models are above this file.
-            model = AutoModel.from_pretrained(
-                source, config=config, add_pooling_layer=False, trust_remote_code=trusts_remote_code()
-            )
+            model, _ = load_whole(AutoModel, source, config, add_pooling_layer=False, use_safetensors=True)
             teacher = TeacherModel(model.encoder, config)
         elif config.model_type == "timm_wrapper":
             teacher = timm_teacher(source, config)
         else:
             teacher = native_teacher(source)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot use {source!r} as a teacher: {reason}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is in these files
+        known = isinstance(error, ValueError | OSError)  # a line already
+        reason = str(error).strip().partition("\n")[0] if known else f"{type(error).__name__}: {error}"
+        message = f"cannot use {source!r} as a teacher: {shorten_text(reason)}"
+        raise OptionError(message, "teacher", source) from error
     return teacher.eval().requires_grad_(False)
 
 
@@ -290,15 +292,15 @@ def timm_teacher(source: str, config: Any) -> TeacherModel:
     arguments = config.model_args
     try:  # a ViT then takes images of any size
         config.model_args = {**arguments, "dynamic_img_size": True}
-        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
+        model, _ = load_whole(AutoModel, source, config)
     except TypeError:
         config.model_args = arguments
-        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trusts_remote_code())
+        model, _ = load_whole(AutoModel, source, config)
     return TeacherModel(TimmTeacher(model.timm_model), timm_images(config.pretrained_cfg))
 
 
 def native_teacher(source: str) -> TeacherModel:
-    fields, state = load_native(source)
+    fields, state, _ = load_native(source)
     config = MIMConfigBase(**fields)
     encoder = NativeEncoder(config, **config.options("encoder"))
     encoder.load_native_state(state)

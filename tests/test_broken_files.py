@@ -155,7 +155,7 @@ def test_any_value_in_any_field_of_a_config_loads_or_is_one_line(checkpoint, tmp
 )
 def test_a_config_that_asks_for_years_is_refused_at_once(checkpoint, tmp_path, path, value):
     started = time.monotonic()
-    with pytest.raises(CheckpointError, match="is damaged") as caught:
+    with pytest.raises(CheckpointError, match="cannot load .*: (the config|id2label) ") as caught:
         load_model(changed(tmp_path / "model", checkpoint, path, value))
     assert time.monotonic() - started < SECONDS and len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 

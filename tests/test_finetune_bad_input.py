@@ -67,7 +67,11 @@ REFUSED = {
     "task": (None, ["task=clasification"], "did you mean 'classification'"),
     "pooler": (None, ["model.pooler=mena"], "did you mean 'mean'"),
     "decay": (None, ["finetune.layer_decay=1.5"], r"in \(0, 1\]"),
-    "shape": (None, ["model.encoder_config.hidden_size=32"], "do not fit this configuration: .* has another shape"),
+    "shape": (
+        None,
+        ["model.encoder_config.hidden_size=32"],
+        "weights and config do not fit: .* is .16,. in the file and .32,. by the config",
+    ),
     "resume": (None, ["training.resume=true"], "holds no recipe.yaml"),
 }
 

@@ -174,7 +174,7 @@ def test_what_is_no_checkpoint_is_said(finished, tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match="no checkpoint at nobody/nothing"):
         load_model("nobody/nothing")
-    with pytest.raises(ValueError, match="do not fit this configuration"):
+    with pytest.raises(ValueError, match="weights and config do not fit"):
         load_model(str(finished[0]), {"encoder_config": {"hidden_size": 24}})
 
 

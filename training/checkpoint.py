@@ -1,20 +1,21 @@
 """Loading checkpoints, with errors that say what is there instead."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.loading import config_fields, load_whole
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
-from hf_mim.training.common.declared import check_declared, check_file
-from hf_mim.training.common.errors import CheckpointError, RecipeError
-from hf_mim.training.common.foreign_errors import mismatch_reason
+from hf_mim.modeling.options import shorten, shorten_text
+from hf_mim.training.common.errors import CheckpointError, RecipeError, UserError
+from hf_mim.training.common.foreign_errors import field_reason
 from hf_mim.training.conversion.starting import (
     DESCRIBES,
     METHOD,
@@ -29,12 +30,14 @@ from hf_mim.training.data.fetching import fetch_model
 from hf_mim.training.data.urls import LOCAL, is_url
 
 
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+MASKS = ("mask_token", "mask_scale")  # weights that only models that hide tokens have
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards
 
 
 @contextmanager
 def config_errors() -> Iterator[None]:
-    """Around what makes a `MIMConfig`: a field of a wrong type becomes a `RecipeError` of one line.
+    """Around what makes a `MIMConfig` of a recipe: a field of a wrong type becomes a `RecipeError` of one line.
 
     Raises:
         RecipeError: in place of the error of huggingface_hub, which is no ValueError.
@@ -42,41 +45,32 @@ def config_errors() -> Iterator[None]:
     try:
         yield
     except StrictDataclassError as error:
-        raise RecipeError(" ".join(str(error).split()), "model") from None
+        raise RecipeError(field_reason(error), "model") from None
 
 
 @contextmanager
-def weight_errors(source: str) -> Iterator[None]:
-    """Around what loads weights.
-
-    Raises:
-        CheckpointError: in place of the error of torch and transformers for weights of other shapes.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise misfit(source, mismatch_reason(error)) from None
-
-
-@contextmanager
-def damage_errors(source: str) -> Iterator[None]:
+def checkpoint_errors(source: str) -> Iterator[None]:
     """Around what makes a model of a checkpoint as it is.
 
     Raises:
-        CheckpointError: in place of what goes wrong inside with a config or weights that are damaged.
+        CheckpointError: in place of whatever goes wrong inside with a config or weights that are damaged; its cause
+            stays, as a command asks it about the Hub, the disk and memory.
     """
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError):  # a line already; the Hub, the disk or memory
+    except (UserError, torch.OutOfMemoryError):
         raise
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{source} is damaged: its config.json: {field_reason(error)}", source) from error
+    except (ValueError, OSError) as error:  # a line already
+        raise CheckpointError(f"cannot load {source}: {first_line(error)}", source) from error
     except Exception as error:
-        reason = mismatch_reason(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
-        reason = f"{type(error).__name__}: {reason[:300]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{source} is damaged, its config or its weights: {reason}", source) from error
 
 
-def misfit(source: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"the weights of {source} do not fit this configuration: {reason}", source)
+def first_line(error: Exception) -> str:
+    return shorten_text((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def check_source(source: str) -> None:
@@ -118,20 +112,18 @@ def read_config(source: str) -> dict[str, Any]:
         CheckpointError: there is none, or it cannot be read.
     """
     location = resolve(source)
-    check_file(Path(location) / "config.json", source)
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(location)
-    except (OSError, ValueError, TypeError, RecursionError, AttributeError) as error:  # what a file holds is anything
-        # With its cause: the command explains what the Hub said from there.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"no checkpoint at {source}: {reason}", source) from error
+        fields = config_fields(location)
+    except OSError as error:  # stays as the cause: the command explains what the Hub said from there
+        raise CheckpointError(f"no checkpoint at {source}: {first_line(error)}", source) from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot load {source}: {first_line(error)}", source) from error
     if not fields:
         raise CheckpointError(f"no checkpoint at {source}: there is no config.json", source)
-    check_declared(fields, source, location)
     return fields
 
 
-def load_config(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMConfig:
+def load_config(checkpoint: str, changes: Mapping[str, Any] | None = None) -> MIMConfig:
     """The config of a MIM checkpoint, with changes.
 
     Args:
@@ -144,9 +136,13 @@ def load_config(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMCo
     """
     fields, changes = read_config(checkpoint), changes or {}
     if fields.get("model_type") != MIMConfig.model_type:
-        kind = fields.get("model_type", "no model that transformers knows")
-        message = f"{checkpoint} holds {kind!r}, and only a checkpoint of model type 'mim' can be used here"
+        kind = shorten(fields.get("model_type", "no model that transformers knows"))
+        message = f"{checkpoint} holds {kind}, and only a checkpoint of model type 'mim' can be used here"
         raise CheckpointError(message, checkpoint)
+    with checkpoint_errors(checkpoint):
+        config = MIMConfig.from_dict(fields)
+    if not changes:
+        return config
     for key, value in changes.items():
         part = key.removesuffix("_config")
         keeps = isinstance(value, dict) and changes.get(part, fields.get(part)) == fields.get(part)
@@ -155,19 +151,16 @@ def load_config(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMCo
             fields[f"{key}_config"] = {}
     for follows in ("stage_names", "out_features", "out_indices"):
         fields.pop(follows, None)
-    with nullcontext() if changes else damage_errors(checkpoint):  # or what is asked for is at fault
-        return MIMConfig.from_dict(fields)
+    return MIMConfig.from_dict(fields)
 
 
-def load_model(checkpoint: str, changes: dict[str, Any] | None = None) -> MIMForPreTraining:
-    """A pretraining model with the weights of a checkpoint; parts that it lacks are initialised and reported.
+def load_model(checkpoint: str, changes: Mapping[str, Any] | None = None) -> MIMForPreTraining:
+    """A pretraining model with the weights of a checkpoint.
 
     Raises:
-        CheckpointError: as of `load_config`, or the weights do not fit the changed config.
+        CheckpointError: as of `load_config`, or weights are missing or do not fit the changed config.
     """
-    config = load_config(checkpoint, changes)
-    with damage_errors(checkpoint), weight_errors(checkpoint):
-        return MIMForPreTraining.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True)
+    return load_checkpoint(MIMForPreTraining, checkpoint, load_config(checkpoint, changes))
 
 
 def model_type_of(source: str) -> str:
@@ -185,20 +178,6 @@ def model_type_of(source: str) -> str:
     return kind
 
 
-@contextmanager
-def encoder_errors(source: str, kind: str) -> Iterator[None]:
-    """Around what makes an image encoder of a model of transformers.
-
-    Raises:
-        CheckpointError: in place of what goes wrong inside with a model that is none.
-    """
-    try:
-        yield
-    except (KeyError, AttributeError, TypeError) as error:
-        message = f"{source} holds {kind!r}, which cannot be used as an image encoder: {error}"
-        raise CheckpointError(message, source) from error
-
-
 def load_encoder(source: str) -> MIMModel:
     """The frozen encoder of a checkpoint of this project or of a vision model of transformers, in eval mode and without
     a pooler. It sees whole images, also where the model's own class would hide patches (ViTMAE).
@@ -207,16 +186,30 @@ def load_encoder(source: str) -> MIMModel:
         source: a folder, a URL, or an id on the Hub.
 
     Raises:
-        CheckpointError: there is no model, or it is no image encoder.
+        CheckpointError: there is no model, it is no image encoder, or it is damaged.
     """
     kind, location = model_type_of(source), resolve(source)
     if kind == MIMConfig.model_type:
-        with damage_errors(source):
-            model = MIMModel.from_pretrained(location, add_pooling_layer=False, use_safetensors=True)
+        model = load_checkpoint(MIMModel, source, add_pooling_layer=False)
     else:
-        with damage_errors(source), encoder_errors(source, kind):
+        with checkpoint_errors(source):
             model = MIMModel.from_encoder(location, add_pooling_layer=False)
     return model.eval().requires_grad_(False)
+
+
+def load_checkpoint(model_class: type[ModelT], source: str, config: MIMConfig | None = None, **options) -> ModelT:
+    """A model of this project with the weights of a checkpoint.
+
+    Args:
+        config: None is the checkpoint's own.
+        options: of `load_whole`, and of the class.
+
+    Raises:
+        CheckpointError: as of `load_config`, or weights are missing or of another shape.
+    """
+    config = config or load_config(source)
+    with checkpoint_errors(source):
+        return load_whole(model_class, resolve(source), config, use_safetensors=True, **options)[0]
 
 
 # ---- encoders to start from ----------------------------------------------------------------------------------------
@@ -234,26 +227,25 @@ def starting_encoder(source: str) -> StartingEncoder:
 
     path = Path(source).expanduser()
     if path.is_file():
-        with encoder_errors(source, "weights"):
+        with checkpoint_errors(source):
             return libraries.start_from(source, libraries.convert_file(path, libraries.Hints()))
     fields, location = read_config(source), resolve(source)
-    kind = fields.get("model_type", "no model type")
-    if kind == MIMConfig.model_type:
+    if fields.get("model_type") == MIMConfig.model_type:
         return own_start(source, location)
-    with damage_errors(source), encoder_errors(source, kind):
+    with checkpoint_errors(source):
         return libraries.start_from(source, libraries.convert_folder(location, fields, libraries.Hints()))
 
 
 def own_start(source: str, location: str) -> StartingEncoder:
     """Of a checkpoint of this project, of whatever head."""
     config = load_config(source)
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     whole = "MIMForPreTraining" in (config.architectures or ())
     kind: Any = MIMForPreTraining
+    options: dict[str, Any] = {"use_safetensors": True}
     if not whole:
-        kind, options = MIMModel, {**options, "add_pooling_layer": False, "use_mask_token": True}
-    with damage_errors(source):
-        model, info = kind.from_pretrained(location, **options)
+        kind, options = MIMModel, {**options, "add_pooling_layer": False, "use_mask_token": True, "new": MASKS}
+    with checkpoint_errors(source):
+        model, info = load_whole(kind, location, config, **options)
     state = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
     fields = {name: getattr(config, name) for name in DESCRIBES}
     start = StartingEncoder(source, fields, state, f"a checkpoint of this project, encoder {config.encoder!r}")
@@ -280,7 +272,7 @@ def start_model(section: dict[str, Any]) -> tuple[MIMForPreTraining, list[str]]:
     fields, notes = start_fields(start, section)
     state = adapt_channels(start, fields["num_channels"], how)
     model = MIMForPreTraining(MIMConfig(**fields))
-    with weight_errors(source):
+    with checkpoint_errors(source):
         fill(model.mim, state)
     decoder = "its decoder too" if fill_head(model, start) else "with a new decoder"
     return model, [f"start: {source}, {start.description}, {decoder}; {describe_hiding(model)}", *notes]

@@ -18,7 +18,7 @@ from hf_mim.analysis.interaction import PAPER, Partial, Plan
 from hf_mim.analysis.measurement import number
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMModel
 from hf_mim.modeling.options import is_of, unknown_choice
-from hf_mim.training.checkpoint import load_config, resolve
+from hf_mim.training.checkpoint import load_checkpoint, load_config
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.device import best_device
 from hf_mim.training.common.errors import RecipeError
@@ -225,8 +225,7 @@ def own_classifier(source: str, classes: int) -> MIMForImageClassification | Non
         return None
     if "MIMForImageClassification" not in (config.architectures or []) or config.num_labels != classes:
         return None
-    model = MIMForImageClassification.from_pretrained(resolve(source), use_safetensors=True).float()
-    return model.eval().requires_grad_(False)
+    return load_checkpoint(MIMForImageClassification, source, config).float().eval().requires_grad_(False)
 
 
 def fit_probe(model: MIMModel, images: EncoderImages) -> tuple[Tensor, Tensor, int]:

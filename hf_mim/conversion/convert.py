@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.declared import check_declared
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import Size
-from hf_mim.training.checkpoint import read_config, resolve
+from hf_mim.training.checkpoint import checkpoint_errors, read_config, resolve
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.conversion.libraries import convert_file, convert_folder
 from hf_mim.training.conversion.official import Converted, Hints
@@ -45,8 +47,10 @@ def convert(
         OSError: there is no such source, or `out` cannot be written.
     """
     check_new_folder(Path(out), force)
-    converted = read_source(source, Hints(heads, image_size, timm_name, decoder_heads=decoder_heads), encoder)
-    model = build(converted)
+    with checkpoint_errors(source):
+        converted = read_source(source, Hints(heads, image_size, timm_name, decoder_heads=decoder_heads), encoder)
+        check_declared(converted.fields, len(converted.state))
+        model = build(converted)
     model.save_pretrained(out)
     processor_for(model.config).save_pretrained(out)
     lines = report(converted, source, model)
@@ -79,14 +83,22 @@ def model_class(converted: Converted):
 
 
 def build(converted: Converted) -> MIMModel | MIMForPreTraining | MIMForImageClassification:
-    """The model with the weights in it; it must take all of them, and lack none but those of a new pooler."""
-    model = model_class(converted)(MIMConfig(**converted.fields))
-    state = own_names(converted)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    """The model with the weights in it; it must take all of them, and lack none but those of a new pooler.
+
+    Raises:
+        ValueError: it does not, which is found before memory is taken.
+    """
+    config, state = MIMConfig(**converted.fields), own_names(converted)
     new = () if converted.classifier else ("pooler.", "mim.pooler.")
-    lacking = [name for name in missing if not name.startswith(new)]
-    if lacking or unexpected:
-        raise ValueError(f"the weights do not fill the model: {', '.join((lacking + unexpected)[:4])}")
+    with torch.device("meta"):
+        model = model_class(converted)(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.startswith(new)}
+    wrong = sorted(name for name in shapes.keys() ^ state.keys() if not name.startswith(new))
+    wrong += [name for name in shapes.keys() & state.keys() if shapes[name] != tuple(state[name].shape)]
+    if wrong:
+        raise ValueError(f"the weights do not fill the model: {', '.join(wrong[:4])}")
+    model = model_class(converted)(config)
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 

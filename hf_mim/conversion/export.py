@@ -2,13 +2,11 @@
 its decoder as the official program saves it."""
 
 from pathlib import Path
-from typing import Any
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import unknown_choice
-from hf_mim.training.checkpoint import load_config, resolve
-from hf_mim.training.common.errors import CheckpointError
+from hf_mim.training.checkpoint import load_checkpoint, load_config
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.conversion.fcmae import to_official
 from hf_mim.training.data.processors import processor_for
@@ -44,7 +42,7 @@ def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> li
     config = load_config(checkpoint)
     if to == OFFICIAL:
         return export_whole(checkpoint, config, Path(out))
-    model = MIMModel.from_pretrained(resolve(checkpoint), config=config, use_safetensors=True).float().eval()
+    model = load_checkpoint(MIMModel, checkpoint, config, new=("pooler.", "pooled_norm.")).float().eval()
     out, formats = Path(out), model.encoder.export_formats
     if to not in formats:
         raise ValueError(f"this encoder has no counterpart in {to}: export it --to {' or '.join(formats)}")
@@ -55,14 +53,7 @@ def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> li
 
 def export_whole(checkpoint: str, config: MIMConfig, out: Path) -> list[str]:
     """As `export`, to `OFFICIAL`."""
-    loaded: Any = MIMForPreTraining.from_pretrained(
-        resolve(checkpoint), config=config, use_safetensors=True, output_loading_info=True
-    )
-    model, info = loaded
-    if info["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint} has no decoder: {len(info['missing_keys'])} weights are missing", checkpoint
-        )
+    model = load_checkpoint(MIMForPreTraining, checkpoint, config)
     lines = to_official(model.float(), out)
     processor_for(config).save_pretrained(out)
     return [f"{out}: {lines[0]}", *lines[1:]]

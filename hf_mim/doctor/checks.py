@@ -22,6 +22,7 @@ from hf_mim.doctor.weights import (
     look_at_weights,
     read_weights,
 )
+from hf_mim.hub.errors import explain
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
@@ -114,7 +115,8 @@ def examine(source: str, data: DataArguments, say=lambda words: None, log=lambda
         if not (Path(source) / "config.json").is_file():  # there is nothing, rather than something damaged
             raise
         remedy = "copy it again from where it came from, or take an earlier checkpoint of its run"
-        return [Check("checkpoint", "fault", f"cannot be loaded: {str(error).partition(chr(10))[0]}", remedy)]
+        reason = explain(error) or str(error).partition("\n")[0]
+        return [Check("checkpoint", "fault", reason, remedy)]
     checks = [check_finite(looked), *check_positions(looked)]
     untrained = bool(looked.norms) and all(looked.norms)
     if untrained:

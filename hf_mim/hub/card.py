@@ -13,11 +13,14 @@ from hf_mim.hub import card_results as results_of
 from hf_mim.hub.card_results import clean, code, is_number
 from hf_mim.hub.files import PICTURES, read_json, read_recipe, weight_files
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.loading import config_fields, load_whole
 from hf_mim.modeling.masking import hides_tokens
+from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.parts import TABLES as PARTS
 from hf_mim.modeling.parts import is_own
 from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import checkpoint_errors
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.sharing import file_inside, shareable
 
@@ -143,18 +146,41 @@ def read_config(folder: Path):
     """The config of a checkpoint, of whichever model of this project.
 
     Raises:
-        ValueError, OSError: there is none, or it is another project's.
+        CheckpointError: there is none, it is damaged, or another project's.
     """
-    fields = read_json(file_inside(folder, "config.json"))
-    if fields.get("model_type") == "upernet":
+    source = str(folder)
+    if file_inside(folder, "config.json") is None:
+        raise CheckpointError(f"no checkpoint at {source}: there is no config.json", source)
+    with checkpoint_errors(source):
+        fields = config_fields(source)
+    upernet = fields.get("model_type") == "upernet"
+    kind = (results_of.section(fields, "backbone_config") if upernet else fields).get("model_type")
+    if kind != MIMConfig.model_type:
+        content = f"an UperNet over {kind!r}, and only one over 'mim'" if upernet else f"{kind!r}, and only 'mim'"
+        raise CheckpointError(f"{source} holds {content} can be published here", source)
+    with checkpoint_errors(source):
+        if not upernet:
+            return MIMConfig.from_dict(fields)
         from hf_mim.modeling.modeling_upernet import MIMUperNetConfig
 
-        kind = results_of.section(fields, "backbone_config").get("model_type")
-        if kind != MIMConfig.model_type:
-            message = f"{folder} holds an UperNet over {kind!r}, and only one over 'mim' can be published here"
-            raise CheckpointError(message, str(folder))
-        return MIMUperNetConfig.from_pretrained(folder)
-    return MIMConfig.from_pretrained(folder)
+        return MIMUperNetConfig.from_dict(fields)
+
+
+def check_weights(folder: Path, config) -> None:
+    """Loads a checkpoint once: what is published is to load.
+
+    Raises:
+        CheckpointError: its weights are damaged, or do not fit its config.
+    """
+    heads = {head.__name__: head for head in (MIMForPreTraining, MIMForImageClassification)}
+    model_class: type = heads.get((config.architectures or [""])[0], MIMModel)
+    if config.model_type == "upernet":
+        from hf_mim.modeling.modeling_upernet import MIMUperNet
+
+        model_class = MIMUperNet
+    new = ("pooler.", "pooled_norm.") if model_class is MIMModel else ()
+    with checkpoint_errors(str(folder)):
+        load_whole(model_class, str(folder), config, new, use_safetensors=True)
 
 
 def size_words(folder: Path, config: MIMConfig) -> str:

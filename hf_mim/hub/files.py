@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+from hf_mim.modeling.loading import INDEX, WHOLE, shard_names
+from hf_mim.modeling.options import shorten
 from hf_mim.training import recipe as recipes
+from hf_mim.training.checkpoint import checkpoint_errors
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.recipe import PLUGINS
 
 
-INDEX = "model.safetensors.index.json"
 RESULTS = ("metrics.json", "probe.json")
 PICTURES = {
     "reconstructions.png": "test images: original, masked, prediction, prediction with the visible patches",
@@ -32,7 +34,7 @@ def read_json(path: Path | None) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not valid JSON", str(path)) from None
     return content if isinstance(content, dict) else {}
 
@@ -58,17 +60,21 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """
     if file_inside(folder, "config.json") is None:
         raise CheckpointError(f"no checkpoint at {folder}: there is no config.json", str(folder))
-    whole, index = file_inside(folder, "model.safetensors"), file_inside(folder, INDEX)
+    whole, index = file_inside(folder, WHOLE), file_inside(folder, INDEX)
     if whole is not None:
-        return {"model.safetensors": whole}
+        return {WHOLE: whole}
     if index is None:
         pickles = next((path.name for path in folder.glob("*.bin")), None)
         reason = f"{pickles} is a pickle, which is neither read nor published" if pickles else "there are no weights"
-        raise CheckpointError(f"no model.safetensors in {folder}: {reason}", str(folder))
+        raise CheckpointError(f"no {WHOLE} in {folder}: {reason}", str(folder))
     weights = {INDEX: index}
-    for name in sorted({str(name) for name in read_json(index).get("weight_map", {}).values()}):
+    with checkpoint_errors(str(folder)):
+        names = shard_names(str(index))
+    for name in names:
         path = file_inside(folder, name) if Path(name).name == name and name.endswith(".safetensors") else None
         if path is None:
-            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of this folder", str(folder))
+            raise CheckpointError(
+                f"{index} names {shorten(name)}, which is no safetensors file of this folder", str(folder)
+            )
         weights[name] = path
     return weights

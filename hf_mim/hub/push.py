@@ -20,14 +20,14 @@ from huggingface_hub.errors import (
 from transformers.dynamic_module_utils import custom_object_save
 from yaml import YAMLError
 
-from hf_mim.hub.card import command_of, header_of, make_card, plugin_notes, read_config
+from hf_mim.hub.card import check_weights, command_of, header_of, make_card, plugin_notes, read_config
 from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import PICTURES, RESULTS, read_json, read_recipe, weight_files, write_json
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
-from hf_mim.training.common.errors import FolderError
+from hf_mim.training.common.errors import CheckpointError, FolderError
 from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.trainer.pushing import is_weights
 
@@ -83,6 +83,7 @@ def push(
     check_options(revision, tag, pr)
     folder = Path(checkpoint).expanduser()
     weights, api = weight_files(folder), HfApi()
+    check_weights(folder, read_config(folder))
     with tempfile.TemporaryDirectory() as scratch, hub_errors(repo):
         owned = full_name(api, repo)
         card = read_card(api, owned, revision)
@@ -168,6 +169,7 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
         FolderError: one of them is a symbolic link out of the folder.
     """
     config = read_config(folder)
+    processor = check_processor(folder)
     config.save_pretrained(scratch)  # with the whole auto_map, whatever the folder has of it
     custom_object_save(code_of(config), scratch)
     saved = read_json(scratch / "config.json")
@@ -175,9 +177,9 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     for name in ("preprocessor_config.json", *PICTURES, "README.md"):
         if (path := file_inside(folder, name)) is not None:
             shutil.copy(path, scratch)
-    if not (scratch / "preprocessor_config.json").is_file():
+    if processor is None:
         processor_of(config).save_pretrained(scratch)
-    elif read_json(scratch / "preprocessor_config.json").get("image_processor_type") == MIMImageProcessor.__name__:
+    elif processor == MIMImageProcessor.__name__:
         MIMImageProcessor.from_pretrained(scratch).save_pretrained(scratch)  # with its code, and none of the folder's
     for name in RESULTS:
         if (path := file_inside(folder, name)) is not None:
@@ -190,6 +192,20 @@ def stage(folder: Path, repo: str, license: str | None, scratch: Path) -> dict[s
     if not (scratch / "README.md").is_file():
         make_card(folder, repo, license).save(scratch / "README.md")
     return {path.name: path for path in sorted(scratch.iterdir())}
+
+
+def check_processor(folder: Path) -> str | None:
+    """The class of the image processor of a checkpoint; None where there is none.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    path = file_inside(folder, "preprocessor_config.json")
+    if path is None:
+        return None
+    if not (saved := read_json(path)):
+        raise CheckpointError(f"{path} holds no image processor: remove it, and a new one is made", str(path))
+    return str(saved.get("image_processor_type"))
 
 
 def code_of(config) -> type:
@@ -223,6 +239,7 @@ def write_card(checkpoint: str | Path, repo: str, out: Path, license: str | None
     """
     folder = Path(checkpoint).expanduser()
     weight_files(folder)
+    check_weights(folder, read_config(folder))
     if out.exists() and not out.is_dir():
         raise FolderError(f"{out} is not a folder", str(out))
     same = out.resolve() == folder.resolve()

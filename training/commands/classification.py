@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,12 @@ from hf_mim.modeling.native_models import load_native
 from hf_mim.modeling.options import OptionError
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import (
+    checkpoint_errors,
     config_errors,
-    encoder_errors,
+    load_checkpoint,
     load_config,
-    misfit,
     model_type_of,
     resolve,
-    weight_errors,
 )
 from hf_mim.training.commands.finetune_run import FinetuneRun
 from hf_mim.training.common.console import make_table
@@ -48,6 +46,7 @@ from hf_mim.training.trainer.lora import ADAPTER, add_lora, save_adapted
 # Of a new head's weights, by optimizer: tiny ones as in MAE's release let predictions start out equal; but LAMB's steps
 # are proportional to the weights, and a tiny head would hardly learn.
 HEAD_STD = {None: 2e-5, "lamb": 0.02}
+NEW = ("classifier.", "mim.pooler.", "mim.pooled_norm.")  # weights that a checkpoint may lack
 METRIC = "accuracy"  # what the best checkpoint is the best in
 
 
@@ -121,8 +120,8 @@ def config_builder(source: str) -> tuple[Callable[[dict], MIMConfig], dict | Non
     kind, state = model_type_of(source), None
     native: dict = {}
     if kind != MIMConfig.model_type:
-        with encoder_errors(source, kind):
-            native, state = load_native(resolve(source))
+        with checkpoint_errors(source):
+            native, state, _ = load_native(resolve(source))
 
     def build(changes: dict) -> MIMConfig:
         with config_errors():
@@ -146,33 +145,15 @@ def load_classifier(run: FinetuneRun, config: MIMConfig, state: dict | None, cla
     if run.options.from_scratch or state is not None:
         model, keeps_head = MIMForImageClassification(config), False
         if state is not None and not run.options.from_scratch:
-            with weight_errors(run.source):
+            with checkpoint_errors(run.source):
                 model.mim.encoder.load_native_state(state)
     else:
-        model = load_checkpoint(run.source, config)
+        model = load_checkpoint(MIMForImageClassification, run.source, config, new=NEW, reshaped=("classifier.",))
     if not keeps_head:
         torch.nn.init.trunc_normal_(model.classifier.weight, std=HEAD_STD[run.options.optimizer])
         torch.nn.init.zeros_(model.classifier.bias)
     if model.mim.pooler is not None and not model.mim.pooler.apply_final_norm:
         model.mim.encoder.final_norm.requires_grad_(False)  # several processes would wait for gradients it never gets
-    return model
-
-
-def load_checkpoint(source: str, config: MIMConfig) -> MIMForImageClassification:
-    """Raises:
-    CheckpointError: weights other than those of pooler and head are missing, or of another shape.
-    """
-    with weight_errors(source):
-        loaded: Any = MIMForImageClassification.from_pretrained(
-            resolve(source), config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    model, report = loaded
-    new = ("classifier.", "mim.pooler.", "mim.pooled_norm.")
-    other = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]]
-    lost = [f"{name} has another shape" for name in other if not name.startswith("classifier.")]
-    lost += [f"{name} is missing" for name in report["missing_keys"] if not name.startswith(new)]
-    if lost:
-        raise misfit(source, sorted(lost)[0])
     return model
 
 

@@ -4,14 +4,16 @@ tests/test_foreign_errors.py makes each library raise its own."""
 import errno
 import re
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from hf_mim.modeling.options import shorten_text
 
-def mismatch_reason(error: RuntimeError) -> str:
-    """The line that names the first weight of another shape, of torch's `load_state_dict` or of transformers'
-    `from_pretrained`; the first line of any other error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "mismatch" in line.lower()), lines[0] if lines else type(error).__name__)
+
+def field_reason(error: StrictDataclassError) -> str:
+    """What huggingface_hub finds wrong with a field of a config, without the types that it has tried one by one."""
+    text = " ".join(str(error).split())
+    return shorten_text(re.sub(r"^Validation error for field '\w+': \w+: ", "", text).partition(" Errors: ")[0])
 
 
 def is_lost_worker(error: RuntimeError) -> bool:

@@ -11,9 +11,10 @@ from transformers import AutoModel, ViTMAEForPreTraining
 from transformers.utils import cached_file
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.foreign import check_config, refuse_loading, trusts_remote_code
+from hf_mim.modeling.foreign import refuse_loading, trusts_remote_code
+from hf_mim.modeling.loading import load_whole
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.modeling.native_models import check_images, load_native
+from hf_mim.modeling.native_models import NEW, check_images, load_native, native_statistics
 
 from . import vit_family as vit
 from .official import Converted, Hints, convert_state, finish, with_mae_decoder
@@ -37,7 +38,6 @@ def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     Raises:
         ValueError: it is of no known kind, or ours already.
     """
-    check_config(fields)
     kind = fields.get("model_type")
     if "architecture" in fields and (kind or TIMM) == TIMM:
         return convert_timm(source, fields, hints)
@@ -144,25 +144,11 @@ def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
     return converted
 
 
-def load_pretrained(source: str, model_class):
-    """-> the model and what it left out of the file.
-
-    Raises:
-        ValueError: the file lacks weights.
-    """
-    model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=trusts_remote_code())
-    new = ("pooler.", "mask_token", "classifier", "position_embeddings", "decoder_pos_embed")
-    missing = [name for name in info["missing_keys"] if not any(part in name for part in new)]
-    if missing:
-        raise ValueError(f"{source} lacks weights: {', '.join(sorted(missing)[:4])}")
-    return model.eval(), sorted(info["unexpected_keys"])
-
-
 def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
     """A vision transformer of transformers as our encoder `vit`."""
     native = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
     with_decoder = kind == "vit_mae" and "ViTMAEForPreTraining" in (native.architectures or [])
-    network, unexpected = load_pretrained(source, ViTMAEForPreTraining if with_decoder else AutoModel)
+    network, info = load_whole(ViTMAEForPreTraining if with_decoder else AutoModel, source, native, NEW)
     tensors = {name: value.float() for name, value in network.state_dict().items()}
     weights = Weights(tensors, vit.renamer(vit.FROM_TRANSFORMERS))
     eps, size = native.layer_norm_eps, native.image_size
@@ -177,24 +163,14 @@ def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
         converted = with_mae_decoder(converted, hints)
         converted.kind = "transformers' vit_mae with its decoder"
     finish(weights)
-    weights.left |= dict.fromkeys(unexpected, "the head of the old task")
-    converted.fields |= load_statistics(source)
+    weights.left |= dict.fromkeys(sorted(info["unexpected_keys"]), "the head of the old task")
+    converted.fields |= native_statistics(source, native)
     return converted
-
-
-def load_statistics(source: str) -> dict:
-    """How images are normalised, where an image processor is saved beside the model."""
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=trusts_remote_code())
-        return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
 
 
 def convert_native(source: str, kind: str) -> Converted:
     """A ConvNet of transformers as our encoder `convnet`, any other model as `native`."""
-    _, unexpected = load_pretrained(source, AutoModel)
-    fields, tensors = load_native(source)
+    fields, tensors, unexpected = load_native(source)
     weights = Weights(tensors)
     if kind in CONVNETS:
         fields |= {"encoder": "convnet"}

@@ -4,9 +4,12 @@ import argparse
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from hf_mim.modeling.options import shorten, shorten_text
 
 from .unpickling import unpickle
 
@@ -14,6 +17,7 @@ from .unpickling import unpickle
 SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".safetensors")
 # What official files put their weights under, the first that is there; `teacher` is DINO's, the better one of its two.
 CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "teacher", "student")
+LARGEST = 2**20  # a side of a tensor without values
 
 
 class Weights:
@@ -50,9 +54,15 @@ class Weights:
         return self.take(name) if name in self.tensors else None
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that `pattern` catches in a name; 0 where there is none."""
-        matches = [re.match(pattern, name) for name in self.tensors]
-        return max((int(match[1]) + 1 for match in matches if match), default=0)
+        """One more than the largest number that `pattern` catches in a name; 0 where there is none.
+
+        Raises:
+            ValueError: it is larger than the number of weights: nothing may be looped over so often.
+        """
+        numbers = [match[1] for name in self.tensors if (match := re.match(pattern, name))]
+        if too_large := [number for number in numbers if len(number) > 9 or int(number) >= len(self.sources)]:
+            raise ValueError(f"a name of the file counts to {shorten_text(too_large[0])}, and it holds fewer weights")
+        return max((int(number) + 1 for number in numbers), default=0)
 
     def leave(self, pattern: str, reason: str) -> None:
         """Says why what is left of the names that match the pattern is not used."""
@@ -71,7 +81,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict, list[str]]:
         raise ValueError(f"{path.name} is no checkpoint file; the kinds read are {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), {}, []
+            weights = load_file(path)
+            check_sizes(weights)
+            return weights, {}, []
         except SafetensorError as error:
             raise ValueError(f"{path.name} is no safetensors file: {error}") from error
     content, foreign = unpickle(path)
@@ -102,9 +114,21 @@ def unwrap(content) -> tuple[dict[str, Tensor], list[str]]:
     if plain:
         notes.append(f"no tensors: {', '.join(plain)}")
     weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    check_sizes(weights)
     while all(name.startswith("module.") for name in weights):  # DistributedDataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights, notes
+
+
+def check_sizes(weights: dict[str, Tensor]) -> None:
+    """Raises:
+    ValueError: a tensor claims to be larger than what the file holds of it: one value can be repeated without end.
+    """
+    for name, value in weights.items():
+        stored = value.untyped_storage().nbytes() // value.element_size() if value.layout == torch.strided else 0
+        if value.numel() > stored or (not value.numel() and max(value.shape) > LARGEST):
+            shape = shorten(tuple(value.shape))
+            raise ValueError(f"{shorten_text(name)} is {shape} and holds {stored:,} values: the file is damaged")
 
 
 def size_of(text: str | None) -> int | list[int] | None:

@@ -66,10 +66,15 @@ def fill(model: MIMModel, state: dict[str, Tensor]) -> None:
     masks = [name for name in own if is_of_mask(name)]
     state = {name: value for name, value in state.items() if name in own or not is_of_mask(name)}
     state = {name: value for name, value in state.items() if name not in masks or value.shape == own[name].shape}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    lacking = [name for name in missing if name not in masks]
-    if lacking or unexpected:
-        raise ValueError(f"the weights do not fill the encoder: {', '.join((lacking + unexpected)[:4])}")
+    wrong = sorted(name for name in own.keys() ^ state.keys() if name not in masks)
+    wrong += [
+        f"{name} is {tuple(value.shape)}, and {tuple(own[name].shape)} by the recipe"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"the weights do not fill the encoder: {', '.join(wrong[:4])}")
+    model.load_state_dict(state, strict=False)
 
 
 def fill_head(model: MIMForPreTraining, start: StartingEncoder) -> bool:
