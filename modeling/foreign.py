@@ -9,6 +9,9 @@ from .options import OptionError
 
 
 TRUST = "HF_MIM_TRUST_REMOTE_CODE"
+OWN_CODE = (
+    f"Python code of its own, which is not run. If you have read it and trust it, set {TRUST}=1 in the environment"
+)
 # Options of timm.create_model that make it read files or fetch them, pickles among them.
 LOADING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 # Keys under which transformers' configs keep options for timm.

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers import initialization as init
 from transformers.utils import cached_file
 
 from .declared import FILE, check_declared
-from .foreign import check_config, trusts_remote_code
+from .foreign import OWN_CODE, check_config, trusts_remote_code
 from .options import shorten
 
 
@@ -45,6 +45,8 @@ def config_fields(source: str) -> dict[str, Any]:
         raise ValueError("config.json holds no config")
     check_declared(fields, tensors)
     check_config(fields)
+    if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING and not trusts_remote_code():
+        raise ValueError(f"it brings {OWN_CODE}")
     return fields
 
 

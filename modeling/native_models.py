@@ -87,6 +87,8 @@ def check_images(fields: dict, source: str) -> None:
     """
     check_config(fields)
     model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING and "auto_map" in fields and trusts_remote_code():
+        return  # its own code will say
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{source} holds a model of type {shorten(model_type)}, which transformers does not know")
     config = CONFIG_MAPPING[model_type]()
@@ -105,6 +107,9 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor], list[str]]:
     check_images(config_fields(name_or_path), name_or_path)
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
     network, info = load_whole(AutoModel, name_or_path, config, NEW)
+    if config.model_type not in CONFIG_MAPPING:  # of code that the user trusts: what wraps it asks for it by this name
+        AutoConfig.register(config.model_type, type(config))
+        AutoModel.register(type(config), type(network))
     projection = getattr(network, "visual_projection", None)
     network = getattr(network, "vision_model", network)
     native = network.config

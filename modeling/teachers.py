@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, EncoderOutput, Grid, image_size
 from .encoder_native import NativeEncoder
 from .encoder_timm import run_timm
-from .foreign import TRUST, refuse_loading, trusts_remote_code
+from .foreign import refuse_loading, trusts_remote_code
 from .loading import config_fields, load_whole
 from .native_models import load_native
 from .options import OptionError, Size, pair, shorten_text, unknown_choice
@@ -219,9 +219,7 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
     if source == LITE0:
         return lite0_teacher(output_stride).eval().requires_grad_(False)
     try:
-        fields = config_fields(source)
-        if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING and not trusts_remote_code():
-            raise ValueError(f"it brings Python code of its own, which runs only with {TRUST}=1")
+        config_fields(source)  # raises where it is damaged or hostile
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
         if output_stride is not None:
             set_output_stride(config, output_stride)

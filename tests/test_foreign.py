@@ -15,7 +15,6 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel, cli
 from hf_mim.conversion import convert, export
-from hf_mim.hub.errors import explain
 from hf_mim.modeling.foreign import LOADING, check_config, refuse_loading
 from hf_mim.modeling.teachers import load_teacher
 from hf_mim.training.checkpoint import load_encoder, load_model
@@ -154,13 +153,15 @@ def test_code_that_travels_with_a_model_runs_only_when_allowed(trap, tmp_path, m
     source = save_vit(tmp_path / "source")
     (source / "evil.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
     fields = json.loads((source / "config.json").read_text())
+    state = ViTModel.from_pretrained(source, add_pooling_layer=False).state_dict()
+    save_file(state, source / "model.safetensors")  # by the names of its class
     fields |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.EvilModel"}}
     (source / "config.json").write_text(json.dumps(fields))
     uses = (lambda: load_encoder(str(source)), lambda: convert(str(source), tmp_path / "out"))
     for use in (*uses, lambda: load_teacher(str(source))):
         with pytest.raises(ValueError) as caught:
             use()
-        assert "set HF_MIM_TRUST_REMOTE_CODE=1" in explain(caught.value)
+        assert str(source) in str(caught.value) and "set HF_MIM_TRUST_REMOTE_CODE=1" in str(caught.value)
     assert not (tmp_path / "mark").exists()
     # A processor of its own beside a model that is known.
     known = save_vit(tmp_path / "known")
@@ -173,6 +174,9 @@ def test_code_that_travels_with_a_model_runs_only_when_allowed(trap, tmp_path, m
     assert not (tmp_path / "mark").exists()
     monkeypatch.setenv("HF_MIM_TRUST_REMOTE_CODE", "1")
     load_teacher(str(known))
+    assert (tmp_path / "mark").exists()
+    (tmp_path / "mark").unlink()
+    assert load_encoder(str(source))(torch.zeros(1, 3, 16, 16)).last_hidden_state.shape == (1, 5, 16)
     assert (tmp_path / "mark").exists()
 
 

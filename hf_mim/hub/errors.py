@@ -7,7 +7,7 @@ import shutil
 
 from huggingface_hub import constants, errors, get_token, scan_cache_dir
 
-from hf_mim.modeling.foreign import TRUST
+from hf_mim.modeling.foreign import OWN_CODE
 from hf_mim.training.common.errors import UserError
 from hf_mim.training.common.sharing import masked
 
@@ -63,10 +63,7 @@ def explain_one(error: BaseException) -> str | None:
             return f"the Hub is switched off (HF_HUB_OFFLINE=1){in_cache()}"
         return f"the Hub at {constants.ENDPOINT} cannot be reached{in_cache()}"
     if isinstance(error, ValueError) and "trust_remote_code=True" in text:
-        return (
-            "the model holds code of its own, which is not run. If you have read it and trust it, set "
-            f"{TRUST}=1 in the environment"
-        )
+        return f"the model brings {OWN_CODE}"
     if isinstance(error, OSError) and "Can't load image processor" in text:
         name = text.partition("'")[2].partition("'")[0]
         return f"{name} has no image processor: it lacks preprocessor_config.json, which `hf-mim push` would add"
