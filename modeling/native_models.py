@@ -27,7 +27,7 @@ NEW = ("pooler.", "mask_token", "classifier", "position_embeddings", "decoder_po
 # What a saved config holds beside the architecture, or what MIMConfig says.
 NOT_OPTIONS = {
     *("image_size", "num_channels", "model_type", "architectures", "transformers_version", "dtype", "_name_or_path"),
-    *("id2label", "label2id", "out_features", "out_indices", "stage_names"),
+    *("id2label", "label2id", "out_features", "out_indices", "stage_names", "auto_map"),
 }
 
 

@@ -60,6 +60,7 @@ def words_of(name: str, place: Path, checkpoint: str, out: Path) -> list[str]:
     words: dict[str, list[str]] = {
         "pretrain": ["pretrain", recipe, f"model.init_from={checkpoint}", *trained],
         "pretrain by it": ["pretrain", recipe, *student, f"model.target_config.teacher={checkpoint}", *trained],
+        "distill": ["distill", checkpoint, "resnet18", photos, "model.image_size=16", *trained],
         "finetune": ["finetune", checkpoint, photos, *trained],
         "segmentation": ["finetune", checkpoint, "task=segmentation", scenes, "finetune.head_size=8", *trained],
         "probe": ["probe", checkpoint, photos, f"probe.output_dir={out}"],
