@@ -50,9 +50,9 @@ WAYS = {
     "layer decay 0.65": ({"layer_decay": 0.65}, {}),
     "near the weights, 0.01": ({}, {"keep": "weights", "keep_weight": 0.01}),
     "near the features, 1": ({}, {"keep": "features", "keep_weight": 1.0}),
+    "near the features, 0.1": ({}, {"keep": "features", "keep_weight": 0.1}),
     "two of three blocks frozen": ({"freeze_layers": 2}, {}),
-    "near the weights, 0.1": ({}, {"keep": "weights", "keep_weight": 0.1}),
-    "near the features, 3": ({}, {"keep": "features", "keep_weight": 3.0}),
+    "near the weights, 0.001": ({}, {"keep": "weights", "keep_weight": 0.001}),
 }
 LATER = tuple(WAYS)[6:]
 START, SCRATCH = "start", "from scratch on the new"

@@ -1,19 +1,22 @@
 """Forgetting is watched: what is measured, against computations of its own; when there is a warning, and which; that
 training does not notice; and what a run writes of it."""
 
+import io
 import json
 
 import PIL.Image
 import pytest
 import torch
 from helpers import perturb, tiny_config
+from rich.console import Console
 from test_adaptation import run, source  # noqa: F401 (a fixture)
 from test_data import rows
 from test_pretrain import equal, weights
 from test_trainer import make, model
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_mim.hub.card import make_card
-from hf_mim.modeling.modeling_mim import MIMModel
+from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import Splits
@@ -157,4 +160,20 @@ def test_own_images_are_watched_beside_the_shipped_and_others_in_their_place(tmp
     assert other.name == "other" and str(folder) in other.title and other.labelled is not None
     shipped = DataArguments()
     (alone,) = forgetting.watched_images(Splits(own, own, own, "split test", data=shipped), tiny_config())
-    assert alone.is_own and isinstance(MIMModel(tiny_config()).config.num_channels, int)
+    assert alone.is_own and alone.title == "the shipped images, split test"
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_recipe_adapt_starts_from_any_encoder(source, tmp_path, foreign):  # noqa: F811
+    if foreign:
+        options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+        Dinov2Model(Dinov2Config(**options, image_size=28, patch_size=7)).save_pretrained(tmp_path / "dinov2")
+    words = [f"model.init_from={tmp_path / 'dinov2' if foreign else source}", f"training.output_dir={tmp_path / 'run'}"]
+    words += ["data.max_train_images=64", "data.max_eval_images=20", "training.max_steps=2", "training.bf16=false"]
+    out = io.StringIO()
+    pretrain("adapt", [*words, "training.per_device_train_batch_size=8"], Console(file=out, width=300))
+    assert "keeping: layer decay 0.75, near the start's features, with weight" in out.getvalue()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["forgetting"]["own"]["after"]["cka"] > 0.9
+    with pytest.raises(ValueError, match="this recipe starts from an encoder: set model.init_from=CHECKPOINT"):
+        pretrain("adapt", words[1:], Console(file=out))

@@ -91,7 +91,8 @@ class FeatureDistance(Distance):
     def __call__(self, model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
         pixel_values = pixel_values.repeat_interleave(len(masks) // len(pixel_values), dim=0)
         with torch.no_grad():
-            before = self.start.to(pixel_values.device)(pixel_values, masks).last_hidden_state
+            start = self.start.to(pixel_values.device)
+            before = start(pixel_values, masks if model.hides_tokens else None).last_hidden_state
         assert self.tokens is not None
         before, now = (F.layer_norm(tokens.float(), tokens.shape[-1:]) for tokens in (before, self.tokens))
         self.tokens = None
