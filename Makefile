@@ -1,4 +1,4 @@
-.PHONY: style quality test lower-bounds bench docs gallery clean
+.PHONY: style quality test notebooks lower-bounds bench docs gallery clean
 
 style:
 	ruff check --fix .
@@ -12,6 +12,10 @@ quality:
 
 test:
 	pytest
+
+# The notebooks with their pictures, in place.
+notebooks:
+	PYTHONWARNINGS=ignore jupyter execute --inplace notebooks/*.ipynb
 
 # The fast tests with exactly the lower bounds of pyproject.toml, in a fresh environment: some GB, half an hour.
 lower-bounds:

@@ -16,6 +16,7 @@ setup(
     package_data={
         "hf_mim": ["data/*.py", "data/fashion_mnist/*"],
         "hf_mim.analysis": ["report.html"],
+        "hf_mim.demo": ["page.html"],
         "hf_mim.new": ["*.txt"],
         "hf_mim.training": ["recipes/*.yaml"],
         "hf_mim.model_cards": ["*.md"],

@@ -219,6 +219,33 @@ def codebook(
     fit_codebook(model, out, list(overrides or []), codes, images, force=force)
 
 
+@command("data", tuned=True)
+def demo(
+    model: Annotated[str, typer.Argument(help="A checkpoint of this project or a vision model of transformers.")],
+    overrides: Overrides = None,
+    space: Annotated[Path | None, typer.Option(help="Write a Space of the Hub into this folder instead.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a page that needs no server into this folder.")] = None,
+    runtime: Annotated[Path | None, typer.Option(help="For --page: the npm package onnxruntime-web.")] = None,
+    port: Annotated[int, typer.Option(help="Where the app listens, on this machine only.")] = 7860,
+    force: Force = False,
+):
+    """Show a model in the browser: reconstruction at any mask ratio, attention, nearest neighbours."""
+    if page is not None:
+        from hf_mim.demo.page import write_page
+
+        written = write_page(model, page, overrides or [], runtime, force)
+        typer.echo(f"open {written[0]}")
+    elif space is not None:
+        from hf_mim.demo.app import write_space
+
+        written = write_space(model, space, force)
+        typer.echo(f"wrote {len(written)} files; publish them with: hf upload --repo-type space ME/NAME {space}")
+    else:
+        from hf_mim.demo.app import make_app
+
+        make_app(model, overrides or []).launch(server_name="127.0.0.1", server_port=port)
+
+
 @command(light=True)
 def new(
     kind: Annotated[str, typer.Argument(help="target, mask, pooler or decoder.")],

@@ -66,7 +66,7 @@ def interpolate_visible(table: Tensor, bool_masked_pos: Tensor, grid: Grid) -> T
     What stood in the hidden entries has no influence; with nothing visible they become 0."""
     rows, cols = torch.meshgrid(*(torch.arange(n, device=table.device) for n in grid), indexing="ij")
     places = torch.stack([rows, cols], dim=-1).view(-1, 2).float()
-    weight = 1 / torch.cdist(places, places).square().clamp(min=1e-6)
+    weight = 1 / (places[:, None] - places).square().sum(dim=-1).clamp(min=1e-6)
     weight = weight * ~bool_masked_pos[:, None, :]
     filled = (weight @ table.masked_fill(bool_masked_pos[..., None], 0)) / weight.sum(-1, keepdim=True).clamp(min=1e-6)
     return torch.where(bool_masked_pos[..., None], filled, table)

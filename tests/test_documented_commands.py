@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 # What cannot be run here, by what is in the line, and why.
 SKIPPED = {
+    "hf-mim demo": "serves until it is stopped, or needs npm; test_demo.py has its parts",
     "hf-mim push": "needs the Hub; test_hub.py pushes to a server of its own",
     "s3://": "needs a bucket; test_remote.py trains into a URL",
     "--multi_gpu": "needs GPUs",

@@ -95,7 +95,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_too_much_is_said(capsys, tmp_path, monkeypatch):
-    from hf_mim.training import dry_run
+    from hf_mim.training.commands import dry_run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dry_run, "free_memory", lambda device: 2**20)

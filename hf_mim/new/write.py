@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from hf_mim.modeling.options import OptionError, unknown_choice
-from hf_mim.reference.options import names_of
+from hf_mim.reference.options import PARTS
 from hf_mim.training import recipe as recipes
 from hf_mim.training.common.errors import FolderError
+from hf_mim.training.common.source import entries_of
 
 
 TEMPLATES = Path(__file__).parent
@@ -33,7 +34,7 @@ def write_part(kind: str, name: str, folder: Path, force: bool = False) -> list[
         raise unknown_choice("kind of part", kind, FIELDS)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise OptionError(f"a part's name has small letters, digits and _, such as edge: not {name!r}", "name", name)
-    if name in names_of(FIELDS[kind]):
+    if name in entries_of(*PARTS[FIELDS[kind]]):
         raise OptionError(f"{kind} {name!r} is one of hf_mim: choose another name", "name", name)
     module = f"{name}_{kind}"
     files = {folder / f"{module}.py": "", folder / f"test_{module}.py": "test_", folder / f"{module}.yaml": ""}

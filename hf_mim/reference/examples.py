@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[str, str, str]] = {
         "hf-mim search VECTORS image.png --count 20",
         "hf-mim search VECTORS image.png --out alike.jpg --force",
     ),
+    "demo": (
+        "hf-mim demo FOLDER",
+        "hf-mim demo FOLDER --space space",
+        "hf-mim demo FOLDER --page page",
+    ),
     "new": (
         "hf-mim new target edge",
         "hf-mim new pooler softmax",

@@ -24,6 +24,7 @@ from hf_mim.training.checkpoint import (
     model_type_of,
     resolve,
 )
+from hf_mim.training.commands.dry_run import dry_run
 from hf_mim.training.commands.finetune_run import FinetuneRun
 from hf_mim.training.common.console import make_table
 from hf_mim.training.common.errors import RecipeError
@@ -32,7 +33,6 @@ from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights
 from hf_mim.training.data.processors import processor_for
-from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation.classification import confusion_matrix
 from hf_mim.training.evaluation.metrics import CLASSIFICATION, score_classes
 from hf_mim.training.own_data import dataset_title

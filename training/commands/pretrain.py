@@ -17,6 +17,7 @@ from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import config_errors, load_model, start_model
+from hf_mim.training.commands.dry_run import dry_run
 from hf_mim.training.commands.reconstruct import draw_examples
 from hf_mim.training.common.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.common.device import on_device
@@ -31,7 +32,6 @@ from hf_mim.training.data.processors import processor_for
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
-from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teachers_of
 from hf_mim.training.evaluation.metrics import FORGETTING, format_forgetting, frozen_scores

@@ -17,6 +17,7 @@ from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.modeling.options import OptionError, Size, pair
 from hf_mim.training.checkpoint import load_encoder
+from hf_mim.training.commands.dry_run import dry_run
 from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
 from hf_mim.training.common.console import RunConsole, make_table
 from hf_mim.training.common.errors import CheckpointError, RecipeError
@@ -27,7 +28,6 @@ from hf_mim.training.data.processors import BICUBIC, own_processor
 from hf_mim.training.data.sample import PixelSample, fits_stock_processor
 from hf_mim.training.data.scenes import SIZE
 from hf_mim.training.data.segmentation import MaskedDataset, SegmentationCollator
-from hf_mim.training.dry_run import dry_run
 from hf_mim.training.evaluation.iou import ious, predict_mask
 from hf_mim.training.evaluation.metrics import SEGMENTATION, mask_intervals, score_masks
 from hf_mim.training.own_data import SCENES, dataset_title

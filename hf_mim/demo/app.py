@@ -1,0 +1,113 @@
+"""The demo as an app of Gradio, and as a Space of the Hub."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_mim.demo.looks import Demo
+from hf_mim.hub.files import weight_files
+from hf_mim.training.common.errors import UserError
+from hf_mim.training.common.output_folder import check_new_folder
+from hf_mim.training.common.sharing import file_inside
+from hf_mim.training.common.titles import name_of
+
+
+ABSENT = "the demo needs gradio: pip install 'hf-mim[demo]'"
+COPIED = ("config.json", "preprocessor_config.json")
+SPACE_CARD = """---
+title: {title}
+emoji: 🎭
+colorFrom: indigo
+colorTo: yellow
+sdk: gradio
+sdk_version: {version}
+app_file: app.py
+---
+
+A masked image model by hf_mim: an image, a mask ratio, and what the model makes of what is hidden. By
+`hf-mim demo {title} --space .`
+"""
+SPACE_APP = '''"""The app of this Space."""
+
+from hf_mim.demo.app import make_app
+
+
+app = make_app({model!r})
+
+if __name__ == "__main__":
+    app.launch()
+'''
+
+
+def make_app(source: str, overrides: Sequence[str] = ()) -> Any:
+    """The app, `gradio.Blocks`. Arguments and errors as of `Demo.load`.
+
+    Raises:
+        UserError: gradio is not installed.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(ABSENT)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what is looked at is nobody's business
+    import gradio
+
+    demo = Demo.load(source, overrides)
+    predicts = demo.model is not None
+
+    def look(path: str | None, ratio: float, seed: float):
+        """Reconstruction, attention and neighbours of an image."""
+        if path is None:
+            raise gradio.Error("Choose an image first.")
+        try:
+            return demo.reconstruct(path, ratio, int(seed)), demo.attention(path), demo.neighbours(path)
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+
+    with gradio.Blocks(title=demo.title, analytics_enabled=False) as app:
+        gradio.Markdown(f"# {demo.title}\nHide a share of an image, and see what the model makes of it.")
+        with gradio.Row():
+            image = gradio.Image(type="filepath", label="image", height=280)
+            with gradio.Column():
+                ratio = gradio.Slider(0.1, 0.9, demo.ratio, step=0.05, label="mask ratio", visible=predicts)
+                seed = gradio.Number(0, precision=0, label="seed of the mask", visible=predicts)
+                button = gradio.Button("Look", variant="primary")
+        pictures = gradio.Gallery(label="reconstruction", columns=4, visible=predicts, height="auto")
+        attention = gradio.Gallery(label="attention of the last block", columns=4, visible=demo.shows_attention)
+        near = gradio.Gallery(label=f"nearest of {len(demo.chosen):,} images", columns=4)
+        for event in (button.click, image.upload, ratio.release):
+            event(look, [image, ratio, seed], [pictures, attention, near], api_name="look")
+    return app
+
+
+def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
+    """Writes a Space: its card, `app.py`, `requirements.txt` and, of a local folder, the model. What may not leave this
+    machine stays.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint.
+        FolderError: `out` holds something.
+        UserError: gradio is not installed: its version is a part of the card.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(ABSENT)
+    from importlib.metadata import version
+
+    check_new_folder(out, force)
+    folder, files = Path(source).expanduser(), {}
+    if folder.is_dir():
+        files = weight_files(folder) | {name: path for name in COPIED if (path := file_inside(folder, name))}
+    texts = {
+        "README.md": SPACE_CARD.format(title=name_of(source), version=version("gradio")),
+        "app.py": SPACE_APP.format(model="model" if files else source),
+        "requirements.txt": "hf-mim[demo]\n",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    if files:
+        (out / "model").mkdir(exist_ok=True)
+    for name, path in files.items():
+        shutil.copy(path, out / "model" / name)
+    return [*(out / name for name in texts), *(out / "model" / name for name in files)]
