@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from .configuration_base import MIMConfigBase
-from .encoder_base import Encoder, EncoderOutput, Grid, image_size
+from .encoder_base import Encoder, EncoderOutput, Grid, image_size, to_grey
 from .encoder_native import NativeEncoder
 from .encoder_timm import run_timm
 from .foreign import refuse_loading, trusts_remote_code
@@ -156,6 +156,8 @@ class Teacher:
         height, width = self._input_size(model, indices, student, grid)
         strides = [model.stage_strides()[i] for i in indices]
         words = f"input {height}x{width}"
+        if model.config.num_channels != len(self.image_mean):
+            words += ", grey" if model.config.num_channels == 1 else f", grey repeated to {model.config.num_channels}"
         sizes = [(height // down, width // right) for down, right in strides]
         resized = [f"{rows}x{cols}" for rows, cols in sizes if (rows, cols) != grid]
         if self.match == "interpolate" and resized:
@@ -165,7 +167,7 @@ class Teacher:
     def _renormalise(self, pixel_values: Tensor, config: MIMConfigBase) -> Tensor:
         channels = config.num_channels
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
-        pixels = pixel_values * std + mean
+        pixels = to_grey(pixel_values * std + mean, channels)
         if pixels.shape[1] != channels:
             if pixels.shape[1] != 1:
                 raise ValueError(f"teacher {self.source} takes {channels} channels, the student {pixels.shape[1]}")

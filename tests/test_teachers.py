@@ -220,6 +220,19 @@ def test_radio_as_a_teacher(tmp_path):
     torch.testing.assert_close(values, features, rtol=1e-4, atol=1e-4)
 
 
+def test_a_grey_teacher_of_a_student_of_colours(tmp_path):
+    """The weights of PIL's `convert("L")`, on pixels in [0, 1]."""
+    torch.manual_seed(0)
+    perturb(MIMModel(tiny_config(image_size=32, num_channels=1))).save_pretrained(tmp_path)
+    model = student([str(tmp_path)], norm="none")
+    pixels = torch.randn(2, 3, 32, 32)
+    mean, std = (torch.tensor(values)[:, None, None] for values in model.config.statistics())
+    grey = ((pixels * std + mean) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    expected = MIMModel.from_pretrained(tmp_path)((grey - 0.5) / 0.5).last_hidden_state[:, 1:]
+    torch.testing.assert_close(model.target.targets(pixels, (8, 8))["patches"], expected, rtol=1e-4, atol=1e-4)
+    assert model.target.teachers[0].describe_match((32, 32), (8, 8)) == "input 32x32, grey"
+
+
 # --- nothing is hidden -------------------------------------------------------------------------------------------
 
 
