@@ -69,7 +69,8 @@ class Moments:
 
     def add(self, tokens: Tensor) -> None:
         """tokens (..., dim)"""
-        tokens = tokens.reshape(-1, self.dim).double()
+        tokens = tokens.reshape(-1, self.dim)
+        tokens = (tokens.cpu() if tokens.device.type == "mps" else tokens).double()  # which has no double precision
         if self.shift is None:
             self.shift = tokens.mean(dim=0)
             self.sum, self.products = torch.zeros_like(self.shift), tokens.new_zeros(self.dim, self.dim)

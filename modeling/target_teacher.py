@@ -135,15 +135,21 @@ class TeacherFeatureTarget(FeatureTarget):
         is_standardised = norm in STANDARDISATIONS
         self.standardisers = nn.ModuleList(Standardiser(dim, norm) for dim in self.feature_dims if is_standardised)
         if feature_dims is None:  # the teacher is at hand: what does not fit is refused now, not at the first step
-            size = pair(config.image_size)
-            try:
-                self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
-            except (AssertionError, RuntimeError) as error:  # how libraries refuse an image size
-                reason = str(error).partition("\n")[0][:200]
-                raise ValueError(
-                    f"teacher {teacher} cannot take images of the size that match {match!r} needs: {reason}; choose "
-                    "match 'interpolate' and its own size as input_size"
-                ) from error
+            self._check_teacher(config)
+
+    def _check_teacher(self, config: MIMConfigBase):
+        """Raises:
+        ValueError: the teacher's grid cannot be matched, or it does not take images of the size that this needs.
+        """
+        size = pair(config.image_size)
+        try:
+            self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
+        except (AssertionError, RuntimeError) as error:  # how libraries refuse an image size
+            reason = str(error).partition("\n")[0][:200]
+            raise ValueError(
+                f"teacher {self.teacher.source} cannot take images of the size that match {self.teacher.match!r} needs: "
+                f"{reason}; choose match 'interpolate' and its own size as input_size"
+            ) from error
 
     def options_to_save(self) -> dict:
         return {"feature_dims": self.feature_dims}

@@ -109,7 +109,7 @@ class TeacherFeaturesTarget(FeatureTarget):
 
     def _count(self, losses: Tensor) -> None:
         """losses (teachers,)"""
-        step = torch.cat([losses, losses.new_ones(1)]).double()
+        step = torch.cat([losses, losses.new_ones(1)]).float()
         self.losses = step if self.losses is None else self.losses.to(step.device) + step  # waits for no GPU
 
     @torch.no_grad()
