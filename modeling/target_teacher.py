@@ -147,7 +147,7 @@ class TeacherFeatureTarget(FeatureTarget):
         except (AssertionError, RuntimeError) as error:  # how libraries refuse an image size
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(
-                f"teacher {self.teacher.source} cannot take images of the size that match {self.teacher.match!r} needs: "
+                f"teacher {self.teacher.source} cannot take images of the size for match {self.teacher.match!r}: "
                 f"{reason}; choose match 'interpolate' and its own size as input_size"
             ) from error
 
