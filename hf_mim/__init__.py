@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hf_mim.modeling.configuration_mim import MIMConfig
     from hf_mim.modeling.modeling_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MIMBackbone", "MIMConfig", "MIMForImageClassification", "MIMForPreTraining", "MIMModel"]
 
 register_once_loaded()

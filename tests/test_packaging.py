@@ -78,7 +78,10 @@ def expected_files() -> set[str]:
     own = {path for path in ROOT.glob("hf_mim/**/*.py") if not any(part in MAPPED for part in path.parts[-2:-1])}
     files = {path.relative_to(ROOT).as_posix() for path in own}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_mim/data/fashion_mnist").iterdir()}
-    files.add("hf_mim/analysis/report.html")
+    files |= {
+        "hf_mim/analysis/report.html",
+        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("hf_mim/new/*.txt")),
+    }
     for pattern in ("modeling/*.py", "training/**/*.py", "training/recipes/*.yaml", "model_cards/*.md"):
         files |= {f"hf_mim/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
     return files
@@ -115,6 +118,16 @@ def test_wheel_holds_every_file_once(names):
 )
 def test_wheel_includes(names, path):
     assert path in names
+
+
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 12e6  # most of it images
+
+
+def test_the_version_is_the_newest_of_the_changelog_and_the_package():
+    headings = re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    [declared] = re.findall(r'__version__ = "(.*)"', (ROOT / "hf_mim/__init__.py").read_text())
+    assert PROJECT["version"] == declared == headings[0]
 
 
 def test_wheel_declares_the_command_and_the_licences(wheel, names):

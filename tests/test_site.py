@@ -74,6 +74,8 @@ def test_links_to_files_of_the_repository_become_links_of_the_site():
     links_in = "[a](../CONTRIBUTING.md) [b](benchmarks) [c](data.md#values) [d](nowhere.md) [e](https://x.org/a.md)"
     text = pages.with_site_links(links_in, "training.md", ROOT / "docs")
     assert text == "[a](contributing.md) b [c](data.md#values) [d](nowhere.md) [e](https://x.org/a.md)"
+    recipe = pages.with_site_links("[r](../../training/recipes/quick.yaml)", "methods/mae.md", ROOT / "docs/methods")
+    assert recipe == "[r](../recipes/quick.md)"
     assert pages.with_site_links("[a](mae.md)", "methods/dtm.md", ROOT / "docs/methods") == "[a](../methods/mae.md)"
 
 

@@ -37,6 +37,7 @@ LITE0 = {"teacher": "lite0", "layers": [-2], "match": "input"}
 SMALL_VIT = {"encoder_config": {"size": "tiny"}, "decoder_config": {}}
 METHODS: dict[str, tuple[str, dict]] = {
     "mae": ("mae", SMALL_VIT),
+    "pixio": ("pixio", {"encoder_config": {"size": "tiny"}, "decoder_config": {"num_hidden_layers": 1}}),
     "simmim": ("simmim", SMALL_VIT),
     "a2mim": ("a2mim_vit", SMALL_VIT),
     "maskfeat": ("maskfeat", SMALL_VIT),

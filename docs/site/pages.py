@@ -309,6 +309,8 @@ def with_site_links(text: str, uri: str, folder: Path) -> str:
         target = (folder / path).resolve()
         if target.parent == ROOT and target.name in ROOT_PAGES:
             place = ROOT_PAGES[target.name]
+        elif target.suffix == ".yaml" and target.is_relative_to(ROOT / "training/recipes"):
+            place = f"recipes/{target.stem}.md"
         elif target.is_relative_to(DOCS) and target.is_file():
             place = target.relative_to(DOCS).as_posix()
         else:
