@@ -16,7 +16,7 @@ from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.evaluation import frozen
 
 
-COUNTS = (100, 300, 1000, 3000, 10_000, 20_000)
+COUNTS = (100, 300, 1000, 3000)
 STEPS = (200, 2000)  # of 64 images
 QUIET = ["data.max_eval_images=0", "training.watch_every=0", "training.save_strategy=no"]
 

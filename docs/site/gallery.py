@@ -55,6 +55,7 @@ MASKS = (
 )
 POOLERS = ("abmilp", "attention", "simpool", "efficient", "central", "cls_attention")
 CODES = 32
+SHORT = ("data.max_train_images=3000", "training.max_steps=2000", "training.watch_every=0")
 
 
 def photographs(size: int) -> list[np.ndarray]:
@@ -154,7 +155,8 @@ def draw_poolers(run: str) -> PIL.Image.Image:
     with tempfile.TemporaryDirectory() as scratch:
         names = f"probe.poolers=[{', '.join(POOLERS)}]"
         place = [f"probe.output_dir={scratch}/probe", f"probe.cache={scratch}/cache"]
-        few = ["probe.seeds=[0]", "probe.untrained=false", "data.max_train_images=4000"]
+        few = ["probe.seeds=[0]", "probe.epochs=10", "probe.untrained=false"]
+        few += ["data.max_train_images=1000", "data.max_eval_images=300"]
         probe(run, [names, *place, *few])
         return PIL.Image.open(f"{scratch}/probe/attention.png").copy()
 
@@ -172,7 +174,10 @@ def main() -> None:
         save(draw_masks(), "masks")
     if arguments.only in (None, "poolers"):
         scratch = tempfile.mkdtemp()
-        save(draw_poolers(arguments.run or str(pretrain("quick", [f"training.output_dir={scratch}/run"]))), "poolers")
+        save(
+            draw_poolers(arguments.run or str(pretrain("quick", [*SHORT, f"training.output_dir={scratch}/run"]))),
+            "poolers",
+        )
         shutil.rmtree(scratch)
 
 
