@@ -172,16 +172,17 @@ def option_pages() -> dict[str, str]:
 def option_page(title: str, groups: list) -> str:
     from hf_mim.reference import options
 
-    lines = [f"# {title}", ""]
+    lines = ["---", "hide: [toc]", "---", "", f"# {title}", ""]
     for group in groups:
         if group.choose:
             lines += [f"## {group.name.partition('.')[2]}", "", f"`{group.choose}`", ""]
-        lines += [cell(group.summary), ""]
+        lines += [f"{cell(group.summary[:1].upper() + group.summary[1:]).rstrip('.')}.", ""]
         if group.options:
+            lines += [f"Set by `{group.prefix}KEY=VALUE`.", ""]
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, option in group.options.items():
             kind, default = options.type_title(option), options.default_title(option)
-            lines.append(f"| `{group.prefix}{name}` | {cell(kind)} | `{cell(default)}` | {cell(option.meaning)} |")
+            lines.append(f"| `{name}` | {cell(kind)} | `{cell(default)}` | {cell(option.meaning)} |")
         lines += ["", f"And {group.further}.", ""] if group.further else [""]
     return "\n".join(lines)
 
