@@ -50,6 +50,7 @@ class MIMConfigBase(BackboneConfigMixin, PreTrainedConfig):
     display_bands: list[int] | tuple[int, ...] | None = None
     encoder: str = "vit"
     encoder_config: dict | None = None
+    origin: dict | None = None
     masking: str = "random"
     masking_config: dict | None = None
     masks_per_image: int = 1

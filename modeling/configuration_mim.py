@@ -35,6 +35,8 @@ class MIMConfig(MIMConfigBase):
             `pixels.PixelRules` and `resizing.fit_whole`. A run writes here what it was trained with.
         display_bands: numbers of the channels that pictures show as red, green and blue, counted from 0; or of one.
         encoder, encoder_config: an entry of `ENCODERS` and its options.
+        origin: of an encoder that was made of somebody else's: its `library`, transformers or timm, and that library's
+            own options. `hf-mim export` goes back to it.
         masking, masking_config: an entry of `MASK_GENERATORS`; `ratio` in (0, 1) is the share of hidden tokens.
         masks_per_image: how many masks of each image a training step sees (data2vec 2.0); its target is computed once.
         decoder, decoder_config: an entry of `DECODERS`.

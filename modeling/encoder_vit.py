@@ -30,10 +30,12 @@ from .layers import (
     RelativePositionBias,
     ViTLayer,
     rotary_2d,
+    rotary_normalized_2d,
     sincos_2d,
     take_tokens,
 )
 from .masking import hides_tokens, num_hidden_tokens
+from .mlp import ACTIVATIONS
 from .options import Size, pair
 
 
@@ -45,7 +47,8 @@ SIZES = {
     "large": (16, 1024, 24, 16),
     "huge": (14, 1280, 32, 16),
 }
-POSITIONS = ("sincos", "learned", "relative", "shared_relative", "rotary", "none")
+ROTARY = ("rotary", "rotary_normalized")
+POSITIONS = ("sincos", "learned", "relative", "shared_relative", *ROTARY, "none")
 
 
 def at_least(name: str, value: int, least: int) -> None:
@@ -69,7 +72,7 @@ def sizes_of(
 
 def mlp_width(dim: int, mlp: str, intermediate_size: int | None) -> int:
     """Of the MLP between its two layers; where it is not given, SwiGLU's three matrices are as large as GELU's two."""
-    swiglu = choose("mlp", mlp, ("gelu", "swiglu")) == "swiglu"
+    swiglu = choose("mlp", mlp, (*ACTIVATIONS, "swiglu")) == "swiglu"
     return intermediate_size or (-(-8 * dim // 24) * 8 if swiglu else 4 * dim)
 
 
@@ -96,8 +99,8 @@ class ViTEncoder(Encoder):
             place of hidden ones (BEiT, SimMIM); `add` adds it to them (A2MIM).
         mask_stage: the block before which `token` and `add` act; 0 is right after the patch embedding.
         pixel_fill: what hidden pixels are replaced by before the network: none, mean (A2MIM) or zero.
-        position_embedding: sincos, learned, relative, shared_relative (one table for all blocks), rotary or none; a
-            list of them for several at once.
+        position_embedding: sincos, learned, relative, shared_relative (one table for all blocks), rotary,
+            rotary_normalized (DINOv3) or none; a list of them for several at once.
         position_grid: rows and columns of the patches that the positions are those of; None is the grid of
             `image_size`. Other grids cover the same picture: tables are resized, coordinates scaled.
         num_register_tokens: extra tokens without a patch (2309.16588), after the class token.
@@ -107,7 +110,7 @@ class ViTEncoder(Encoder):
         drop_path_rate: probability that a branch of the last block is left out in training; it grows linearly with
             depth.
         qk_norm: whether queries and keys pass a norm before they meet.
-        mlp: gelu or swiglu.
+        mlp: of the blocks: gelu, gelu_tanh (SigLIP), quick_gelu (CLIP) or swiglu.
         layer_norm_eps: of the LayerNorms.
         block_norm: pre, or post: the norms stand behind each sum (data2vec 2.0).
         embedding_norm: whether the tokens pass a LayerNorm before the first block (data2vec 2.0, CLIP).
@@ -196,7 +199,7 @@ class ViTEncoder(Encoder):
         }  # tables that are resized
         if "sincos" in self.positions and dim % 4:
             raise ValueError(f"sincos positions need a hidden_size divisible by 4, got {dim}")
-        if "rotary" in self.positions and (dim // heads) % 4:
+        if self.positions & set(ROTARY) and (dim // heads) % 4:
             raise ValueError(f"rotary positions need a head size divisible by 4, got {dim} / {heads} heads")
         base = self.position_grid
         self.learned_positions = LearnedPositions(base, dim) if "learned" in self.positions else None
@@ -205,7 +208,9 @@ class ViTEncoder(Encoder):
         shared = "shared_relative" in self.positions
         self.shared_relative = RelativePositionBias(base, heads) if shared else None
         self.sincos = FixedTables(partial(sincos_2d, base=base, dim=dim))
-        self.rotary = FixedTables(partial(rotary_2d, base=base, head_dim=dim // heads))
+        normalized = "rotary_normalized" in self.positions
+        make = partial(rotary_normalized_2d if normalized else partial(rotary_2d, base=base), head_dim=dim // heads)
+        self.rotary = FixedTables(make)
 
     def init_parameters(self):
         """After the parts have drawn theirs."""
@@ -244,11 +249,12 @@ class ViTEncoder(Encoder):
         layer = cast(ViTLayer, self.layers[0])
         parts = {
             "relative position bias": bool(self.positions & {"relative", "shared_relative"}),
-            "rotary positions": "rotary" in self.positions,
+            "rotary positions": bool(self.positions & set(ROTARY)),
             "register tokens": self.num_prefix_tokens > self.num_cls_tokens,
             "encoder without a class token": not self.has_cls_token,
             "normalised queries and keys (qk_norm)": layer.attention.q_norm is not None,
             "SwiGLU": layer.mlp.gated,
+            f"activation {layer.mlp.kind}": layer.mlp.kind in ("gelu_tanh", "quick_gelu"),
             "norms behind the branches (block_norm post)": layer.post_norm,
             "norm before the first block (embedding_norm)": not isinstance(self.embedding_norm, nn.Identity),
             "encoder without a last norm (final_norm false)": isinstance(self.final_norm, nn.Identity),
@@ -353,7 +359,7 @@ class ViTEncoder(Encoder):
         shared = rotary = None
         if self.shared_relative is not None:
             shared = self.shared_relative(grid, self.num_prefix_tokens, visible_index)
-        if "rotary" in self.positions:
+        if self.positions & set(ROTARY):
             rotary = self.rotary(grid, device)
             if visible_index is not None:
                 rotary = tuple(table[visible_index][:, None] for table in rotary)

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_base import MIMConfigBase
+from .mlp import MLP
 from .options import Grid
 
 
@@ -43,6 +44,14 @@ def rotary_2d(grid: Grid, base: Grid, head_dim: int, device=None) -> tuple[Tenso
     the row, a quarter for the column, each used by two channels (RoPE-ViT, 2403.13298, axial, base 100)."""
     frequencies = 100.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     angles = torch.cat([axis[:, None] * frequencies for axis in coordinates(grid, base, device)], dim=1).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotary_normalized_2d(grid: Grid, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
+    """As `rotary_2d`, with coordinates that run from -1 to 1 over the picture, times 2 pi (DINOv3, 2508.10104)."""
+    scaled = [(2 * math.pi * (2 * axis + 1 - n)) / n for axis, n in zip(coordinates(grid, grid, device), grid)]
+    frequencies = 100.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    angles = torch.cat([axis[:, None] * frequencies for axis in scaled], dim=1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -267,47 +276,6 @@ class DropPath(nn.Module):
             return branch
         keep = torch.rand(branch.shape[0], *(1,) * (branch.ndim - 1), device=branch.device) >= self.rate
         return branch * keep.to(branch.dtype) / (1 - self.rate)
-
-
-class RecomputedGELULinear(torch.autograd.Function):
-    """`F.linear(F.gelu(hidden), weight, bias)` that keeps `hidden` alone for its backward pass, and computes the GELU
-    again there: a fifth of the memory of a block's activations for a hundredth of a training step."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return F.linear(F.gelu(hidden), weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        hidden, weight = ctx.saved_tensors
-        rows, needs = grad.flatten(0, -2), ctx.needs_input_grad
-        return (
-            torch.ops.aten.gelu_backward(grad @ weight, hidden) if needs[0] else None,
-            rows.T @ F.gelu(hidden).flatten(0, -2) if needs[1] else None,
-            rows.sum(0) if needs[2] else None,
-        )
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU, or the gated SwiGLU form, where the first one also makes the gate."""
-
-    def __init__(self, dim: int, intermediate_size: int, kind: str = "gelu"):
-        super().__init__()
-        self.gated = kind == "swiglu"
-        self.fc1 = nn.Linear(dim, intermediate_size * (2 if self.gated else 1))
-        self.fc2 = nn.Linear(intermediate_size, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.fc1(tokens)
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * hidden)
-        if self.training and torch.is_grad_enabled() and type(self.fc2) is nn.Linear:  # an adapter may stand there
-            weight, bias = self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype)
-            return RecomputedGELULinear.apply(hidden, weight, bias)
-        return self.fc2(F.gelu(hidden))
 
 
 class LayerScale(nn.Module):

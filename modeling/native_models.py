@@ -79,6 +79,14 @@ def native_model(config: MIMConfigBase, native: PreTrainedConfig, use_mask_token
     return model_class(native, **{name: value for name, value in options.items() if name in takes})
 
 
+def native_options(native: PreTrainedConfig) -> dict[str, Any]:
+    """The model type of a config, and what it has other than by default, without what `MIMConfig` says."""
+    defaults = type(native)().to_dict()
+    changed = {name: value for name, value in native.to_dict().items() if defaults.get(name, ...) != value}
+    options = {name: value for name, value in changed.items() if name not in NOT_OPTIONS}
+    return {"model_type": native.model_type, **options}
+
+
 def check_images(fields: dict, source: str) -> None:
     """Checks the fields of somebody's config before weights are loaded.
 
@@ -113,12 +121,7 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor], list[str]]:
     projection = getattr(network, "visual_projection", None)
     network = getattr(network, "vision_model", network)
     native = network.config
-    if not hasattr(native, "num_channels"):
-        raise ValueError(f"{name_or_path} is a {native.model_type!r} model, which takes no images")
-    defaults = type(native)().to_dict()
-    changed = {name: value for name, value in native.to_dict().items() if defaults.get(name, ...) != value}
-    options = {name: value for name, value in changed.items() if name not in NOT_OPTIONS}
-    fields = {"encoder": "native", "encoder_config": {"model_type": native.model_type, **options}}
+    fields: dict[str, Any] = {"encoder": "native", "encoder_config": native_options(native)}
     fields |= {name: getattr(native, name) for name in ("image_size", "num_channels") if hasattr(native, name)}
     fields |= native_statistics(name_or_path, native)
     state = network.state_dict()

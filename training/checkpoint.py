@@ -21,6 +21,7 @@ from hf_mim.training.conversion.starting import (
     METHOD,
     StartingEncoder,
     adapt_channels,
+    check_forward,
     describe_hiding,
     fill,
     fill_head,
@@ -275,7 +276,9 @@ def start_model(section: dict[str, Any]) -> tuple[MIMForPreTraining, list[str]]:
     with checkpoint_errors(source):
         fill(model.mim, state)
     decoder = "its decoder too" if fill_head(model, start) else "with a new decoder"
-    return model, [f"start: {source}, {start.description}, {decoder}; {describe_hiding(model)}", *notes]
+    check_forward(model, start)
+    first = f"start: {source}, {start.description}, {decoder}; {describe_hiding(model)}"
+    return model.train(), [first, *start.notes, *notes]
 
 
 def untrained_twin(model: MIMModel, seed: int = 0) -> MIMModel:

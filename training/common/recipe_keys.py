@@ -37,6 +37,7 @@ COMMAND_SECTIONS = {
 # They follow from the encoder, from this version of hf_mim, and from what a backbone is used for.
 NOT_SET_BY_USERS: tuple[str, ...] = ("stage_names", "format_version", "feature_pyramid", "plugins")
 NOT_SET_BY_USERS += ("value_range", "nodata", "eval_crop", "display_bands")  # keys of the section `data`
+NOT_SET_BY_USERS += ("origin",)
 # What annotations may name; a value of a type that is not here (an enumeration of transformers) is checked later.
 NAMES = {"Any": typing.Any, "Literal": typing.Literal, "Size": Size, "None": None}
 NAMES |= {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}

@@ -44,6 +44,16 @@ CONVNEXT = (
     (r"\.pwconv(\d)\.", r".mlp.fc\1."),
     (r"\.grn\.", ".mlp.grn."),
 )
+# Names of DINOv3's ConvNeXt in transformers under timm's.
+FROM_DINOV3 = (
+    (r"^model\.stages\.0\.downsample_layers\.", "stem."),
+    (r"^model\.stages\.(\d+)\.downsample_layers\.", r"stages.\1.downsample."),
+    (r"^model\.stages\.(\d+)\.layers\.", r"stages.\1.blocks."),
+    (r"\.depthwise_conv\.", ".conv_dw."),
+    (r"\.layer_norm\.", ".norm."),
+    (r"\.pointwise_conv(\d)\.", r".mlp.fc\1."),
+    (r"^layer_norm\.", "head.norm."),
+)
 NEW_POOLED_NORM = "no norm after pooling in the file: a new one"
 PARTS = ("stem.", "stages.", "conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # what an encoder computes
 

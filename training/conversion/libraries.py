@@ -14,15 +14,22 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.foreign import refuse_loading, trusts_remote_code
 from hf_mim.modeling.loading import load_whole
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.modeling.native_models import NEW, check_images, load_native, native_statistics
+from hf_mim.modeling.native_models import NEW, check_images, load_native, native_options, native_statistics
 
 from . import vit_family as vit
+from .convnets import FROM_DINOV3, convnext
 from .official import Converted, Hints, convert_state, finish, with_mae_decoder
 from .reading import Weights, read_file
 from .starting import DESCRIBES, METHOD, StartingEncoder
 
 
-VITS = ("vit", "vit_mae", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "pixio")
+VITS = (
+    *("vit", "deit", "vit_mae", "ijepa", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
+    *("clip", "clip_vision_model", "siglip", "siglip_vision_model", "pixio"),
+)
+# Names of activations in transformers' configs and in timm's classes under ours.
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS |= {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "SiLU": "swiglu"}
 CONVNETS = ("resnet", "convnext", "convnextv2")
 TIMM = "timm_wrapper"  # the model type of timm's models in transformers
 TIMM_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
@@ -46,9 +53,18 @@ def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     if kind == MIMConfig.model_type:
         raise ValueError(f"{source} is a checkpoint of this project already; hf-mim export goes the other way")
     check_images(fields, source)
-    if kind in VITS and fields.get("hidden_act", "gelu") == "gelu":
-        return convert_vit(source, kind, hints)
-    return convert_native(source, kind)
+    if kind == "dinov3_convnext":
+        return convert_dinov3_convnext(source)
+    reason = f"our encoder 'vit' has not the blocks of {kind}"
+    if kind in VITS:
+        try:
+            return convert_vit(source, kind)
+        except ValueError as error:
+            reason = str(error)
+    converted = convert_native(source, kind)
+    if kind not in CONVNETS:
+        converted.notes.append(f"as the class of transformers: {reason}")
+    return converted
 
 
 def convert_file(path: Path, hints: Hints, encoder: Path | None = None) -> Converted:
@@ -91,7 +107,9 @@ def start_from(source: str, converted: Converted) -> StartingEncoder:
     state = {name: value for name, value in converted.state.items() if name.startswith("encoder.")}
     encoder = fields["encoder"]
     form = f"as our encoder {encoder!r}" if encoder != "native" else "as its own class (encoder 'native')"
-    start = StartingEncoder(source, fields, state, f"{converted.kind} {form}", converted.notes)
+    start = StartingEncoder(source, fields, state, f"{converted.kind} {form}", list(converted.notes))
+    if any(name.startswith("pooled_norm.") for name in converted.state):
+        start.notes.append("its last norm, which acts after pooling, is left out: later on a new one stands there")
     if converted.pretraining:
         config = MIMConfig(**converted.fields)
         start.head = {name: value for name, value in converted.state.items() if name.startswith("decoder.")}
@@ -128,12 +146,12 @@ def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
     if blocks is not None and hasattr(network, "patch_embed"):
         if getattr(network, "rope", None) is not None:
             raise ValueError(f"timm's {name} has rotary positions of its own, which our encoder does not")
-        activation = type(blocks[0].mlp.act).__name__
-        if activation not in ("GELU", "SiLU"):
-            raise ValueError(f"timm's {name} uses {activation}, and our encoder GELU")
+        activation = activation_option(type(blocks[0].mlp.act).__name__)
         heads, eps = blocks[0].attn.num_heads, blocks[0].norm1.eps
         size = list(network.patch_embed.img_size)
         converted = convert_state(tensors, Hints(heads, size, eps=eps, statistics=statistics))
+        converted.fields["encoder_config"] |= activation
+        converted.fields["origin"] = {"library": "timm", "architecture": name, "model_args": options}
     else:
         try:
             converted = convert_state(dict(tensors), Hints(image_size=hints.image_size, statistics=statistics))
@@ -144,19 +162,29 @@ def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
     return converted
 
 
-def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
-    """A vision transformer of transformers as our encoder `vit`."""
-    native = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
-    with_decoder = kind == "vit_mae" and "ViTMAEForPreTraining" in (native.architectures or [])
-    network, info = load_whole(ViTMAEForPreTraining if with_decoder else AutoModel, source, native, NEW)
-    tensors = {name: value.float() for name, value in network.state_dict().items()}
+def convert_vit(source: str, kind: str) -> Converted:
+    """A vision transformer of transformers, or the vision tower of a model of images and text, as our encoder `vit`.
+
+    Raises:
+        ValueError: our encoder does not compute what it does.
+    """
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
+    with_decoder = kind == "vit_mae" and "ViTMAEForPreTraining" in (config.architectures or [])
+    network, info = load_whole(ViTMAEForPreTraining if with_decoder else AutoModel, source, config, NEW)
+    tower = getattr(network, "vision_model", network)
+    native = tower.config
+    tensors = {name: value.float() for name, value in tower.state_dict().items()}
     weights = Weights(tensors, vit.renamer(vit.FROM_TRANSFORMERS))
     eps, size = native.layer_norm_eps, native.image_size
-    fields, state, notes = vit.vit_encoder(weights, native.num_attention_heads, size, eps)
+    fields, state, notes = vit.vit_encoder(weights, native.num_attention_heads, size, eps, fixed_positions(native))
+    options = fields["encoder_config"]
+    if options.get("mlp") != "swiglu":
+        options |= activation_option(native.hidden_act)
     state = {f"encoder.{name}": value for name, value in state.items()}
+    fields["origin"] = {"library": "transformers", **native_options(native)}
     converted = Converted(f"transformers' {kind}", fields, state, weights, notes)
     if kind not in ("vit_mae", "pixio"):
-        converted.fields["encoder_config"]["mask_style"] = "token"
+        options["mask_style"] = "token"
     if with_decoder:
         hints = Hints(decoder_heads=native.decoder_num_attention_heads, eps=eps)
         hints.arguments = {"norm_pix_loss": native.norm_pix_loss}
@@ -164,8 +192,56 @@ def convert_vit(source: str, kind: str, hints: Hints) -> Converted:
         converted.kind = "transformers' vit_mae with its decoder"
     finish(weights)
     weights.left |= dict.fromkeys(sorted(info["unexpected_keys"]), "the head of the old task")
+    if tower is not network:
+        notes.append("the vision tower alone: the text tower and the projections are left out")
     converted.fields |= native_statistics(source, native)
     return converted
+
+
+def fixed_positions(native: Any) -> str | None:
+    """The kind of positions that a model computes, as our encoder names it; None where they are weights.
+
+    Raises:
+        ValueError: our encoder has them with another base or a gate of another kind.
+    """
+    if native.model_type != "dinov3_vit":
+        return None
+    if native.rope_theta != 100:
+        raise ValueError(f"our encoder 'vit' has rotary positions of base 100, not {native.rope_theta}")
+    if native.use_gated_mlp and native.hidden_act != "silu":
+        raise ValueError(f"our encoder 'vit' has no MLP with a gate of {native.hidden_act}")
+    return "rotary_normalized"
+
+
+def activation_option(name: str) -> dict[str, str]:
+    """Raises:
+    ValueError: our encoder has no such activation.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"our encoder 'vit' has no activation {name}")
+    return {} if ACTIVATIONS[name] == "gelu" else {"mlp": ACTIVATIONS[name]}
+
+
+def convert_dinov3_convnext(source: str) -> Converted:
+    """DINOv3's ConvNeXt as our encoder `convnet`. Its last norm acts on every position of the last map.
+
+    Raises:
+        ValueError: our encoder does not compute what it does.
+    """
+    native = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
+    network, info = load_whole(AutoModel, source, native, NEW)
+    if native.layer_norm_eps != 1e-6 or native.hidden_act != "gelu":
+        raise ValueError(f"{source}: a DINOv3 ConvNeXt with other norms or activations than the released ones")
+    tensors = {name: value.float() for name, value in network.state_dict().items()}
+    weights = Weights(tensors, vit.renamer(FROM_DINOV3))
+    fields, state, _ = convnext(weights, native.image_size)
+    fields["encoder_config"]["final_norm"] = True
+    for part in ("weight", "bias"):
+        state[f"encoder.final_norm.{part}"] = state.pop(f"pooled_norm.{part}")
+    fields["origin"] = {"library": "transformers", **native_options(native)}
+    finish(weights)
+    weights.left |= dict.fromkeys(sorted(info["unexpected_keys"]), "the head of the old task")
+    return Converted("transformers' dinov3_convnext", fields | native_statistics(source, native), state, weights)
 
 
 def convert_native(source: str, kind: str) -> Converted:

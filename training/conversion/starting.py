@@ -14,7 +14,8 @@ from hf_mim.modeling.options import LEARNING_OPTIONS, OptionError, options_of, p
 from hf_mim.modeling.parts import ENCODERS, make_encoder
 
 
-DESCRIBES = ("image_size", "num_channels", "image_mean", "image_std", "encoder", "encoder_config")  # an encoder
+# Fields of a `MIMConfig` that describe an encoder.
+DESCRIBES = ("image_size", "num_channels", "image_mean", "image_std", "encoder", "encoder_config", "origin")
 METHOD = ("decoder", "decoder_config", "target")  # what a head is for
 # Learning options that mean the same for each kind of encoder.
 SHARED = ("mask_style", "pixel_fill", "drop_path_rate")
@@ -33,7 +34,7 @@ class StartingEncoder:
     Attributes:
         source: where it comes from.
         fields: those of a `MIMConfig` that describe the encoder and its images: `encoder`, `encoder_config`,
-            `image_size`, `num_channels`, and `image_mean` and `image_std` where the source says them.
+            `image_size`, `num_channels`, and `image_mean`, `image_std` and `origin` where the source says them.
         state: its weights as `MIMModel` names them (`encoder.`).
         description: what it is, and as which encoder of ours.
         notes: what a user should know of the conversion, a line each.
@@ -107,8 +108,7 @@ def start_fields(start: StartingEncoder, section: dict[str, Any]) -> tuple[dict[
     options, notes = learning_options(start.fields, recipe_kind, asked)
     kept = {name: value for name, value in start.fields["encoder_config"].items() if name not in LEARNING_OPTIONS}
     fields = {**start.fields, **section, "encoder": kind, "encoder_config": {**kept, **options}}
-    if fields["image_size"] != start.fields["image_size"]:
-        notes += keep_positions(start, fields)
+    notes += fit_size(start, fields)
     if fields["num_channels"] != start.fields["num_channels"] and "image_mean" not in section:
         fields["image_mean"] = fields["image_std"] = None
     return fields, notes
@@ -116,9 +116,10 @@ def start_fields(start: StartingEncoder, section: dict[str, Any]) -> tuple[dict[
 
 def learning_options(source: dict, recipe_kind: str, asked: dict) -> tuple[dict, list[str]]:
     """-> the recipe's options of the encoder as far as they go with that of the source, and what is left out."""
-    kind, options, notes = source["encoder"], dict(asked), []
+    kind, options = source["encoder"], dict(asked)
     if recipe_kind == "native" and kind == "vit":
         options.setdefault("mask_style", "token")  # which is what models of transformers do
+    left = []
     for name, value in asked.items():
         applies = kind == recipe_kind or name in SHARED
         if name in LEARNING_OPTIONS:
@@ -126,8 +127,11 @@ def learning_options(source: dict, recipe_kind: str, asked: dict) -> tuple[dict,
             applies = applies and (name != "mask_style" or value in MASK_STYLES[kind])
         if not applies:
             del options[name]
-            notes.append(f"{name}={value} of the recipe is left out: it is for encoder {recipe_kind!r}")
-    return options, notes
+            left.append(f"{name}={value}")
+    if kind == "native" and "mask_style=token" in left:  # it is what that encoder does
+        left.remove("mask_style=token")
+    notes = [f"of the recipe's encoder_config, this does not go with the source: {', '.join(left)}"]
+    return options, notes if left else []
 
 
 def takes_option(source: dict, name: str) -> bool:
@@ -140,19 +144,58 @@ def takes_option(source: dict, name: str) -> bool:
     return kind != "vit" and hasattr(CONFIG_MAPPING[options.get("model_type", "vit")](), name)
 
 
-def keep_positions(start: StartingEncoder, fields: dict[str, Any]) -> list[str]:
-    """Has positions stay those of the source's grid where the image size is another. -> what to tell about it."""
-    options = fields["encoder_config"]
+def fit_size(start: StartingEncoder, fields: dict[str, Any]) -> list[str]:
+    """Has positions stay those of the source's grid where the image size is another. -> what to tell about it.
+
+    Raises:
+        ValueError: the encoder does not take images of this size.
+    """
+    if fields["image_size"] == start.fields["image_size"]:
+        return []
+    size = pair(fields["image_size"])
+    with torch.device("meta"):
+        encoder: Any = make_encoder(MIMConfig(**start.fields))
+    try:
+        encoder.mask_grid(*size)
+    except ValueError as error:
+        near = start.fields["image_size"]
+        raise OptionError(
+            f"{start.source}: {error}; or train at its own size: model.image_size={near}", "image_size", size
+        ) from None
+    options, trained = fields["encoder_config"], size_title(start.fields)
     if fields["encoder"] == "convnet":
         return []
     if fields["encoder"] == "native":
         options.setdefault("image_size", start.fields["image_size"])
-        return [f"trained at {size_title(start.fields)} pixels: its class interpolates positions"]
-    with torch.device("meta"):
-        encoder: Any = make_encoder(MIMConfig(**start.fields))
+        return [f"trained at {trained} pixels: its class brings its positions to {size_title(fields)}"]
+    if encoder.positions == {"rotary_normalized"}:  # which are those of any grid
+        return []
     options["position_grid"] = list(encoder.position_grid)
-    rows, cols = encoder.position_grid
-    return [f"trained at {size_title(start.fields)} pixels: the positions of {rows}x{cols} patches are interpolated"]
+    grids = ["x".join(map(str, grid)) for grid in (encoder.position_grid, encoder.mask_grid(*size))]
+    if encoder.traces_any_size:
+        return [f"trained at {trained} pixels: the coordinates of {grids[1]} patches are scaled to those of {grids[0]}"]
+    return [f"trained at {trained} pixels: the positions of {grids[0]} patches are interpolated to {grids[1]}"]
+
+
+@torch.no_grad()
+def check_forward(model: MIMForPreTraining, start: StartingEncoder) -> None:
+    """Has the class of a library see one empty image of the run's size, some of it hidden: it may refuse more than its
+    config says.
+
+    Raises:
+        ValueError: it does.
+    """
+    config = model.config
+    if config.encoder != "native":
+        return
+    try:
+        model.eval()(torch.zeros(1, config.num_channels, *pair(config.image_size)), return_loss=False)
+    except (RuntimeError, IndexError) as error:
+        raise OptionError(
+            f"{start.source}: its class does not take images of {size_title(model.config.to_dict())} pixels "
+            f"({' '.join(str(error).split())[:200]}); it was trained at model.image_size={start.fields['image_size']}",
+            "image_size",
+        ) from None
 
 
 def describe_hiding(model: MIMForPreTraining) -> str:

@@ -25,14 +25,24 @@ HEADS_OF_WIDTH = {1280: 16, 1152: 16, 1408: 16, 1664: 16}
 
 # Names of transformers' models (in memory and, for some, as they are saved) under timm's.
 FROM_TRANSFORMERS = (
-    (r"^vit\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^(vit|model)\.", ""),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.self_attn\.(q|k|v)_proj\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"^post_layernorm\.", "norm."),
+    (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.", ""),
     (r"^decoder\.(decoder_|mask_token)", r"\1"),
     (r"^decoder_layers\.", "decoder_blocks."),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^(encoder\.layer|layers|layer)\.", "blocks."),
     (r"^(shared_position_bias|encoder\.relative_position_bias)\.", "rel_pos_bias."),
     (r"\.(attention\.attention\.)?relative_position_bias\.relative", ".attn.relative"),
     (r"\.attention(\.attention)?\.(q|k|v)_proj\.", r".attn.\2."),
@@ -70,9 +80,11 @@ def renamer(table):
     return rename
 
 
-def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> tuple[dict, dict, list[str]]:
+def vit_encoder(
+    weights: Weights, heads: int | None, image_size, eps: float, fixed: str | None = None
+) -> tuple[dict, dict, list[str]]:
     """-> the fields of a `MIMConfig`, the encoder's weights under our names, and notes. What is taken of `weights` is
-    everything that the encoder computes with.
+    everything that the encoder computes with. `fixed` is the kind of positions that are computed and not in a file.
 
     Raises:
         ValueError: weights are missing, or the size of the images cannot be told.
@@ -90,12 +102,12 @@ def vit_encoder(weights: Weights, heads: int | None, image_size, eps: float) -> 
     options: dict[str, Any] = {"patch_size": patch if patch[0] != patch[1] else patch[0], "hidden_size": dim}
     options |= {"num_hidden_layers": depth, "num_attention_heads": heads, "layer_norm_eps": eps}
     grid = next(iter(sizes), None) if image_size is None else patch_grid(image_size, patch)
-    prefix, positions, grid, kinds = token_positions(weights, grid, relative=bool(names))
+    prefix, positions, grid, kinds = token_positions(weights, grid, computed=bool(names or fixed))
     state |= prefix_state(prefix, weights, options)
     if positions is not None:
         state["learned_positions.table"] = positions
     state |= relative
-    kinds = kinds + names
+    kinds = kinds + names + ([fixed] if fixed else [])
     options["position_embedding"] = kinds[0] if len(kinds) == 1 else kinds
     for i in range(depth):
         state |= {f"layers.{i}.{name}": value for name, value in block(weights, f"blocks.{i}", options).items()}
@@ -148,16 +160,16 @@ def relative_tables(weights: Weights, depth: int) -> tuple[dict[str, Tensor], li
     return state, names, sizes
 
 
-def token_positions(weights: Weights, grid: Grid | None, relative: bool):
+def token_positions(weights: Weights, grid: Grid | None, computed: bool):
     """-> the tokens without a patch (count, dim) with their positions in them, the patches' learned positions
     (rows * cols, dim) or None, the grid, and the kinds of positions by name."""
     stored = [weights.maybe(name) for name in ("cls_token", "dist_token", "reg_token")]
-    tokens = [token.flatten(0, -2) for token in stored if token is not None]
+    tokens = [token.reshape(-1, token.shape[-1]) for token in stored if token is not None]
     num_cls = 0 if stored[0] is None else len(tokens[0])
     prefix = torch.cat(tokens) if tokens else None
     table = weights.maybe("pos_embed")
     if table is None:
-        if not relative:
+        if not computed:
             raise ValueError("the file has no positions: rotary ones, which are not in a file, cannot be converted")
         if grid is None:
             raise ValueError("the file does not say the size of its images: --image-size HEIGHTxWIDTH does")
@@ -234,7 +246,8 @@ def mlp(weights: Weights, name: str, options: dict) -> dict[str, Tensor]:
         state = {f"mlp.fc1{key}": torch.cat([gate[key] for gate in gates]) for key in gates[0]}
         state |= linear(weights, f"{name}.down_proj", "mlp.fc2")
     else:
-        first, second = ("w12", "w3") if f"{name}.w12.weight" in weights else ("fc1", "fc2")
+        names = (("w12", "w3"), ("up_proj", "down_proj"), ("fc1", "fc2"))
+        first, second = next((pair for pair in names if f"{name}.{pair[0]}.weight" in weights), names[-1])
         state |= linear(weights, f"{name}.{first}", "mlp.fc1") | linear(weights, f"{name}.{second}", "mlp.fc2")
     options["intermediate_size"] = state["mlp.fc2.weight"].shape[1]
     if len(state["mlp.fc1.weight"]) == 2 * options["intermediate_size"]:
