@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .encoder_base import Encoder, choose
-from .layers import MLP, FixedTables, sincos_2d
+from .layers import FixedTables, sincos_2d
+from .mlp import MLP
 from .pooler_base import Pooler, at_least_one
 from .pooler_selection import CentralAttentionPooler, CentralPooler, ClsAttentionPooler
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose
-from .layers import MLP
+from .mlp import MLP
 from .target_teacher import FEATURE_DISTANCES, FeatureTarget, normalise_features
 
 
