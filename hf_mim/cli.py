@@ -332,7 +332,10 @@ def doctor(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="transformers, timm, onnx, or official (FCMAE).")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="transformers, timm, onnx, or official (FCMAE); by default the library it came from."),
+    ] = None,
     force: Force = False,
 ):
     """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim; or a

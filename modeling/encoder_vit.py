@@ -303,7 +303,7 @@ class ViTEncoder(Encoder):
         if mask is not None:
             pixel_values = fill_hidden_pixels(pixel_values, mask, grid, self.pixel_fill)
         patches = patchify(pixel_values, grid)
-        positions = self._token_positions(grid, patches.device)
+        positions = self.token_positions(grid, patches.device)
         if mask is not None and self.drops_tokens:
             visible_index, hidden_index = split_mask(mask, self._num_hidden(mask, grid))
             patches = take_tokens(patches, visible_index)
@@ -346,7 +346,7 @@ class ViTEncoder(Encoder):
             )
         return counts[0]
 
-    def _token_positions(self, grid: Grid, device) -> Tensor | None:
+    def token_positions(self, grid: Grid, device) -> Tensor | None:
         """Positions (1, rows * cols, dim) to add to the patches."""
         learned = None if self.learned_positions is None else self.learned_positions(grid)
         if "sincos" not in self.positions:

@@ -274,7 +274,7 @@ def start_model(section: dict[str, Any]) -> tuple[MIMForPreTraining, list[str]]:
     state = adapt_channels(start, fields["num_channels"], how)
     model = MIMForPreTraining(MIMConfig(**fields))
     with checkpoint_errors(source):
-        fill(model.mim, state)
+        fill(model.mim, state, start.state.keys() - state.keys())
     decoder = "its decoder too" if fill_head(model, start) else "with a new decoder"
     check_forward(model, start)
     first = f"start: {source}, {start.description}, {decoder}; {describe_hiding(model)}"

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_mim.modeling.layers import sincos_2d
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 
@@ -38,12 +37,12 @@ def refuse(obstacles: list[str], what: str) -> None:
 
 
 def position_table(model: MIMModel) -> Tensor:
-    """Fixed and learned positions as one table (rows * cols, dim)."""
+    """Fixed and learned positions as one table (rows * cols, dim), for the patches of the config's image size."""
     encoder: Any = model.encoder
-    table = torch.zeros(encoder.base_grid[0] * encoder.base_grid[1], encoder.hidden_size)
-    if "sincos" in encoder.positions:
-        table = table + sincos_2d(encoder.base_grid, encoder.base_grid, encoder.hidden_size)
-    return table if encoder.learned_positions is None else table + encoder.learned_positions.table.detach()
+    positions = encoder.token_positions(encoder.base_grid, torch.device("cpu"))
+    if positions is None:
+        return torch.zeros(encoder.base_grid[0] * encoder.base_grid[1], encoder.hidden_size)
+    return positions[0].detach()
 
 
 def patch_convolution(model: MIMModel) -> Tensor:

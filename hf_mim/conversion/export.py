@@ -7,6 +7,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.checkpoint import load_checkpoint, load_config
+from hf_mim.training.common.errors import UserError
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.conversion.fcmae import to_official
 from hf_mim.training.data.processors import processor_for
@@ -20,12 +21,13 @@ FORMATS = {"transformers": to_transformers, "timm": to_timm, "onnx": to_onnx}
 OFFICIAL = "official"  # of whole models: what the authors' program goes on with
 
 
-def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> list[str]:
+def export(checkpoint: str, out: str | Path, to: str | None = None, force: bool = False) -> list[str]:
     """Writes the encoder of a checkpoint into the folder `out`.
 
     Args:
         checkpoint: a folder, or an id on the Hub.
-        to: `transformers`, `timm` or `onnx`; `official` for a whole FCMAE.
+        to: `transformers`, `timm` or `onnx`; `official` for a whole FCMAE; None for the library that the encoder came
+            from.
         force: write into a folder that is not empty.
 
     Returns:
@@ -36,10 +38,13 @@ def export(checkpoint: str, out: str | Path, to: str, force: bool = False) -> li
             does, or a package is not installed; the message says which.
         FolderError: `out` is not empty.
     """
-    if to not in (*FORMATS, OFFICIAL):
-        raise unknown_choice("format", to, [*FORMATS, OFFICIAL])
+    if to not in (None, *FORMATS, OFFICIAL):
+        raise unknown_choice("format", str(to), [*FORMATS, OFFICIAL])
     check_new_folder(Path(out), force)
     config = load_config(checkpoint)
+    to = to or (config.origin or {}).get("library")
+    if to is None:
+        raise UserError(f"{checkpoint} came from no other library: say --to {', '.join(FORMATS)} or {OFFICIAL}")
     if to == OFFICIAL:
         return export_whole(checkpoint, config, Path(out))
     model = load_checkpoint(MIMModel, checkpoint, config, new=("pooler.", "pooled_norm.")).float().eval()

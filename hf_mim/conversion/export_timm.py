@@ -13,6 +13,7 @@ from hf_mim.modeling.options import pair
 from hf_mim.training.conversion.convnets import timm_name
 
 from .counterparts import check_same, named, patch_convolution, position_table, refuse
+from .to_origin import origin_of, timm_model
 
 
 def to_timm(model: MIMModel, out: Path) -> list[str]:
@@ -21,7 +22,10 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
     Raises:
         ValueError: timm has no counterpart; the message says of what.
     """
-    if model.config.encoder == "vit":
+    origin = origin_of(model, "timm")
+    if origin is not None and model.config.encoder == "vit":
+        architecture, options, state = timm_model(model, origin)
+    elif model.config.encoder == "vit":
         architecture, options, state = timm_vit(model)
     else:
         architecture, options, state = timm_convnet(model)

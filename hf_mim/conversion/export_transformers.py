@@ -12,6 +12,7 @@ from hf_mim.modeling.native_models import native_config, native_model
 from hf_mim.modeling.options import pair
 
 from .counterparts import check_same, named, patch_convolution, position_table, refuse, scaled
+from .to_origin import origin_of, tokens_of, transformers_model
 
 
 def to_transformers(model: MIMModel, out: Path) -> list[str]:
@@ -21,7 +22,10 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
     encoder: Any = model.encoder
     kind: str = model.config.encoder
     native: Any
-    if kind == "vit":
+    origin = origin_of(model, "transformers")
+    if origin is not None:
+        native = transformers_model(model, origin)
+    elif kind == "vit":
         pixio = encoder.num_cls_tokens > 1  # ViTModel has one class token
         refuse(encoder.extra_parts(), f"transformers' {'Pixio' if pixio else 'ViT'}Model")
         native = pixio_model(model) if pixio else vit_model(model)
@@ -32,7 +36,7 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
     else:
         native = convnet_model(model)
     line = check_same(
-        model, lambda images: native.eval()(images, **native_noise(native, images)).last_hidden_state, "it"
+        model, lambda images: tokens_of(native.eval(), images, **native_noise(native, images)), type(native).__name__
     )
     native.save_pretrained(out)
     name = type(native).__name__

@@ -1,5 +1,6 @@
 """An encoder to start from, whoever saved it, in the place of the encoder that a recipe describes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,15 +58,16 @@ class StartingEncoder:
         return model.eval()
 
 
-def fill(model: MIMModel, state: dict[str, Tensor]) -> None:
-    """Loads the weights of a start; the mask token, which it may lack or have in another width, may stay new.
+def fill(model: MIMModel, state: dict[str, Tensor], new: Iterable[str] = ()) -> None:
+    """Loads the weights of a start; the mask token, which it may lack or have in another width, may stay new, and so
+    may what `new` names.
 
     Raises:
         ValueError: the weights do not fill the encoder.
     """
     own = model.state_dict()
-    masks = [name for name in own if is_of_mask(name)]
-    state = {name: value for name, value in state.items() if name in own or not is_of_mask(name)}
+    masks = [name for name in own if is_of_mask(name) or name in new]
+    state = {name: value for name, value in state.items() if name not in new and (name in own or not is_of_mask(name))}
     state = {name: value for name, value in state.items() if name not in masks or value.shape == own[name].shape}
     wrong = sorted(name for name in own.keys() ^ state.keys() if name not in masks)
     wrong += [
@@ -242,8 +244,7 @@ def adapt_channels(start: StartingEncoder, channels: int, how: str | None) -> di
     name, is_linear = first_layer(start)
     state, weight = dict(start.state), start.state[name]
     if how == "new":
-        del state[name]
-        return state
+        return {key: value for key, value in state.items() if key != name}
     weight = weight.unflatten(1, (-1, old)).movedim(2, 1) if is_linear else weight
     if how == "repeat" and channels > 1:
         new = weight[:, torch.arange(channels) % old] * (old / channels)
