@@ -101,7 +101,10 @@ def sources(tmp_path_factory):
 def own_features(model, images: torch.Tensor) -> torch.Tensor:
     """What a library's model gives, as tokens behind its last norm."""
     if not isinstance(model, transformers.PreTrainedModel):
-        tokens = model.forward_features(images)
+        # Behind its last stage an EfficientNet has a layer that counts as its head here.
+        has_head = hasattr(model, "conv_head")
+        tokens = model.forward_intermediates(images, intermediates_only=True)[-1] if has_head else None
+        tokens = tokens if has_head else model.forward_features(images)
     else:
         kind = model.config.model_type
         patches = (images.shape[2] // 16) * (images.shape[3] // 16)
