@@ -114,7 +114,7 @@ def vit_weights(model: MIMModel) -> dict[str, Tensor]:
 
 def relative_table(bias: Any, grid: tuple[int, int]) -> Tensor:
     """BEiT's table, the biases of the class token in the last three rows, for the patches of `grid`."""
-    old, new = (tuple(2 * side - 1 for side in sides) for sides in (bias.base, grid))
+    old, new = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (bias.base, grid))
     table = bias.table if old == new else resize_table(bias.table, old, new)
     return torch.cat([table, bias.prefix]).detach()
 
