@@ -120,7 +120,11 @@ class NativeEncoder(Encoder):
             self.map_cell = down, right
 
     def _add_mask_token(self, config: MIMConfigBase, model_type: str):
-        """Our own, where one is asked for and the wrapped model has none."""
+        """Our own, where one is asked for and the wrapped model has none. Its pooling head, which pretraining does not
+        run, is left as it is."""
+        head = getattr(self.network, "head", None)
+        if self.has_mask_token and isinstance(head, nn.Module):
+            head.requires_grad_(False)
         self.mask_token: nn.Parameter | None = None
         self.hidden: Tensor | None = None  # the mask of the forward pass that runs
         self.std = config.initializer_range
