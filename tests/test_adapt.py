@@ -198,6 +198,8 @@ def why_not(recipe: str, family: str) -> str | None:
         return "choose that encoder"
     if recipe == "spark_small" and kind != "convnet":
         return "with mask_style 'sparse'"
+    if recipe == "spark_small" and family == "timm_efficientnet":
+        return "keep hidden positions out of BatchNormAct2d"
     if recipe == "spark_small" and family == "dinov3_convnext":
         return "mask_style that is not sparse"
     return None
