@@ -199,6 +199,7 @@ def test_without_gradio_it_says_what_to_install(checkpoint, monkeypatch, capsys)
     assert "pip install 'hf-mim[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # gradio is imported
 def test_a_space_is_written_and_its_app_looks_at_an_image(checkpoint, image, tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     space = tmp_path / "space"

@@ -68,6 +68,7 @@ PRIVATE = {
         "_assert_async": "encoder_vit.py: checks a mask without waiting for the GPU",
         "_foreach_lerp_": "target_moving_average.py: one kernel for all weights",
     },
+    torch.UntypedStorage: {"_cdata": "trainer/memory.py: which storage a tensor is a view of"},
     torch.Tensor: {"_version": "teachers.py: notices pixels that were changed in place"},
     C10D: {"_get_default_store": "trainer/processes.py: which process was the first to meet an error"},
 }

@@ -298,11 +298,10 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
 
 
 def load_named(recipe: dict, name: str) -> list[str]:
-    """Takes the plug-ins out of a recipe and imports them; those of a recipe at a URL only where the user names them
-    too. -> them, and those that the command line names.
+    """Takes the plug-ins out of a recipe and imports them. -> them, and those that the command line names.
 
     Raises:
-        PluginError: one cannot be imported, or may not be.
+        PluginError: one cannot be imported, or is named at a URL and not by the user.
     """
     names = plugins_of(recipe, find(name).name)
     if "://" in name and (strange := [plugin for plugin in names if plugin not in LOADED]):

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ def push(
     check_options(revision, tag, pr)
     folder = Path(checkpoint).expanduser()
     weights, api = weight_files(folder), HfApi()
-    check_weights(folder, read_config(folder))
+    check_weights(folder, config := read_config(folder))
     with tempfile.TemporaryDirectory() as scratch, hub_errors(repo):
         owned = full_name(api, repo)
         card = read_card(api, owned, revision)
@@ -92,9 +92,7 @@ def push(
         if card not in (None, files["README.md"].read_bytes()) and not force and was_edited(api, owned, card, revision):
             del files["README.md"]
         make_repository(api, owned, private, revision)
-        published = commit(api, owned, files, revision=revision, tag=tag, pr=pr)
-    published.notes.extend(f"plug-in {note}" for note in plugin_notes(read_config(folder)))
-    return published
+        return commit(api, owned, files, plugin_notes(config), revision=revision, tag=tag, pr=pr)
 
 
 def check_options(revision: str | None, tag: str | None, pr: bool) -> None:
@@ -313,7 +311,7 @@ def make_repository(api: HfApi, repo: str, private: bool, revision: str | None) 
         api.create_branch(repo, branch=revision, exist_ok=True)
 
 
-def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) -> Published:
+def commit(api: HfApi, repo: str, files: dict[str, Path], plugins: Sequence[str], *, revision, tag, pr) -> Published:
     """One commit with what the repository does not have yet, and without what belongs to an earlier push."""
     before = api.repo_info(repo, revision=revision).sha
     old = old_files(api.list_repo_files(repo, revision=revision), set(files))
@@ -333,7 +331,8 @@ def commit(api: HfApi, repo: str, files: dict[str, Path], *, revision, tag, pr) 
         )
     if tag:
         make_tag(api, repo, tag, done.oid)
-    notes = [f"removed there, since the folder does not have it: {name}" for name in old]
+    notes = [f"plug-in {note}" for note in plugins]
+    notes += [f"removed there, since the folder does not have it: {name}" for name in old]
     if "README.md" not in files:
         notes.append("README.md was edited on the Hub and stays as it is there; --force replaces it")
     return Published(done.pr_url or f"{api.endpoint}/{repo}", done.oid, uploaded=done.oid != before, notes=notes)

@@ -91,12 +91,7 @@ def embed(
         ValueError, OSError: the model or the data cannot be read, or `out` holds something else.
     """
     console = RunConsole(console)
-    base = {"data": own_data([source], chosen_data(overrides), console)}
-    (data,) = recipes.read_sections(overrides, base, data=DataArguments)
-    if data.streaming:
-        raise RecipeError("embed needs data with a length: set data.streaming=false", "data.streaming")
-    if ignored := sorted(set(LIMITS) & set(chosen_data(overrides))):
-        console.warn(f"data.{ignored[0]} has no effect: embed takes every image of a split, whole")
+    data = read_data(source, overrides, console)
     embedder = Embedder.load(source, pooler, layer)
     splits, data = open_splits(data, embedder.model)
     out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +107,17 @@ def embed(
         console.warn(f"{bad} images cannot be used and are left out")
     console.log(f"{sum(map(count_rows, out.glob('*.parquet'))):,} vectors in {out}")
     return out
+
+
+def read_data(source: str, overrides: Sequence[str], console: RunConsole) -> DataArguments:
+    """The section `data`: that of the run that the model comes from, with what the user says."""
+    base = {"data": own_data([source], chosen_data(overrides), console)}
+    (data,) = recipes.read_sections(overrides, base, data=DataArguments)
+    if data.streaming:
+        raise RecipeError("embed needs data with a length: set data.streaming=false", "data.streaming")
+    if ignored := sorted(set(LIMITS) & set(chosen_data(overrides))):
+        console.warn(f"data.{ignored[0]} has no effect: embed takes every image of a split, whole")
+    return data
 
 
 def open_splits(data: DataArguments, model: MIMModel) -> tuple[dict[str, MIMDataset], DataArguments]:
