@@ -118,9 +118,8 @@ def write_page(out: Path, page: Path) -> None:
     lines.append(["the teacher MAE itself", *(f"{mae['trained'][key]:.1f}" for key in SCORES), "1"])
     raw = cells[0]["raw_pixels"]
     lines.append(["raw pixels", f"{raw['knn']:.1f}", f"{raw['linear']:.1f}", "", "", ""])
-    versions = ", ".join(f"{name} {cells[0]['versions'][name]}" for name in ("torch", "transformers"))
     seconds = spread([cell["cpu_seconds"] for cell in cells])
-    note = f"\n\n{cells[0]['steps']:,} steps of 64 images; {machine()}; {versions}; "
+    note = f"\n\n{cells[0]['steps']:,} steps of 64 images; {machine()} "
     note += f"{seconds} processor seconds a run, its evaluation included."
     table = markdown_table(["encoder", *SCORES.values(), "seeds"], lines)
     write_section(page, "teachers", table + note)
