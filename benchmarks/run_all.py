@@ -6,8 +6,8 @@ Says first how long it will take, from what each script took when it last ran. W
 `outputs/bench-done.txt`: stopped, it goes on with the next script; once all are done, or with `--again`, it starts from
 the beginning. A script that fails is named at the end, with exit code 1, and runs again the next time.
 
-Not among them, because they compare with no peer or take hours: crops.py, long_run.py, methods.py, poolers.py,
-stream_reading.py, teachers.py, training_cost.py.
+Not among them, because they compare with no peer or take hours: adapting.py, crops.py, long_run.py, methods.py,
+poolers.py, stream_reading.py, teachers.py, training_cost.py.
 """
 
 import json
