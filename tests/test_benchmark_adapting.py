@@ -14,14 +14,14 @@ def test_a_reduced_run(tmp_path, monkeypatch):
     monkeypatch.setattr(adapting, "LATER", ())
     monkeypatch.setattr(adapting, "references", {})
     page = tmp_path / "adapting.md"
-    page.write_text("Words of mine.\n\n<!-- adapting -->\nold\n<!-- end of adapting -->\n")
+    page.write_text("Words of mine.\n\n<!-- adapting -->\nstale words\n<!-- end of adapting -->\n")
     arguments = [*ARGUMENTS, "--out", str(tmp_path / "out"), "--page", str(page)]
     shown = adapting.main(arguments)
     assert "### 40 new images, 1 steps of 64" in shown and all(f"| {way} |" in shown for way in ways)
     assert len(list((tmp_path / "out").glob("*.json"))) == 2 * (4 + len(ways))
     monkeypatch.setattr(adapting, "run_cell", lambda *args: pytest.fail("a finished cell ran again"))
     assert adapting.main([*arguments, "--table"]) == shown
-    assert shown in page.read_text() and "Words of mine." in page.read_text() and "old" not in page.read_text()
+    assert shown in page.read_text() and "Words of mine." in page.read_text() and "stale words" not in page.read_text()
 
 
 def test_the_halves_are_disjoint_and_every_way_trains_something():
