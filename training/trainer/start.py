@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Distance:
         """Of the encoder, by name."""
         raise NotImplementedError
 
+    @cached_property
     def digest(self) -> str:
         """What tells this start from others, for the manifests of checkpoints."""
         digest = hashlib.sha256()

@@ -125,7 +125,7 @@ class MIMTrainer(CheckpointingTrainer):
                 )
 
     def run_record(self) -> dict[str, Any]:
-        start = {} if self.distance is None else {"start": self.distance.digest()}
+        start = {} if self.distance is None else {"start": self.distance.digest}
         return {**super().run_record(), **start}
 
     # ---- the run ---------------------------------------------------------------------------------------------------
