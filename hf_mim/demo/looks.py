@@ -113,7 +113,7 @@ class Demo:
             "prediction": shown.prediction,
             "prediction with the visible patches": shown.combined,
         }
-        return [(to_tiles(picture)[0], caption) for caption, picture in pictures.items()]
+        return [(to_tiles(picture)[0], caption) for caption, picture in pictures.items() if picture is not None]
 
     @torch.no_grad()
     def attention(self, path: str | Path) -> list[Picture]:
