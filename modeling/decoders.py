@@ -5,6 +5,7 @@ Made as `Decoder(config, encoder, out_dim, **options)` and called with (encoded,
 all tokens of the grid. Where the encoder's map is coarser than the mask grid, the decoder upsamples.
 """
 
+import math
 from functools import partial
 from typing import cast
 
@@ -20,7 +21,8 @@ from .decoder_spark import SparKDecoder
 from .encoder_base import Encoder, EncoderOutput, Grid, choose, tokens_to_map
 from .initial_weights import LINEAR, draw_as
 from .layers import CrossLayer, FixedTables, PixelShuffleLinear, ViTLayer, sincos_2d, take_tokens
-from .options import pair
+from .masking import num_hidden_tokens
+from .options import OptionError, pair
 
 
 class LinearDecoder(Decoder):
@@ -139,25 +141,90 @@ class TransformerDecoder(Decoder):
 
 class CrossAttentionDecoder(TransformerDecoder):
     """A learned token for each token asked for looks at the encoder's tokens, not at the others (CrossMAE,
-    2401.14391, without its mixing of encoder blocks). Options as of `transformer`."""
+    2401.14391).
+
+    Options:
+        mix_blocks: whether each block looks at a sum of its own, with learned weights, of what enters the encoder's
+            first block and leaves each, in place of the encoder's output (inter-block attention). Choices made here:
+            what leaves the last block has passed the encoder's last norm, and the sum passes a LayerNorm.
+        prediction_ratio: share of all tokens that a training step predicts, drawn at random among the hidden ones; None
+            predicts all of these, as evaluation does.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, layer_norm_eps: as of `transformer`.
+    """
 
     layer_class = CrossLayer
 
+    def __init__(
+        self,
+        config: MIMConfigBase,
+        encoder: Encoder,
+        out_dim: int,
+        *,
+        mix_blocks: bool = False,
+        prediction_ratio: float | None = None,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 16,
+        intermediate_size: int | None = None,
+        layer_norm_eps: float = 1e-6,
+    ):
+        width = {
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "layer_norm_eps": layer_norm_eps,
+        }
+        depth = {"num_hidden_layers": num_hidden_layers, "intermediate_size": intermediate_size}
+        super().__init__(config, encoder, out_dim, **width, **depth)
+        if prediction_ratio is not None:
+            self._check_ratio(config, encoder, prediction_ratio)
+        if mix_blocks and (encoder.strides is not None or set(encoder.num_features) != {encoder.hidden_size}):
+            raise OptionError("mix_blocks needs an encoder whose blocks all have the same width", "mix_blocks", True)
+        self.prediction_ratio, self.needs_hidden_states = prediction_ratio, mix_blocks
+        norms = num_hidden_layers if mix_blocks else 0
+        self.mix = nn.Parameter(torch.zeros(num_hidden_layers, len(encoder.num_features))) if mix_blocks else None
+        self.mix_norms = nn.ModuleList(nn.LayerNorm(encoder.hidden_size, eps=layer_norm_eps) for _ in range(norms))
+
+    def _check_ratio(self, config: MIMConfigBase, encoder: Encoder, ratio: float):
+        hidden = num_hidden_tokens(config, self.base_grid) / math.prod(self.base_grid)
+        if not 0 < ratio <= 1 or not encoder.drops_tokens:
+            message = f"prediction_ratio {ratio} must be in (0, 1], with an encoder of mask_style 'drop'"
+        elif ratio > hidden + 1e-9:
+            message = f"prediction_ratio {ratio} is more than the {hidden:.0%} of the tokens that are hidden"
+        else:
+            return
+        raise OptionError(message, "prediction_ratio", ratio)
+
+    def init_parameters(self):
+        super().init_parameters()
+        if self.mix is not None:
+            init.normal_(self.mix, std=self.mix.shape[1] ** -0.5)
+
     def forward(self, encoded, bool_masked_pos, grid, scope):
         positions = self.positions(grid, encoded.tokens.device).to(encoded.tokens.dtype)
-        prefix = self.num_prefix_tokens
-        patches, index = self.embed(encoded.tokens[:, prefix:], grid), encoded.visible_index
-        context = patches + (positions if index is None else positions[index])
-        if prefix:
-            context = torch.cat([self.embed(encoded.tokens[:, :prefix], grid), context], dim=1)
-        if index is None or scope == "all":
-            places = positions.expand(len(context), -1, -1)
+        if encoded.visible_index is None or scope == "all":
+            places = positions.expand(len(encoded.tokens), -1, -1)
         else:
             places = positions[encoded.hidden_index]
         queries = self.mask_token.to(places.dtype) + places
-        for layer in self.layers:
+        for layer, context in zip(self.layers, self._contexts(encoded, grid, positions)):
             queries = layer(queries, context)
         return self.head(self.norm(queries))
+
+    def _contexts(self, encoded: EncoderOutput, grid: Grid, positions: Tensor) -> list[Tensor]:
+        """What each block looks at, (batch, prefix + visible, hidden_size)."""
+        if self.mix is None:
+            return [self._context(encoded.tokens, encoded.visible_index, grid, positions)] * len(self.layers)
+        assert encoded.hidden_states is not None
+        maps = torch.stack([*encoded.hidden_states[:-1], encoded.tokens])
+        mixed = torch.tensordot(self.mix.to(maps.dtype), maps, dims=1)
+        tokens = (norm(part) for norm, part in zip(self.mix_norms, mixed))
+        return [self._context(part, encoded.visible_index, grid, positions) for part in tokens]
+
+    def _context(self, tokens: Tensor, index: Tensor | None, grid: Grid, positions: Tensor) -> Tensor:
+        prefix = self.num_prefix_tokens
+        patches = self.embed(tokens[:, prefix:], grid)
+        patches = patches + (positions if index is None else positions[index]).to(patches.dtype)
+        return patches if not prefix else torch.cat([self.embed(tokens[:, :prefix], grid), patches], dim=1)
 
 
 class ConvDecoder(Decoder):

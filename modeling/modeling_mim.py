@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig
+from .decoder_base import draw_predicted, heads_of
 from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
 from .initial_weights import draw_linear
 from .layers import has_checkpointed_layers
@@ -212,6 +213,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
         self.target = make_target(config, self.mim.encoder)
         config.target_config = {**config.options("target"), **self.target.options_to_save()}
         self.decoder = make_decoder(config, self.mim.encoder, self.target)
+        self.needs_hidden_states = any(head.needs_hidden_states for head in heads_of(self.decoder))
         self.global_head = make_global_head(self.mim.encoder.hidden_size, self.target)
         self.post_init()
 
@@ -239,15 +241,13 @@ class MIMForPreTraining(MIMPreTrainedModel):
         masks = self._masks(pixel_values, bool_masked_pos)
         repeats = masks.shape[1] if masks.ndim == 3 else 1
         masks = masks.flatten(0, 1) if masks.ndim == 3 else masks
-        outputs = self.mim(
-            pixel_values.repeat_interleave(repeats, dim=0) if repeats > 1 else pixel_values,
-            masks if self.hides_tokens else None,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        images = pixel_values.repeat_interleave(repeats, dim=0) if repeats > 1 else pixel_values
+        outputs, encoded = self._encode(images, masks, output_hidden_states, output_attentions)
+        learned = self.learned_tokens(masks)
+        if self.training and self.target.scope == "hidden":
+            encoded, learned = draw_predicted(self.decoder, encoded, learned)
         grid = self.mask_grid(*image_size(pixel_values))
-        predictions = {"patches": self._decode(outputs, masks, grid, self.target.scope)}
+        predictions = {"patches": self.decoder(encoded, masks, grid, self.target.scope)}
         if self.global_head is not None:
             predictions["global"] = self.global_head(self.mim.encoder.global_token(outputs.last_hidden_state, masks))
         loss = None
@@ -255,7 +255,7 @@ class MIMForPreTraining(MIMPreTrainedModel):
             targets = self._targets(pixel_values, grid)  # once for each image, however many masks of it there are
             if repeats > 1:
                 targets = {name: target.repeat_interleave(repeats, dim=0) for name, target in targets.items()}
-            loss = self.target.loss(predictions, targets, self.learned_tokens(masks), grid, generator)
+            loss = self.target.loss(predictions, targets, learned, grid, generator)
         return MIMForPreTrainingOutput(
             loss=loss,
             logits=predictions["patches"],
@@ -279,14 +279,19 @@ class MIMForPreTraining(MIMPreTrainedModel):
         self.target.bind(self.mim.encoder)
         return self.target.targets(pixel_values, grid)
 
-    def _decode(self, outputs: MIMModelOutput, masks: Tensor, grid: Grid, scope: str) -> Tensor:
-        encoded = EncoderOutput(
-            tokens=outputs.last_hidden_state,
-            visible_index=outputs.visible_index,
-            hidden_index=outputs.hidden_index,
-            feature_maps=outputs.feature_maps,
+    def _encode(
+        self, images: Tensor, masks: Tensor, hidden_states: HiddenStates = None, attentions: bool | None = None
+    ) -> tuple[MIMModelOutput, EncoderOutput]:
+        """One mask for each image -> what the encoder returns, and what the decoder reads of it."""
+        outputs = self.mim(
+            images,
+            masks if self.hides_tokens else None,
+            output_hidden_states=True if self.needs_hidden_states else hidden_states,
+            output_attentions=attentions,
+            return_dict=True,
         )
-        return self.decoder(encoded, masks, grid, scope)
+        names = ("visible_index", "hidden_index", "feature_maps", "hidden_states")
+        return outputs, EncoderOutput(outputs.last_hidden_state, **{name: getattr(outputs, name) for name in names})
 
     @torch.no_grad()
     def reconstruct(
@@ -297,8 +302,8 @@ class MIMForPreTraining(MIMPreTrainedModel):
         masks = self._masks(pixel_values, bool_masked_pos)
         masks = masks[:, 0] if masks.ndim == 3 else masks
         grid = self.mask_grid(*image_size(pixel_values))
-        outputs = self.mim(pixel_values, masks if self.hides_tokens else None, return_dict=True)
-        predicted = self._decode(outputs, masks, grid, "all").to(pixel_values.dtype)
+        _, encoded = self._encode(pixel_values, masks)
+        predicted = self.decoder(encoded, masks, grid, "all").to(pixel_values.dtype)
         targets = self._targets(pixel_values, grid)["patches"] if with_target else None
         return draw_reconstruction(self.config, self.target, pixel_values, predicted, targets, masks, grid)
 

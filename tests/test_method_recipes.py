@@ -15,7 +15,11 @@ from hf_mim.training.commands.pretrain import pretrain
 
 
 # Recipe -> where its checkpoint can go.
-EXPORTS = {"fcmae_small": ["transformers", "official"], "pixio_small": ["transformers", "timm"]}
+EXPORTS = {
+    "fcmae_small": ["transformers", "official"],
+    "pixio_small": ["transformers", "timm"],
+    "crossmae_small": ["timm"],
+}
 COMMON = [
     *("data.max_train_images=16", "data.max_eval_images=16", "training.max_steps=2", "training.watch_every=0"),
     *("training.per_device_train_batch_size=4", "training.save_strategy=steps", "training.save_steps=1"),
