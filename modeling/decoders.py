@@ -168,13 +168,16 @@ class CrossAttentionDecoder(TransformerDecoder):
         intermediate_size: int | None = None,
         layer_norm_eps: float = 1e-6,
     ):
-        width = {
-            "hidden_size": hidden_size,
-            "num_attention_heads": num_attention_heads,
-            "layer_norm_eps": layer_norm_eps,
-        }
-        depth = {"num_hidden_layers": num_hidden_layers, "intermediate_size": intermediate_size}
-        super().__init__(config, encoder, out_dim, **width, **depth)
+        super().__init__(
+            config,
+            encoder,
+            out_dim,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
         if prediction_ratio is not None:
             self._check_ratio(config, encoder, prediction_ratio)
         if mix_blocks and (encoder.strides is not None or set(encoder.num_features) != {encoder.hidden_size}):
