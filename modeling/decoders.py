@@ -314,7 +314,7 @@ class UNetDecoder(Decoder):
 
     def __init__(self, config: MIMConfigBase, encoder: Encoder, out_dim: int, *, hidden_size: int = 512):
         super().__init__(config, encoder)
-        if encoder.strides is None:
+        if encoder.strides is None or encoder.drops_tokens:
             raise ValueError("decoder 'unet' needs the feature maps of encoder 'convnet'")
         widths, strides = encoder.num_features[:0:-1], encoder.strides[:0:-1]
         hidden = [max(16, hidden_size // 2**i) for i in range(len(widths))]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .configuration_base import MIMConfigBase
+from .masking import num_hidden_tokens
 from .options import Grid, unknown_choice
 
 
@@ -40,6 +42,7 @@ class Encoder(nn.Module):
     no unused parameter; masks are then an error in the styles that need one.
     """
 
+    config: MIMConfigBase
     hidden_size: int
     num_prefix_tokens: int = 0
     num_cls_tokens: int = 0  # they come first
@@ -127,6 +130,25 @@ class Encoder(nn.Module):
         """Raises:
         ValueError: tokens before the last norm are asked for, and there are none to be had.
         """
+
+    def _num_hidden(self, mask: Tensor, grid: Grid) -> int:
+        """How many tokens are hidden in every image; dropping needs the same number everywhere."""
+        if mask.is_meta:
+            return num_hidden_tokens(self.config, grid)
+        if torch.compiler.is_compiling() or (mask.is_cuda and self.training):
+            # Asking the mask would break the graph or wait for the GPU: the configured ratio says it.
+            expected = num_hidden_tokens(self.config, grid)
+            torch._assert_async(
+                (mask.sum(1) == expected).all(), f"not {expected} hidden tokens, as masking_config says"
+            )
+            return expected
+        counts = mask.sum(1).tolist()
+        if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
+            raise ValueError(
+                f"mask_style 'drop' needs the same number of hidden tokens in every image, and a hidden and a visible "
+                f"one, got {sorted(set(counts))} hidden of {mask.shape[1]}; mask_style 'token' takes any mask"
+            )
+        return counts[0]
 
     def load_native_state(self, state: dict[str, Tensor]) -> None:
         """Loads the weights of the wrapped model of transformers, where one is wrapped."""

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
+from .hiera import hiera_cell, in_reading_order
 from .native_models import native_blocks, native_config, native_model, patch_embedding
 from .options import pair
 
@@ -135,7 +136,7 @@ class NativeEncoder(Encoder):
         if embedding is None:
             raise ValueError(
                 f"the transformers model {model_type!r} takes no bool_masked_pos and has no patch embedding behind "
-                "which tokens could be hidden; pretrain with encoder 'vit' or 'convnet'"
+                "which tokens could be hidden; pretrain with encoder 'vit', 'convnet' or 'hiera'"
             )
         self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))
         embedding.register_forward_hook(self._hide)
@@ -216,6 +217,8 @@ class NativeEncoder(Encoder):
         return [self.hidden_size] * (depth + 1)
 
     def mask_grid(self, height: int, width: int) -> Grid:
+        if self.native.model_type == "hiera":
+            raise ValueError("of a Hiera whole mask units are hidden, which encoder 'hiera' does and 'native' does not")
         patch = getattr(self.native, "patch_size", None)
         if patch is None:
             raise ValueError(f"the transformers model {self.native.model_type!r} has no patches that could be hidden")
@@ -227,6 +230,8 @@ class NativeEncoder(Encoder):
             return -(-height // self.map_cell[0]), -(-width // self.map_cell[1])
         if not hasattr(self.native, "patch_size"):
             return height // 32, width // 32
+        if self.native.model_type == "hiera":
+            return grid_size((height, width), hiera_cell(self.native), "last map's cell")
         merges = len(self.native.depths) - 1 if hasattr(self.native, "depths") else 0
         down, right = pair(self.native.patch_size)
         return grid_size((height, width), (down * 2**merges, right * 2**merges), "last map's cell")
@@ -251,15 +256,17 @@ class NativeEncoder(Encoder):
         trained = getattr(self.native, "image_size", None)
         if "interpolate_pos_encoding" in self.takes and trained and tuple(pixel_values.shape[2:]) != pair(trained):
             extra["interpolate_pos_encoding"] = True
-        if "noise" in self.takes:  # ViTMAE orders its patches by it
-            tokens = math.prod(self.mask_grid(*pixel_values.shape[2:]))
-            extra["noise"] = torch.arange(tokens, device=pixel_values.device).expand(len(pixel_values), -1)
+        if "noise" in self.takes and self.native.model_type != "hiera":  # ViTMAE orders its patches by it
+            count = math.prod(self.mask_grid(*pixel_values.shape[2:]))
+            extra["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
         self.hidden = bool_masked_pos
         try:
             out, attentions = self._run(pixel_values, extra, output_attentions)
         finally:
             self.hidden = None
         tokens = out.last_hidden_state
+        if self.native.model_type == "hiera":
+            tokens = in_reading_order(tokens, self.native, self.token_grid(*pixel_values.shape[2:]))
         maps = (tokens,) if tokens.ndim == 4 else None
         return EncoderOutput(
             tokens=tokens.flatten(2).transpose(1, 2) if maps else tokens,

@@ -34,7 +34,7 @@ from .layers import (
     sincos_2d,
     take_tokens,
 )
-from .masking import hides_tokens, num_hidden_tokens
+from .masking import hides_tokens
 from .mlp import ACTIVATIONS
 from .options import Size, pair
 
@@ -326,25 +326,6 @@ class ViTEncoder(Encoder):
         hidden = F.pad(mask, (prefix, 0))[..., None]
         token = self.mask_token.to(tokens.dtype)
         return torch.where(hidden, tokens + token if self.mask_style == "add" else token, tokens)
-
-    def _num_hidden(self, mask: Tensor, grid: Grid) -> int:
-        """How many tokens are hidden in every image; dropping needs the same number everywhere."""
-        if mask.is_meta:
-            return num_hidden_tokens(self.config, grid)
-        if torch.compiler.is_compiling() or (mask.is_cuda and self.training):
-            # Asking the mask would break the graph or wait for the GPU: the configured ratio says it.
-            expected = num_hidden_tokens(self.config, grid)
-            torch._assert_async(
-                (mask.sum(1) == expected).all(), f"not {expected} hidden tokens, as masking_config says"
-            )
-            return expected
-        counts = mask.sum(1).tolist()
-        if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
-            raise ValueError(
-                f"mask_style 'drop' needs the same number of hidden tokens in every image, and a hidden and a visible "
-                f"one, got {sorted(set(counts))} hidden of {mask.shape[1]}; mask_style 'token' takes any mask"
-            )
-        return counts[0]
 
     def token_positions(self, grid: Grid, device) -> Tensor | None:
         """Positions (1, rows * cols, dim) to add to the patches."""

@@ -23,6 +23,7 @@ ENCODERS = {
     ("convnet", "token"): ({**CONVNEXT, "mask_style": "token"}, 16),
     ("convnet", "sparse"): ({**RESNET, "mask_style": "sparse"}, 32),
     ("timm", "fill"): (TIMM_VIT, 8),
+    ("hiera", "drop"): ({"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2]}, 32),
     ("native", "vit"): ({**NATIVE_VIT, "patch_size": 8}, 8),
     ("native", "swin"): ({**SWIN, "patch_size": 8}, 8),
 }

@@ -19,6 +19,7 @@ EXPORTS = {
     "fcmae_small": ["transformers", "official"],
     "pixio_small": ["transformers", "timm"],
     "crossmae_small": ["timm"],
+    "hiera_small": [],
 }
 COMMON = [
     *("data.max_train_images=16", "data.max_eval_images=16", "training.max_steps=2", "training.watch_every=0"),

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PixioConfig, PixioModel, ViTConfig, ViTModel
+from transformers import MODEL_MAPPING, HieraModel, PixioConfig, PixioModel, ViTConfig, ViTModel
 
+from hf_mim.modeling.hiera import hiera_cell, in_reading_order
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.native_models import native_config, native_model
 from hf_mim.modeling.options import pair
@@ -29,21 +30,42 @@ def to_transformers(model: MIMModel, out: Path) -> list[str]:
         pixio = encoder.num_cls_tokens > 1  # ViTModel has one class token
         refuse(encoder.extra_parts(), f"transformers' {'Pixio' if pixio else 'ViT'}Model")
         native = pixio_model(model) if pixio else vit_model(model)
+    elif kind == "hiera":
+        native = hiera_model(model)
     elif kind == "native":
         native = native_model(model.config, encoder.native)
         norm = {f"{encoder.taken_norm}.{name}": value for name, value in encoder.final_norm.state_dict().items()}
         native.load_state_dict({**encoder.network.state_dict(), **norm})
     else:
         native = convnet_model(model)
-    line = check_same(
-        model, lambda images: tokens_of(native.eval(), images, **native_noise(native, images)), type(native).__name__
-    )
+    line = check_same(model, lambda images: native_tokens(native.eval(), images), type(native).__name__)
     native.save_pretrained(out)
     name = type(native).__name__
     lines = [f"{name} of transformers, without hf_mim: {name}.from_pretrained", line]
     if "add_pooling_layer" in type(native).__init__.__code__.co_varnames:
         lines.append("its own pooling layer is not part of it: load with add_pooling_layer=False")
     return lines
+
+
+def native_tokens(native: Any, images: Tensor) -> Tensor:
+    """The last hidden state, of a Hiera in reading order."""
+    tokens = tokens_of(native, images, **native_noise(native, images))
+    if native.config.model_type != "hiera":
+        return tokens
+    cells = hiera_cell(native.config)
+    return in_reading_order(tokens, native.config, (images.shape[2] // cells[0], images.shape[3] // cells[1]))
+
+
+def hiera_model(model: MIMModel) -> HieraModel:
+    """Raises:
+    ValueError: its tokens pass a last norm, which transformers' has behind its pooling alone.
+    """
+    encoder: Any = model.encoder
+    if not isinstance(encoder.final_norm, nn.Identity):
+        raise ValueError("transformers' HieraModel has no norm of its last tokens (final_norm true)")
+    native = HieraModel(encoder.native, add_pooling_layer=False)
+    native.load_state_dict(encoder.network.state_dict())
+    return native
 
 
 def native_noise(native, images: Tensor) -> dict:

@@ -20,7 +20,7 @@ DESCRIBES = ("image_size", "num_channels", "image_mean", "image_std", "encoder",
 METHOD = ("decoder", "decoder_config", "target")  # what a head is for
 # Learning options that mean the same for each kind of encoder.
 SHARED = ("mask_style", "pixel_fill", "drop_path_rate")
-MASK_STYLES = {"vit": ("drop", "token", "add"), "convnet": ("add", "token", "sparse"), "native": ()}
+MASK_STYLES = {"vit": ("drop", "token", "add"), "convnet": ("add", "token", "sparse"), "native": (), "hiera": ()}
 CHANNELS = {
     "repeat": "the new channels take the weights of the old ones in turn",
     "average": "each new channel takes the mean weights of the old ones",
