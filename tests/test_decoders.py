@@ -330,7 +330,9 @@ def test_a_hidden_token_predicts_its_own_place():
     pixel_values, mask = torch.randn(2, 3, 16, 24), random_masks(2, 24, 14)
     with torch.no_grad():
         logits = model(pixel_values, mask).logits
-        everything = model._decode(model.mim(pixel_values, mask), mask, (4, 6), "all")
+        encoded = model.mim.encoder(pixel_values, mask)
+        encoded.tokens = model.mim.encoder.final_norm(encoded.tokens)
+        everything = model.decoder(encoded, mask, (4, 6), "all")
     assert torch.allclose(logits, everything[mask].view(2, 14, -1), atol=1e-5)
 
 
