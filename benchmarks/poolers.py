@@ -1,13 +1,12 @@
-"""Which pooler reads which encoder best: an autoencoder, a distilled and a supervised one, and an untrained one.
+"""Which pooler reads which encoder best, and where the encoder's attention goes.
 
-    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 400] [--minutes 25] [--out outputs/poolers]
+    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 2000] [--minutes 50] [--out outputs/poolers]
 
-The encoders are ViTs of one size on the shipped images. `mae` is the recipe `quick`; `supervised` a classifier that
-reads the class token, trained for `--steps` steps of 64 images with the labels of all training images; `distilled` the
-recipe `maskdistill_small` for as many steps, with the supervised one of the same seed as its teacher, whose mean token
-its class token predicts too. Each is probed by `hf-mim probe` on the first `--images` training images (a tenth) and all
-test images, with that seed. What is done is skipped, and after `--minutes` the script stops by itself: run it again to
-go on.
+The encoders are ViTs of one size, trained on the shipped images for the same number of steps of 64 images: those of
+`benchmarks/methods.py`, which runs what is missing of them (MAE; features of the teacher lite0, token by token; and the
+untrained encoder), and a classifier that reads the class token, trained with the labels of all training images. Each is
+probed by `hf-mim probe` on the first `--images` training images (a tenth) and all test images, with the encoder's seed.
+What is done is skipped, and after `--minutes` the script stops by itself: run it again to go on.
 """
 
 import json
@@ -15,51 +14,56 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from measure import markdown_table, parser, write_section
-from methods import train_supervised
+from methods import main as run_methods
+from methods import slug, train_supervised
 from rich.console import Console
-from transformers import set_seed
 
-from hf_mim import MIMConfig, MIMForPreTraining
+from hf_mim import MIMConfig, MIMModel
+from hf_mim.analysis.attention_flow import row_statistics
 from hf_mim.training import recipe as recipes
-from hf_mim.training.commands.pretrain import pretrain
 from hf_mim.training.commands.probe import encode, probe_poolers
 from hf_mim.training.commands.probe_setup import set_up
+from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.pretraining import load_splits
+from hf_mim.training.evaluation import frozen
 
 
 ENCODERS = {
     "mae": "masked autoencoder",
-    "distilled": "distilled",
+    "token-wise": "distilled",
     "supervised": "supervised",
     "untrained": "untrained",
 }
 POOLERS = ("cls", "mean", "abmilp", "efficient")
+SHOWN = 512  # test images whose attention is looked at
 OURS, USUAL = "abmilp", "cls"
 
 
 # ---- encoders ------------------------------------------------------------------------------------------------------
 def make_encoder(name: str, seed: int, args) -> Path:
     """The folder of an encoder, trained unless it is there."""
-    folder = args.out / f"{name}-seed{seed}"
-    if (folder / "config.json").exists():
+    if name == "supervised":
+        folder = args.out / f"{name}-seed{seed}-{args.steps}"
+        if not (folder / "config.json").exists():
+            config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
+            train_supervised(config, folder, args.steps, seed, seed=seed)
         return folder
-    quiet = Console(quiet=True)
-    settings = [f"training.seed={seed}", f"training.output_dir={folder}", "data.max_eval_images=0"]
-    settings += ["training.save_strategy='no'", "training.watch_every=0"]
-    if name == "mae":
-        steps = [f"training.max_steps={args.mae_steps}"] if args.mae_steps else []
-        pretrain("quick", [*settings, *steps], quiet)
-    elif name == "distilled":
-        teacher = make_encoder("supervised", seed, args)
-        target = [f"model.target_config={{teacher: {teacher}, layers: [-1], match: interpolate, global_weight: 1}}"]
-        pretrain("maskdistill_small", [*settings, *target, f"training.max_steps={args.steps}"], quiet)
-    elif name == "supervised":
-        config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
-        train_supervised(config, folder, args.steps, seed, seed=seed)
-    else:
-        set_seed(seed)
-        MIMForPreTraining(MIMConfig(**recipes.resolve("quick")["model"])).save_pretrained(folder)
+    folder = args.methods / "runs" / f"vit-{slug(name)}-{seed}-{args.steps}"
+    if not (folder / "config.json").exists():
+        words = ["--students", "vit", "--methods", name, "--seeds", str(seed), "--out", str(args.methods)]
+        run_methods([*words, "--steps", str(args.steps)])
     return folder
+
+
+@torch.inference_mode()
+def attention_of_cls(model: MIMModel, pixels: torch.Tensor) -> dict[str, float]:
+    """Of the last block, means over images and heads: the share of its attention that the class token keeps for itself,
+    and the entropy of the rest over the patches, as a share of the largest possible."""
+    weights = model(pixels, output_attentions=True).attentions[-1][:, :, :1].float()
+    mass, entropy, patches = row_statistics(weights, model.encoder.num_prefix_tokens)
+    return {"own": weights[..., 0].mean().item(), "entropy": (entropy.mean() / np.log(patches.shape[-1])).item()}
 
 
 # ---- probing -------------------------------------------------------------------------------------------------------
@@ -75,6 +79,8 @@ def probe_encoder(name: str, seed: int, args) -> dict:
     run = set_up(str(make_encoder(name, seed, args)), options, quiet)
     sides = encode(run, {"trained": run.model})["trained"]
     found = {"poolers": probe_poolers(run, "trained", run.model, sides)[0]}
+    pixels = next(frozen.pixel_loader(load_splits(DataArguments(), run.model.config).test, run.model.config, SHOWN))
+    found["attention"] = attention_of_cls(run.model, pixels)
     found["seconds"] = time.process_time() - started
     file.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -94,15 +100,22 @@ def report(results: dict[str, dict[int, dict]], args) -> str:
         if found:
             accuracies = [cell([one["poolers"][pooler]["accuracy"] for one in found]) for pooler in POOLERS]
             gains = [cell(gain_of(found, pooler)) for pooler in (OURS, "efficient")]
-            rows.append([title, *accuracies, *gains, len(found)])
-    header = ["encoder", *POOLERS, "abmilp less cls", "efficient less cls", "seeds"]
+            looks = [shares([one["attention"][key] for one in found]) for key in ("own", "entropy")]
+            rows.append([title, *accuracies, *gains, *looks, len(found)])
+    header = ["encoder", *POOLERS, "abmilp less cls", "efficient less cls"]
+    header += ["attention of cls to itself", "entropy over patches", "seeds"]
     command = f"python benchmarks/poolers.py --seeds {' '.join(map(str, args.seeds))} --images {args.images}"
     command += f" --steps {args.steps} --epochs {args.epochs}"
-    mae = f"{args.mae_steps:,} steps" if args.mae_steps else "the recipe's 20 epochs"
     words = f"`{command}`\n\nAccuracy on the {args.test_images or 3000:,} test images, percent, of poolers trained on "
-    words += f"{args.images:,} of the 20,000 training images; mean and standard deviation over encoders and probes of "
-    words += f"different seeds. Budgets: `quick` {mae}, the others {args.steps:,} steps of 64 images."
+    words += f"{args.images:,} of the 20,000 training images, on encoders of {args.steps:,} steps of 64 images; mean "
+    words += "and standard deviation over encoders and probes of different seeds. Attention is that of the last block, "
+    words += f"means over heads and {SHOWN} test images; entropy as a share of the largest possible."
     return f"{words}\n\n{markdown_table(header, rows)}"
+
+
+def shares(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
 
 
 def gain_of(found: list[dict], pooler: str) -> list[float]:
@@ -113,14 +126,16 @@ def arguments(argv: list[str] | None):
     numbers = {
         "images": (2000, "training images with a label"),
         "test_images": (None, "test on so many, always the same; by default all"),
-        "steps": (400, "of the supervised and the distilled encoder"),
-        "mae_steps": (None, "of the autoencoder; by default the whole recipe"),
+        "steps": (2000, "of every encoder but the untrained one"),
         "epochs": (20, "of the poolers, at most"),
-        "minutes": 25.0,
+        "minutes": 50.0,
     }
     options = parser(__doc__, out=None, **numbers)
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--out", type=Path, default=Path("outputs/poolers"))
+    options.add_argument(
+        "--methods", type=Path, default=Path("outputs/methods"), help="where methods.py keeps its runs"
+    )
     options.add_argument("--page", help="put the table into this Markdown page")
     return options.parse_args(argv)
 
