@@ -268,24 +268,33 @@ def pages_in(folder: str) -> str:
 
 
 def results_of(methods: list[str]) -> str:
-    """The rows of these methods and their variants ("dtm": "dtm, vit teacher") in the tables of docs/results.md by
-    student, beside the untrained encoder and raw pixels.
+    """The rows of these methods and their variants ("dtm": "dtm, random merging") in the tables by student of
+    docs/results.md and, of methods that it lacks, of docs/earlier_results.md; beside the untrained encoder and raw
+    pixels.
 
     Raises:
         ValueError: a method has no row.
     """
-    text = (DOCS / "results.md").read_text(encoding="utf-8")
-    head, rows, missing = [], [], set(methods)
-    for student, table in re.findall(r"^### Student ([\w-]+): .*?\n\n(\|.*?)\n\n", text, re.DOTALL | re.MULTILINE):
-        cells = [[cell.strip() for cell in line.strip("|").split("|")][:-2] for line in table.splitlines()]
-        head = head or ["student", *cells[0]]
-        named = [row for row in cells[2:] if re.split("[,+]", row[0])[0] in methods]
-        missing -= {re.split("[,+]", row[0])[0] for row in named}
-        others = [row for row in cells[2:] if row[0] in ("untrained", "raw pixels")]
-        rows += [[student, *row] for row in named + others if named]
+    head, rows, missing = list[str](), list[list[str]](), set(methods)
+    for page in ("results.md", "earlier_results.md"):
+        wanted = set(missing)
+        for student, cells in student_tables((DOCS / page).read_text(encoding="utf-8")):
+            named = [row for row in cells[1:] if re.split("[,+]", row[0])[0] in wanted]
+            missing -= {re.split("[,+]", row[0])[0] for row in named}
+            others = [row for row in cells[1:] if row[0] in ("untrained", "raw pixels")]
+            head = head or ["student", *cells[0][:5]]
+            rows += [[student, *row[:5]] for row in named + others if named]
     if missing:
-        raise ValueError(f"docs/results.md has no row {', '.join(sorted(missing))}")
+        raise ValueError(f"docs/results.md and docs/earlier_results.md have no row {', '.join(sorted(missing))}")
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def student_tables(text: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """The student, and the cells of the header and of every row: method, four scores, and more."""
+    pattern = r"^### Student ([\w-]+): .*?\n\n(\|.*?)(?:\n\n|\n?\Z)"
+    for student, table in re.findall(pattern, text, re.DOTALL | re.MULTILINE):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        yield student, [lines[0], *lines[2:]]
 
 
 def with_formulas(text: str) -> str:
