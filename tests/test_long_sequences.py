@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_mim.modeling import layers
+from hf_mim.modeling import attention
 
 
 def tensors(length: int, queries: int, dtype=torch.float32, seed=0):
@@ -28,7 +28,7 @@ def by_hand(query, key, value, scale, bias=None):
 def test_blocks_of_queries_are_the_whole_with_its_gradients(queries, biased):
     inputs = tensors(300, queries)
     bias = torch.randn(2, 3, queries, 300, requires_grad=True) if biased else None
-    out, _ = layers.blockwise_attention(None, *inputs, scaling=0.3, position_bias=bias)
+    out, _ = attention.blockwise_attention(None, *inputs, scaling=0.3, position_bias=bias)
     want = by_hand(*inputs, 0.3, bias)
     leaves = [*inputs, *([bias] if biased else [])]
     cotangent = torch.randn(out.shape)
@@ -49,7 +49,7 @@ def saved_bytes(length: int) -> int:
 
     query, key, value = tensors(length, length, torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out, _ = layers.attend(module, query, key, value)
+        out, _ = attention.attend(module, query, key, value)
     out.float().sum().backward()
     assert torch.allclose(out.double(), by_hand(query, key, value, 0.3).flatten(2), atol=2e-2)  # bfloat16
     return sum(kept.values())

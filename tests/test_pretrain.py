@@ -65,7 +65,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     for name in ("reconstructions.png", "loss.png"):
         assert min(PIL.Image.open(folder / name).size) > 300
     lines = printed.strip().splitlines()
-    assert lines.index(f"output folder: {folder}") < 12 and f"output folder: {folder}" in lines[-4:]
+    assert lines.index(f"output folder: {folder}") < 14 and f"output folder: {folder}" in lines[-4:]
     assert f"hf-mim pretrain {folder} model.init_from={folder}" in printed
     assert "k-NN, mean of the patches" in printed and "raw pixels" in printed
 

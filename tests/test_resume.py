@@ -243,7 +243,7 @@ def start(*words) -> subprocess.Popen:
 
 
 def wait_for(folder: Path, step: int, process) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < end:
         found = last_checkpoint(folder)
         if found is not None and int(found.name.partition("-")[2]) >= step:
@@ -257,7 +257,7 @@ def test_killed_twice_and_terminated_once_ends_with_the_same_weights(tmp_path):
     """Streamed and in real processes: kill -9, kill -9, SIGTERM (code 143, one line), SIGINT (130), the end."""
     datasets.disable_progress_bars()
     rows(50).to_parquet(tmp_path / "train.parquet")
-    words = [*TINY, "data.streaming=true", f"data.dataset={tmp_path / 'train.parquet'}", "training.max_steps=600"]
+    words = [*TINY, "data.streaming=true", f"data.dataset={tmp_path / 'train.parquet'}", "training.max_steps=240"]
     words += ["training.per_device_train_batch_size=4", "training.save_strategy=steps", "training.save_steps=10"]
     words += ["data.crop_scale=[0.5, 1.0]", "training.dataloader_num_workers=1"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -266,12 +266,12 @@ def test_killed_twice_and_terminated_once_ends_with_the_same_weights(tmp_path):
     for step, number, code in ((10, 9, -9), (60, 9, -9), (110, 15, 143), (160, 2, 130)):
         wait_for(folder, step, process)
         os.killpg(process.pid, number)  # workers too, as terminals and schedulers do
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=300)[0]
         assert process.returncode == code, printed
         if number != 9:
             assert printed.strip().splitlines()[-1].endswith(f"hf-mim pretrain {folder} training.resume=true"), printed
             assert "Traceback" not in printed
         process = start(str(folder), "training.resume=true")
-    assert "resuming from" in process.communicate(timeout=120)[0] and process.returncode == 0
-    assert reference.wait(timeout=120) == 0
+    assert "resuming from" in process.communicate(timeout=300)[0] and process.returncode == 0
+    assert reference.wait(timeout=300) == 0
     assert equal(weights(whole), weights(folder))
