@@ -205,7 +205,7 @@ def test_a_run_reports_what_it_skipped(tmp_path):
     pretrain("quick", overrides, Console(file=out, width=300))
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["bad_images"]
     assert found["count"] == 1 and "07.png" in found["first"]
-    assert "skipped 1 images that cannot be used; the first: cannot decode" in out.getvalue()
+    assert "skipped 1 image that cannot be used; the first: cannot decode" in out.getvalue()
 
 
 def jpeg(mode: str, **options) -> bytes:

@@ -9,16 +9,18 @@ from hf_mim.training.data.splits import Opened, split_of
 
 
 LABEL = "label"  # the column with the names of the class folders
+Splits = dict[str, list[tuple[str, list[str]]]]  # {name: [(folder, files below it)]}
 UNLABELLED_NAMES = ("unlabeled", "unlabelled", "unsupervised", "extra")  # beside train/ they make no class of it
 
 
-def open_folder(root: str, listing: Listing) -> Opened:
+def open_folder(root: str, listing: Listing, splits: Splits | None = None) -> Opened:
     """A folder of images. `train/` and `test/` (or `val/`) are splits, and so are the folders beside them, under their
     own names. One folder per class makes labels, as text; so does a column of `metadata.csv` and its like.
 
     Args:
         root: a folder or URL.
         listing: what lies there.
+        splits: {name: [(folder, files below it)]}; None finds them.
 
     Raises:
         DataError: there is no image in it, or a table cannot be used.
@@ -30,7 +32,11 @@ def open_folder(root: str, listing: Listing) -> Opened:
     metadata = read_metadata(listing.tables, files)
     opened = Opened(notes=[*listing.notes(), *metadata.notes])
     files = [file for file in files if file not in metadata.companions]
-    folders = find_splits(_inner_root(root, files), files)
+    folders = find_splits(_inner_root(root, files), files) if splits is None else splits
+    folders = {
+        name: [(folder, [f for f in found if f not in metadata.companions]) for folder, found in parts]
+        for name, parts in folders.items()
+    }
     for name, parts in folders.items():
         opened[name] = _make_split(parts, metadata, opened.notes, name, 1 if len(folders) > 1 else 2)
     strays = len(files) - sum(len(found) for parts in folders.values() for _, found in parts)
@@ -39,7 +45,7 @@ def open_folder(root: str, listing: Listing) -> Opened:
     return opened
 
 
-def find_splits(root: str, files: list[str]) -> dict[str, list[tuple[str, list[str]]]]:
+def find_splits(root: str, files: list[str]) -> Splits:
     """{split: [(folder, files below it)]}; without splits all is `train`.
 
     A folder `train/` is a split where another split lies beside it, or where it has folders of its own, or where the
@@ -59,7 +65,7 @@ def find_splits(root: str, files: list[str]) -> dict[str, list[tuple[str, list[s
         are_splits = bool(splits) and not others
     if not are_splits:
         return {"train": [(root, files)]}
-    found: dict[str, list[tuple[str, list[str]]]] = {}
+    found: Splits = {}
     for top in sorted(tops):
         found.setdefault(names[top] or top, []).append((f"{root}/{top}", tops[top]))
     return found

@@ -14,6 +14,7 @@ from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.files import SHARDS, list_files, list_place, place_of
 from hf_mim.training.data.folders import open_folder
+from hf_mim.training.data.hub_files import open_hub
 from hf_mim.training.data.splits import Opened, split_of
 from hf_mim.training.data.tars import open_tars
 
@@ -32,34 +33,29 @@ def open_dataset(data: DataArguments) -> Opened:
     if data.dataset is None:
         return open_files(str(SHIPPED), sorted(list_files(str(SHIPPED))), data.streaming)
     place = place_of(data.dataset)
-    if place is None:
-        return open_hub(data)
+    opened = open_hub(data) if place is None else open_place(place, data.streaming)
+    if data.streaming:
+        for name, split in opened.items():
+            if isinstance(split, datasets.Dataset):
+                opened[name] = split.to_iterable_dataset(min(len(split), FOLDER_SHARDS))
+    return opened
+
+
+def open_place(place: str, streaming: bool) -> Opened:
+    """What lies in a local folder or file or at a URL. Folders of images are no streams yet."""
     listing = list_place(place)
     by_kind = ([file for file in listing.files if file.endswith(ending)] for ending in SHARDS)
-    if shards := next(filter(None, by_kind), None):
-        opened = open_files(place, sorted(shards, key=lambda file: file.split("/")), data.streaming)
+    shards = next(filter(None, by_kind), None)
+    if shards is None:
+        opened = open_folder(place, listing)
+    else:
+        opened = open_files(place, sorted(shards, key=lambda file: file.split("/")), streaming)
         for file in {*listing.files, *listing.tables} - set(shards):
             listing.passed_over[f"{Path(file).suffix.lower()} beside {Path(shards[0]).suffix}"] += 1
         listing.files = shards
         opened.notes[:0] = listing.notes()
-        opened.digest = listing.digest(place)
-        return opened
-    opened = open_folder(place, listing)
     opened.digest = listing.digest(place)
-    if data.streaming:
-        for name, split in opened.items():
-            opened[name] = split.to_iterable_dataset(min(len(split), FOLDER_SHARDS))
     return opened
-
-
-def open_hub(data: DataArguments) -> Opened:
-    """A data set on the Hub, with every split."""
-    try:
-        return Opened(datasets.load_dataset(data.dataset, data.subset, streaming=data.streaming))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"{data.dataset!r} was not found, locally or on the Hub: {reason}"
-        raise DataError(message, data.dataset or "") from None
 
 
 def open_files(place: str, files: list[str], streaming: bool = False) -> Opened:
