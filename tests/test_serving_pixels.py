@@ -407,6 +407,35 @@ def test_sizes_that_vary_around_the_models(tmp_path):
 
 
 # ---- what a checkpoint is saved with -------------------------------------------------------------------------------
+def test_sizes_that_the_sample_missed_count_when_the_processor_is_saved(tmp_path):
+    """One image among many has the model's size, which a stock processor would resize and crop."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(60):
+        (folder / f"{seed:02}.png").write_bytes(pillow(levels(seed, 3)))
+    config, data = tiny_config(image_size=16), DataArguments(dataset=str(folder), memory_limit_mb=0)
+    splits = load_splits(data, config)
+    assert type(processor_for(config, splits.sample_seen())) is ViTImageProcessor
+    looked = np.random.default_rng((0, 18)).permutation(60)[:48]
+    missed = next(i for i in range(60) if i not in looked)
+    (folder / f"{missed:02}.png").write_bytes(pillow(levels(0, 3, size=(16, 16))))
+    splits = load_splits(data, config)
+    assert type(processor_for(config, splits.sample_seen())) is ViTImageProcessor
+    splits.train.__getitems__(range(60))  # an epoch
+    processor = processor_for(config, splits.sample_seen())
+    assert isinstance(processor, MIMImageProcessor)
+    files = [folder / f"{i:02}.png" for i in (missed, 0)]
+    trained = MIMCollator(config)(splits.train.without_augmentation().__getitems__([missed, 0]))["pixel_values"]
+    served = prepared(processor, files, config)
+    assert (trained - served).abs().max() <= 1.01 / 255 / min(config.image_std)
+
+
+def test_without_a_look_at_images_they_are_cropped_as_in_the_papers():
+    processor = processor_for(tiny_config(image_size=224, encoder_config={"patch_size": 16}))
+    assert type(processor) is ViTImageProcessor and processor.do_center_crop
+    assert processor.size.shortest_edge == 256 and processor.crop_size.height == 224
+
+
 def test_ordinary_checkpoints_have_a_stock_processor(tmp_path):
     *_, processor = run_of("jpeg", tmp_path)
     assert type(processor) is ViTImageProcessor and processor.do_center_crop

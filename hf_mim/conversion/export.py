@@ -3,6 +3,8 @@ its decoder as the official program saves it."""
 
 from pathlib import Path
 
+from transformers import AutoImageProcessor
+
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import unknown_choice
@@ -52,7 +54,7 @@ def export(checkpoint: str, out: str | Path, to: str | None = None, force: bool 
     if to not in formats:
         raise ValueError(f"this encoder has no counterpart in {to}: export it --to {' or '.join(formats)}")
     lines = FORMATS[to](model, out)
-    processor_for(config).save_pretrained(out)
+    processor_of(checkpoint, config).save_pretrained(out)
     return [f"{out}: {lines[0]}", *lines[1:]]
 
 
@@ -60,5 +62,13 @@ def export_whole(checkpoint: str, config: MIMConfig, out: Path) -> list[str]:
     """As `export`, to `OFFICIAL`."""
     model = load_checkpoint(MIMForPreTraining, checkpoint, config)
     lines = to_official(model.float(), out)
-    processor_for(config).save_pretrained(out)
+    processor_of(checkpoint, config).save_pretrained(out)
     return [f"{out}: {lines[0]}", *lines[1:]]
+
+
+def processor_of(checkpoint: str, config: MIMConfig) -> Any:
+    """The image processor of a checkpoint: its own, which knows the images that it was trained on, if there is one."""
+    try:
+        return AutoImageProcessor.from_pretrained(resolve(checkpoint))
+    except (OSError, ValueError):
+        return processor_for(config)

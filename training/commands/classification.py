@@ -62,7 +62,7 @@ def finetune_classification(run: FinetuneRun, preview: bool = False) -> Path:
     if preview:
         return dry_run(run, partial(make_trainer, run, model, splits, weights))
     trainer = make_trainer(run, model, splits, weights)
-    return run.execute(lambda: train(run, trainer), partial(finish, run, splits))
+    return run.execute(lambda: train(run, splits, trainer), partial(finish, run, splits))
 
 
 def make_trainer(
@@ -87,8 +87,8 @@ def make_trainer(
     )
 
 
-def train(run: FinetuneRun, trainer: FinetuneTrainer) -> FinetuneTrainer:
-    run.train(trainer, partial(save, run, trainer))
+def train(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer) -> FinetuneTrainer:
+    run.train(trainer, partial(save, run, splits, trainer))
     return trainer
 
 
@@ -228,15 +228,16 @@ def describe(run: FinetuneRun, model: MIMForImageClassification, splits: Labelle
     run.describe_length(splits.train, SHORT_FINETUNING)
 
 
-def save(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
+def save(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer) -> None:
     """Writes weights, config and processor: the averaged ones where there is an average."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.processing_class = processor_for(model.config, splits.sample_seen())
     if not isinstance(model, PeftModel):
         run.save_model(trainer)
     elif trainer.is_world_process_zero():
         with trainer.averaged():
             save_adapted(model, run.folder)
-        processor_for(model.config).save_pretrained(run.folder)
+        trainer.processing_class.save_pretrained(run.folder)
 
 
 def finish(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer, seconds: float) -> None:

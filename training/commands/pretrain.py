@@ -238,6 +238,7 @@ def watch_forgetting(run: PretrainRun, trainer: MIMTrainer) -> ForgettingMonitor
 def save(run: PretrainRun, trainer: MIMTrainer) -> None:
     """Writes weights, config and processor, the curve of the loss and reconstructions."""
     merge_lora(run.model)
+    trainer.processing_class = processor_for(run.config, run.splits.sample_seen())
     run.save_model(trainer)
     if not trainer.is_world_process_zero():
         return

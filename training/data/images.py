@@ -64,6 +64,7 @@ class MIMDataset(ImageDataset):
         # Shared with the loader's workers, persistent ones included, which see `set_epoch` through it.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._missing = torch.zeros(len(dataset)).share_memory_()
+        self._sizes = torch.zeros((2, 2), dtype=torch.int64).share_memory_()  # see `sizes_seen`
         labelled = None if self.labels is None else self.labels >= 0
         self.bad = BadImages(len(dataset), data.max_bad_images, self._error_of, labelled)
         self.images = self._decode_all(data.memory_limit_mb * 2**20)
@@ -132,6 +133,7 @@ class MIMDataset(ImageDataset):
 
     def _pixels(self, index: int, file) -> np.ndarray:
         pixels = self.decode(file)
+        self._sizes[int(pixels.shape[1:] == self.size)] = torch.tensor(pixels.shape[1:])
         if self.decode.missing:
             self._missing[index] = self.decode.missing
         return pixels
@@ -141,6 +143,10 @@ class MIMDataset(ImageDataset):
         of their values."""
         found = self._missing[self._missing > 0]
         return {"images": len(found), "share": round(float(found.mean()), 6) if len(found) else 0.0}
+
+    def sizes_seen(self) -> set[tuple[int, int]]:
+        """The model's size, if an image decoded so far has it, and another one that some image has."""
+        return {(height, width) for height, width in self._sizes.tolist() if height}
 
     def _error_of(self, index: int) -> str:
         try:

@@ -1,6 +1,6 @@
 """Labelled images in three splits: to train on, to choose the best checkpoint by, and to test on once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -49,6 +49,10 @@ class LabelledSplits:
     sample: PixelSample = field(default_factory=PixelSample)
     data: DataArguments = field(default_factory=DataArguments)
     digest: str = ""
+
+    def sample_seen(self) -> PixelSample:
+        """The sample, with the sizes of all images that were decoded since."""
+        return replace(self.sample, sizes=self.sample.sizes | self.train.dataset.sizes_seen())
 
     def bad_images(self) -> BadImageReport:
         """What could not be used so far."""

@@ -47,6 +47,12 @@ class Splits:
     data: DataArguments = field(default_factory=DataArguments)
     digest: str = ""
 
+    def sample_seen(self) -> PixelSample:
+        """The sample, with the sizes of all images that were decoded since."""
+        if not isinstance(self.train, MIMDataset):
+            return self.sample
+        return replace(self.sample, sizes=self.sample.sizes | self.train.sizes_seen())
+
     def bad_images(self) -> BadImageReport:
         """What could not be used so far."""
         parts = [part for part in (self.train, self.test) if part is not None]

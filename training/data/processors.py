@@ -21,7 +21,7 @@ def processor_for(config: MIMConfig, sample: PixelSample | None = None) -> ViTIm
     A stock one where that can do it, which loads and works in pipelines without code of this project; else ours.
 
     Args:
-        sample: of the images that the model was trained on; None stands for 8-bit images of the model's size.
+        sample: of the images that the model was trained on; None stands for 8-bit images of any other size.
     """
     (height, width), (mean, std) = pair(config.image_size), statistics(config)
     fields: dict[str, Any] = {"resample": BICUBIC, "image_mean": list(mean), "image_std": list(std)}

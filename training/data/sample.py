@@ -301,6 +301,6 @@ def fits_stock_processor(sample: PixelSample | None, config: MIMConfig) -> bool:
 def sizes_like(sample: PixelSample | None, config: MIMConfig) -> str:
     """`model` where every image of the sample has the model's size, `other` where none has, else `mixed`."""
     if sample is None or not sample.sizes:
-        return "model"
+        return "other"
     same = pair(config.image_size) in sample.sizes
     return "other" if not same else "model" if len(sample.sizes) == 1 else "mixed"
