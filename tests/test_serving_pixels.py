@@ -21,6 +21,7 @@ from transformers.image_utils import load_image
 
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
+from hf_mim.conversion.export import export
 from hf_mim.doctor.checks import examine
 from hf_mim.modeling.encoder_base import to_grey
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
@@ -428,6 +429,14 @@ def test_sizes_that_the_sample_missed_count_when_the_processor_is_saved(tmp_path
     trained = MIMCollator(config)(splits.train.without_augmentation().__getitems__([missed, 0]))["pixel_values"]
     served = prepared(processor, files, config)
     assert (trained - served).abs().max() <= 1.01 / 255 / min(config.image_std)
+
+
+def test_an_exported_encoder_keeps_the_processor_of_its_images(tmp_path):
+    _, config, _, processor = run_of("10 bits", tmp_path)
+    MIMModel(config).save_pretrained(tmp_path / "model")
+    export(str(tmp_path / "model"), tmp_path / "out", "transformers")
+    kept = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(kept, MIMImageProcessor) and kept.value_range == processor.value_range is not None
 
 
 def test_without_a_look_at_images_they_are_cropped_as_in_the_papers():

@@ -2,13 +2,14 @@
 its decoder as the official program saves it."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoImageProcessor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import unknown_choice
-from hf_mim.training.checkpoint import load_checkpoint, load_config
+from hf_mim.training.checkpoint import load_checkpoint, load_config, resolve
 from hf_mim.training.common.errors import UserError
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.conversion.fcmae import to_official
