@@ -99,7 +99,8 @@ class NativeEncoder(Encoder):
         depth = getattr(self.native, "num_hidden_layers", None) or len(getattr(self.native, "depths", [1]))
         self._name_stages(self._stage_widths(depth))
         self.base_grid = self.token_grid(*pair(config.image_size))
-        self.has_attentions = self.last_attention() is not None or "output_attentions" in self.takes
+        recorded = "attentions" in (getattr(self.network, "_can_record_outputs", None) or {})
+        self.has_attentions = recorded or "output_attentions" in self.takes
         self._take_final_norm(final_norm_names)
 
     def _check_inputs(self, model_type: str):

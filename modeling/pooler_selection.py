@@ -75,8 +75,9 @@ class CentralAttentionPooler(CentralPooler):
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, size: int = 2):
         super().__init__(encoder, apply_final_norm=apply_final_norm, size=size)
-        if not encoder.has_attentions:
-            raise ValueError("pooler 'central_attention' needs an encoder with attention; choose 'central' or 'mean'")
+        if not encoder.has_attentions or len(set(encoder.num_features)) > 1:  # Swin's is inside windows
+            message = "needs an encoder with attention between all patches; choose 'central' or 'mean'"
+            raise ValueError(f"pooler 'central_attention' {message}")
 
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
         if not attentions or attentions[-1].shape[2] != tokens.shape[1]:

@@ -214,6 +214,15 @@ def test_a_checkpoint_gives_back_every_weight(tmp_path, encoder):
                 parameter.add_(1.0)
         load()
         assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")  # of the best checkpoint, while the run went on
+    said: list[str] = []
+    trainer.warn = said.append
+    trainer._load_best_model()
+    assert said == [
+        f"warning: {file.parent}, the best checkpoint, cannot be used: model.safetensors is damaged; the last weights are kept"
+    ]
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
 # ---- mixing and the loss -------------------------------------------------------------------------------------------

@@ -101,7 +101,15 @@ def test_file_systems_without_locks_are_used_without(tmp_path, monkeypatch):
         raise OSError(output_folder.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(output_folder.fcntl, "lockf", refuse)
-    FolderLock(tmp_path).release()
+    lock = FolderLock(tmp_path / "..")
+    assert not lock.guards
+    lock.release()
+    printed = run(tmp_path / "run", "training.max_steps=1", "data.max_eval_images=0")
+    assert f"there are no file locks in {tmp_path / 'run'}: start no second run in it" in printed
+    monkeypatch.setattr(output_folder, "fcntl", None)  # Windows
+    lock = FolderLock(tmp_path)
+    assert not lock.guards
+    lock.release()
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -20,9 +20,10 @@ from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.training.checkpoint import load_encoder, load_model
 from hf_mim.training.commands.finetune import finetune
 from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.common.errors import FolderError
 from hf_mim.training.data import fetching, urls
 from hf_mim.training.data.fetching import fetch_model
-from hf_mim.training.trainer import remote
+from hf_mim.training.trainer import remote, remote_lock
 from hf_mim.training.trainer.remote import MARKER, RemoteRun, fetch_files
 from hf_mim.training.trainer.saving import last_checkpoint
 from hf_mim.training.trainer.trainer import MIMTrainer
@@ -219,6 +220,39 @@ def test_what_a_killed_process_left_is_no_checkpoint(tmp_path, monkeypatch):
     other.save(3)
     other.save(6)  # checkpoint-1 is not on this machine; with 2, 3 and 6 there is no room for it
     assert {name.partition("/")[0] for name in there()} == {"checkpoint-2", "checkpoint-3", "checkpoint-6"}
+
+
+def test_a_url_has_one_writer_and_a_dead_one_does_no_harm(monkeypatch):
+    monkeypatch.setattr(remote_lock, "BEAT", 0.05)
+    monkeypatch.setattr(remote_lock, "PATIENCE", 0.6)
+    said = []
+    first, second = (remote_lock.RemoteLock(URL, said.append) for _ in range(2))
+    first.take()
+    with pytest.raises(FolderError, match=f"process .* writes to {URL}: wait for its end"):
+        second.take()
+    assert "was in use by process" in said[0]
+    first.ended.set()  # killed: nothing is renewed, nothing removed
+    first.thread.join()
+    assert remote_lock.NAME in there()
+    third = remote_lock.RemoteLock(URL, said.append)
+    third.take()
+    first.release()  # of another one's nothing is removed
+    assert remote_lock.NAME in there()
+    third.release()
+    assert remote_lock.NAME not in there()
+
+
+def test_a_damaged_checkpoint_at_a_url_is_passed_over(tmp_path, monkeypatch, whole):
+    run("training.save_steps=2", "training.save_total_limit=3")
+    name = "checkpoint-4/model.safetensors"
+    Flaky().pipe(f"/bucket/run/{name}", urls.read_url(f"{URL}/{name}")[:-10])
+    monkeypatch.setattr(fetching.constants, "HF_HOME", str(tmp_path / "elsewhere"))
+    out = io.StringIO()
+    pretrain(URL, ["training.resume=true"], Console(file=out, width=400))
+    printed = out.getvalue()
+    assert "checkpoint-4 cannot be used: model.safetensors is damaged" in printed
+    assert f"resuming from {local() / 'checkpoint-2'}" in printed and remote_lock.NAME not in there()
+    assert equal(load_model(URL).state_dict(), whole)
 
 
 def test_the_best_checkpoint_is_fetched_with_the_last(tmp_path, monkeypatch):

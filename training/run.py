@@ -39,7 +39,7 @@ from hf_mim.training.trainer.advice import (
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.manifest import differences, last_whole_checkpoint, read_manifest, versions
 from hf_mim.training.trainer.processes import PeerWatchdog, on_main_process
-from hf_mim.training.trainer.remote import RemoteRun
+from hf_mim.training.trainer.remote import RemoteRun, checkpoint_step
 from hf_mim.training.trainer.saving import last_checkpoint
 from hf_mim.training.trainer.stopping import FolderCheck, StopCallback
 from hf_mim.training.trainer.trainer import MIMTrainer
@@ -94,6 +94,8 @@ class Run:
         self.open_folder()
         try:
             self.console.log(f"output folder: {self.location}")
+            if self.output.lock is not None and not self.output.lock.guards:
+                self.console.warn(f"there are no file locks in {self.folder}: start no second run in it")
             yield
         finally:
             self.output.close()
@@ -190,13 +192,20 @@ class TrainingRun(Run, Generic[TrainerT]):
         """Chooses where to resume, and says so: from the beginning, where there is no complete checkpoint."""
         if not self.arguments.resume:
             return
-        if self.remote is not None:
-            self.remote.fetch_last()
-        self.checkpoint, messages = on_main_process(lambda: last_whole_checkpoint(self.folder))
-        for message in messages:
-            self.console.warn(message)
+        below, damaged = None, False
+        while True:
+            fetched = 0 if self.remote is None else self.remote.fetch_last(below)
+            self.checkpoint, messages = on_main_process(lambda: last_whole_checkpoint(self.folder))
+            for message in messages:
+                self.console.warn(message)
+            damaged |= bool(messages)
+            if fetched <= (checkpoint_step(self.checkpoint.name) or 0 if self.checkpoint else 0):
+                break
+            below = fetched  # that one is damaged; the one before may lie at the URL
         if self.checkpoint is None:
             self.console.log(f"no complete checkpoint in {self.folder}: starting from the beginning")
+            if damaged:
+                self.console.warn("training.save_total_limit=2 or more would keep an older one to fall back on")
         else:
             self.console.log(f"resuming from {self.checkpoint}")
 

@@ -28,9 +28,14 @@ class FolderLock:
     It is a POSIX lock, which network file systems know too: it ends with the process, however that ends, and is not
     inherited by a loader's workers. The file `.lock` names the owner; left behind by a crash, it means nothing.
 
+    Attributes:
+        guards: False on file systems and systems (Windows) that know no such locks: nothing stops a second run there.
+
     Raises:
         FolderError: another process writes into the folder, or it cannot be written into.
     """
+
+    guards = True
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, (folder / LOCK).resolve()
@@ -45,7 +50,9 @@ class FolderLock:
     def _open(self) -> IO[bytes]:
         while True:
             file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, it stays open
-            if not lock_file(file):
+            locked = lock_file(file)
+            self.guards = locked is not None
+            if locked is False:
                 file.seek(0)
                 owner = file.read(200).decode(errors="replace").strip()
                 file.close()
@@ -74,14 +81,14 @@ class FolderLock:
         self.file.close()
 
 
-def lock_file(file: IO[bytes]) -> bool:
-    """Locks an open file until it is closed; False where another process has it."""
+def lock_file(file: IO[bytes]) -> bool | None:
+    """Locks an open file until it is closed; False where another process has it, None where there are no locks."""
     if fcntl is None:
-        return True
+        return None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in NO_LOCKS
+        return None if error.errno in NO_LOCKS else False
     return True
 
 

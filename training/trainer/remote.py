@@ -1,5 +1,6 @@
 """Runs at URLs: a run works in a local folder and is copied from there."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import accelerate
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from hf_mim.training.common.errors import FolderError
 from hf_mim.training.common.output_folder import LOCK
 from hf_mim.training.data import urls
 from hf_mim.training.data.fetching import cached, fetch_files
 from hf_mim.training.trainer.manifest import DAMAGED, update_manifest
+from hf_mim.training.trainer.remote_lock import RemoteLock
 from hf_mim.training.trainer.saving import UNFINISHED, last_checkpoint, publish
 
 
@@ -51,7 +54,7 @@ class RemoteRun(TrainerCallback):
         self.saves = 0
         self.limit: int | None = None
         self.begun = self.ending = False
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.lock = ThreadPoolExecutor(1), RemoteLock(self.url, log)
 
     # ---- before a run ----------------------------------------------------------------------------------------------
     def traces(self, names: tuple[str, ...]) -> str | None:
@@ -59,12 +62,20 @@ class RemoteRun(TrainerCallback):
         tops = {name.partition("/")[0] for name in urls.list_below(self.url)}
         return next((top for top in sorted(tops) if top in names or checkpoint_step(top) is not None), None)
 
-    def fetch_last(self) -> None:
+    def fetch_last(self, below: int | None = None) -> int:
         """Brings the last complete checkpoint, and the best that it names, where the local folder has none as late. To
-        be called in every process."""
+        be called in every process.
+
+        Args:
+            below: only of earlier steps than this; later ones turned out to be damaged.
+
+        Returns:
+            the step of what is here now; 0 for none.
+        """
         state, latest = accelerate.PartialState(), [0]
         if state.is_main_process:
             here, there = last_checkpoint(self.folder), self._complete_there()
+            there = [step for step in there if below is None or step < below]
             self.there = {f"checkpoint-{step}" for step in there}
             latest = [max([checkpoint_step(here.name) or 0 if here else 0, *there])]
         if state.num_processes > 1:
@@ -79,6 +90,7 @@ class RemoteRun(TrainerCallback):
         if state.is_local_main_process and not (self.folder / "recipe.yaml").is_file():
             fetch_files(self.url, [name for name in urls.list_below(self.url) if name == "recipe.yaml"], self.folder)
         state.wait_for_everyone()
+        return latest[0]
 
     def _fetch(self, name: str) -> None:
         place = urls.join(self.url, name)
@@ -197,15 +209,17 @@ class RemoteRun(TrainerCallback):
         """Copies a first file.
 
         Raises:
+            FolderError: another run is writing there.
             Unreachable: it cannot be written. At the beginning nothing is lost by that, and no trace is left.
         """
         shutil.rmtree(self.folder / OUTGOING, ignore_errors=True)  # of a process that was killed
         try:
+            self.lock.take()
             self._put(self.folder / name, name)
         except Exception as error:
             if last_checkpoint(self.folder) is None:
                 (self.folder / name).unlink()
-            raise urls.failed(self.url, error, "write") from None
+            raise error if isinstance(error, FolderError) else urls.failed(self.url, error, "write") from None
         self.begun = True
 
     def __enter__(self):
@@ -238,6 +252,8 @@ class RemoteRun(TrainerCallback):
             self.log(f"NOT at {self.url}: {', '.join(names[:SHOWN])}{more} ({self.failed[names[0]]}). {where}")
         else:
             self.log(f"all of it is at {self.url}, and a copy in {self.folder}")
+        with contextlib.suppress(Exception):  # the network is away: a run that resumes there waits a minute
+            self.lock.release()
 
 
 def is_scratch(name: str) -> bool:

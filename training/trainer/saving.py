@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hf_mim.training.common.resources import ResourceError, explain_shortage
 from hf_mim.training.data.fingerprint import fingerprint
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.trainer.lora import lora_layers, plain_state
-from hf_mim.training.trainer.manifest import flatten, versions, write_manifest
+from hf_mim.training.trainer.manifest import find_damage, flatten, versions, write_manifest
 from hf_mim.training.trainer.pushing import PushingTrainer
 
 
@@ -52,6 +53,7 @@ class CheckpointingTrainer(PushingTrainer):
     _to_push: str | None = None  # the checkpoint to push when it has its name
     recipe: dict[str, Any] | None = None  # of the run, for the manifests
     data_digest: str = ""  # of the names and sizes of its data's files, for them too
+    warn: Callable[[str], None] = staticmethod(print)  # prints a line
 
     @property
     def bare_model(self) -> PreTrainedModel:
@@ -208,9 +210,15 @@ class CheckpointingTrainer(PushingTrainer):
             super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
+        """Of a best checkpoint that was damaged meanwhile nothing is loaded: the last weights stay, which is said."""
+        best = Path(self.state.best_model_checkpoint or self.folder)
+        if self.state.best_model_checkpoint is not None and (damage := find_damage(best)) is not None:
+            self.warn(f"warning: {best}, the best checkpoint, cannot be used: {damage}; the last weights are kept")
+            self.state.best_model_checkpoint = None
+            return
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_renamed(Path(self.state.best_model_checkpoint))
+            self._load_renamed(best)
 
     def _load_renamed(self, folder: Path) -> None:
         if self._renamed:

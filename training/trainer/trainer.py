@@ -83,6 +83,8 @@ class MIMTrainer(CheckpointingTrainer):
             self._bind_before_sharding()
             self.add_callback(TargetCallback(self.target, self.is_fsdp_enabled))
         self.progress: TrainingProgress | None = None
+        if console is not None:
+            self.warn = console.warn
         if console is not None and self.is_world_process_zero():
             self.progress = TrainingProgress(console)
             self.add_callback(self.progress)
