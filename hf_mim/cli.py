@@ -346,6 +346,9 @@ def export(
         typer.echo(line)
 
 
+LONGEST = 2000  # characters of an error: names and values in it may come from files
+
+
 # ---- running it ----------------------------------------------------------------------------------------------------
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
@@ -375,6 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = describe(error)
         if debug or message is None:
             raise
+        message = message if len(message) <= LONGEST else f"{message[: LONGEST - 300]} ... {message[-200:]}"
         print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         return 2
 

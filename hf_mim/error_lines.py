@@ -1,5 +1,6 @@
 """What the command prints of an error."""
 
+import os
 import sys
 
 
@@ -23,7 +24,19 @@ def describe(error: Exception) -> str | None:
 
     if not isinstance(error, ValueError | OSError):  # UserError and OptionError are ValueErrors
         return None
+    if isinstance(error, OSError) and is_cache(error.filename):
+        return f"cannot use {error.filename}: {error.strerror}. HF_HOME says where downloads and caches go"
     if isinstance(error, UserError):  # a line already; a name in it may hold line breaks
         return str(error).replace("\n", "\\n")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def is_cache(path: object) -> bool:
+    """Whether a path lies in the folder of Hugging Face's caches, or is where that folder cannot be made."""
+    if not isinstance(path, str):
+        return False
+    home = os.path.abspath(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
+    path = os.path.abspath(path)
+    common = os.path.commonpath([home, path])
+    return common == home or (common == path and not os.path.isdir(path))

@@ -221,3 +221,13 @@ def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "hf_mim", "pretrain", "maee"]
     done = subprocess.run(command, cwd=tmp_path, env={**cli.os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and not done.stdout
+
+
+def test_an_error_stays_a_line_that_can_be_read(monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("x" * 100_000)
+
+    monkeypatch.setattr(cli, "check_command", fail)
+    assert cli.main(["doctor", "x"]) == 2
+    printed = capsys.readouterr().err
+    assert len(printed) < 2100 and printed.count("\n") == 1

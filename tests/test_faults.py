@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import datasets
@@ -274,3 +276,17 @@ def test_a_worker_that_says_why_is_heard(tmp_path, capsys):
     assert cli.main(words) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert printed[-1].startswith(f"error: cannot read {tmp_path / 'tars' / 'train-2.tar'}: ")
+
+
+# ---- a home that cannot be used ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    words = [*TINY, "training.max_steps=1", f"training.output_dir={tmp_path / 'run'}"]
+    for name in ("HF_HOME", "HOME"):
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HOME"} | {name: str(tmp_path / "file" / "home")}
+        command = [sys.executable, "-m", "hf_mim", "pretrain", "quick", *words]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 2 and not (tmp_path / "run").exists()
+        assert process.stderr.count("\n") == 1 and str(tmp_path / "file") in process.stderr, process.stderr
+        assert "HF_HOME says where downloads and caches go" in process.stderr

@@ -226,7 +226,8 @@ def test_a_revision_is_a_branch(hub, worker, runs):
     commit = hub.repos["me/revisions"].refs["refs/tags/v1"]
     before = dict(hub.repos["me/revisions"].refs)
     assert "is a tag of me/revisions" in worker.refused("push", "second", "me/revisions", "--revision", "v1")
-    assert "is a commit" in worker.refused("push", "second", "me/revisions", "--revision", commit)
+    for name in (commit, commit[:8]):
+        assert "is a commit" in worker.refused("push", "second", "me/revisions", "--revision", name)
     assert hub.repos["me/revisions"].refs == before
 
 

@@ -299,16 +299,26 @@ def make_repository(api: HfApi, repo: str, private: bool, revision: str | None) 
     """Makes the repository and the branch where there are none.
 
     Raises:
-        ValueError: it was to be private and is public, or the revision is a tag.
+        ValueError: it was to be private and is public, or the revision is a tag or a commit.
         HfHubHTTPError: no right to.
     """
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo).private:
         raise ValueError(f"{repo} exists and is public: nothing was sent. Choose another name, or leave out --private")
-    if revision and any(ref.name == revision for ref in api.list_repo_refs(repo).tags):
+    refs = api.list_repo_refs(repo) if revision else None
+    if refs is not None and is_commit(api, repo, revision, [ref.name for ref in refs.branches]):
+        raise ValueError(f"--revision {revision} is a commit of {repo}, which cannot be written to: name a branch")
+    if refs is not None and any(ref.name == revision for ref in refs.tags):
         raise ValueError(f"--revision {revision} is a tag of {repo}, which cannot be written to: name a branch")
     if revision and not revision.startswith("refs/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
+
+
+def is_commit(api: HfApi, repo: str, revision: str | None, branches: list[str]) -> bool:
+    """Whether a revision is the beginning of a commit's hash, as `git log --oneline` prints it."""
+    if revision in branches or not re.fullmatch(r"[0-9a-f]{7,40}", revision or ""):
+        return False
+    return any(entry.commit_id.startswith(str(revision)) for entry in api.list_repo_commits(repo))
 
 
 def commit(api: HfApi, repo: str, files: dict[str, Path], plugins: Sequence[str], *, revision, tag, pr) -> Published:
