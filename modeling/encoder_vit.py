@@ -40,6 +40,7 @@ from .options import Size, pair
 
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads), as in DeiT, ViT and MAE.
+NORMS = ("pre", "post")
 SIZES = {
     "tiny": (16, 192, 12, 3),
     "small": (16, 384, 12, 6),
@@ -156,13 +157,10 @@ class ViTEncoder(Encoder):
         self.initialization = choose("initialization", initialization, INITIALIZATIONS)
         self._name_stages([dim] * (depth + 1))
         self._set_masking(mask_style, mask_stage, pixel_fill, depth)
-        at_least("num_cls_tokens", num_cls_tokens, 1)
-        self._add_embeddings(num_cls_tokens if use_cls_token else 0, num_register_tokens, use_mask_token)
-        self.position_grid = self.base_grid if position_grid is None else pair(position_grid)
-        self._add_positions(position_embedding, dim, depth, heads)
-        post_norm = choose("block_norm", block_norm, ("pre", "post")) == "post"
+        self._add_embeddings(use_cls_token, num_cls_tokens, num_register_tokens, use_mask_token)
+        self._add_positions(position_embedding, position_grid, dim, depth, heads)
         self._add_norms(embedding_norm, final_norm, layer_norm_eps)
-        width = mlp_width(dim, mlp, intermediate_size)
+        width, post_norm = mlp_width(dim, mlp, intermediate_size), choose("block_norm", block_norm, NORMS) == "post"
         block = partial(ViTLayer, config, dim, heads, width, mlp, qk_norm, layer_scale_init_value, post_norm=post_norm)
         self.layers = nn.ModuleList(block(rate, layer_norm_eps) for rate in drop_path_rates(drop_path_rate, depth))
 
@@ -178,17 +176,19 @@ class ViTEncoder(Encoder):
         if not 0 <= mask_stage < depth or (mask_stage and mask_style == "drop"):
             raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
 
-    def _add_embeddings(self, num_cls_tokens: int, num_registers: int, use_mask_token: bool):
+    def _add_embeddings(self, use_cls_token: bool, num_cls_tokens: int, num_registers: int, use_mask_token: bool):
+        at_least("num_cls_tokens", num_cls_tokens, 1)
         at_least("num_register_tokens", num_registers, 0)
-        self.num_cls_tokens = num_cls_tokens
-        self.num_prefix_tokens = num_cls_tokens + num_registers
+        self.num_cls_tokens = num_cls_tokens if use_cls_token else 0
+        self.num_prefix_tokens = self.num_cls_tokens + num_registers
         dim, channels = self.hidden_size, self.config.num_channels
         self.patch_embedding = nn.Linear(math.prod(self.patch_size) * channels, dim)
         self.prefix_tokens = nn.Parameter(torch.zeros(self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(dim)) if use_mask_token and not self.drops_tokens else None
         self.base_grid = grid_size(pair(self.config.image_size), self.patch_size, "patch")
 
-    def _add_positions(self, names: str | list[str], dim: int, depth: int, heads: int):
+    def _add_positions(self, names: str | list[str], grid: Size | None, dim: int, depth: int, heads: int):
+        self.position_grid = self.base_grid if grid is None else pair(grid)
         self.positions = {names} if isinstance(names, str) else set(names)
         for name in self.positions:
             choose("position_embedding", name, POSITIONS)

@@ -395,6 +395,5 @@ def read_header(path: Path) -> dict[str, str]:
 
 def list_recipes() -> list[dict[str, str]]:
     """What every shipped recipe says of itself: its name, the command that runs it, and `read_header`."""
-    return [
-        {"name": name, "runs": command_of(read(name)), **read_header(path)} for name, path in recipe_files().items()
-    ]
+    files = recipe_files().items()
+    return [{"name": name, "runs": command_of(read(name)), **read_header(path)} for name, path in files]

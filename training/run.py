@@ -237,7 +237,7 @@ class TrainingRun(Run, Generic[TrainerT]):
         """Batch, learning rate and machine, on one line."""
         arguments = self.arguments
         line = f"total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}"
-        line += f", on {arguments.device.type}, {precision_of(arguments)}"
+        line += f", on {arguments.device.type}, {arguments.precision}"
         line += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
         return line + (f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else "")
 
@@ -385,7 +385,7 @@ class TrainingRun(Run, Generic[TrainerT]):
             "images_per_second": round(speed, 1),
             "seed": self.arguments.seed,
             "device": self.arguments.device.type,
-            "precision": precision_of(self.arguments),
+            "precision": self.arguments.precision,
             "processes": self.arguments.world_size,
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
@@ -397,7 +397,3 @@ class TrainingRun(Run, Generic[TrainerT]):
 def which_run(command: str) -> RecipeError:
     """The error for `training.resume=true` without a run."""
     return RecipeError(f"which run to resume? hf-mim {command} FOLDER training.resume=true", "training.resume")
-
-
-def precision_of(arguments: MIMTrainingArguments) -> str:
-    return "bf16" if arguments.bf16 else "float32"

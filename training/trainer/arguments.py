@@ -65,6 +65,10 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
     logging_nan_inf_filter: bool = False  # it would wait for the device at every step, and hide what must be seen
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
 
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "float32"
+
     def __post_init__(self):
         if self.hub_token is not None:
             # It would be saved with the recipe.
