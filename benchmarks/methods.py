@@ -140,6 +140,7 @@ def train_supervised(config: MIMConfig, folder: Path, steps: int, seed: int = 0,
     arguments = TrainingArguments(
         output_dir=f"{folder}-run",
         max_steps=steps,
+        seed=seed,
         per_device_train_batch_size=64,
         learning_rate=1e-3,
         weight_decay=0.05,

@@ -170,7 +170,7 @@ def test_a_mask_for_a_model_without_its_mask_token(name):
 def test_a_native_model_that_cannot_hide():
     config = tiny_config(image_size=64, encoder="native", encoder_config={**RESNET, "model_type": "resnet"})
     assert MIMModel(config)(torch.randn(1, 3, 64, 64)).pooler_output.shape == (1, 20)
-    refuses(lambda: MIMForPreTraining(config), "'resnet'", "takes no bool_masked_pos", "'vit' or 'convnet'")
+    refuses(lambda: MIMForPreTraining(config), "'resnet'", "takes no bool_masked_pos", "'vit', 'convnet'")
 
 
 def test_convnets_have_no_attentions():

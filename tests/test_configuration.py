@@ -126,7 +126,7 @@ def test_fields_can_be_changed_on_loading(tmp_path):
     [
         ({"encodr": "vit"}, r"key of MIMConfig 'encodr': did you mean 'encoder'\? Choices: image_size, .*pooler"),
         ({"image_sise": 32}, "did you mean 'image_size'"),
-        ({"encoder": "vitt"}, r"unknown encoder 'vitt': did you mean 'vit'\? Choices: vit, convnet, native"),
+        ({"encoder": "vitt"}, r"encoder 'vitt': did you mean 'vit'\? Choices: vit, convnet, hiera, native, timm"),
         ({"encoder_config": {"patchsize": 8}}, "option of encoder 'vit' 'patchsize': did you mean 'patch_size'"),
         ({"encoder_config": {"size": "tinny"}}, r"unknown size 'tinny': did you mean 'tiny'\? Choices: tiny, small, "),
         ({"encoder_config": {"mask_style": "keep"}}, "unknown mask_style 'keep'.* Choices: drop, token, add"),

@@ -80,6 +80,7 @@ def expected_files() -> set[str]:
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_mim/data/fashion_mnist").iterdir()}
     files |= {
         "hf_mim/analysis/report.html",
+        "hf_mim/demo/page.html",
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("hf_mim/new/*.txt")),
     }
     for pattern in ("modeling/*.py", "training/**/*.py", "training/recipes/*.yaml", "model_cards/*.md"):

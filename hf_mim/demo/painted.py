@@ -47,8 +47,8 @@ class PaintedModel(nn.Module):
         if self.drops:
             predicted = self._predict(pixel_values, hidden)
         else:
-            outputs = self.model.mim(pixel_values, hidden, return_dict=True)
-            predicted = self.model._decode(outputs, hidden, self.grid, "all")
+            _, encoded = self.model._encode(pixel_values, hidden)
+            predicted = self.model.decoder(encoded, hidden, self.grid, "all")
         return self.model.target.to_image(predicted, pixel_values, self.grid, hidden)
 
     def _predict(self, pixel_values: Tensor, hidden: Tensor) -> Tensor:
