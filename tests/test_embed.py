@@ -93,6 +93,8 @@ def test_images_are_decoded_when_they_are_needed(checkpoint, photos):
     [
         (("--pooler", "abmilp"), "pooler abmilp has weights"),
         (("--pooler", "cls"), "holds vectors of other pooler"),
+        (("data.eval_crop=0.5",), "holds vectors of other data.eval_crop"),
+        (("data.value_range=[0,100]",), "holds vectors of other data.value_range"),
         (("--layer", "7"), "there is no layer 7"),
         (("data.streaming=true",), "set data.streaming=false"),
         (("data.split=nothing",), "there is no split 'nothing'"),
@@ -105,6 +107,29 @@ def test_what_cannot_be_is_said(vectors, checkpoint, photos, capsys, words, mess
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in vectors.iterdir()) == before
+
+
+def test_what_does_not_change_a_vector_may_change_and_what_has_no_effect_is_said(vectors, checkpoint, photos, capsys):
+    words = ["data.max_bad_images=2", "data.crop_scale=[0.5,1]", "data.max_eval_images=3", "data.cache_size=20"]
+    assert cli.main(["embed", str(checkpoint), str(vectors), f"data.dataset={photos}", *words]) == 0
+    assert "data.crop_scale, data.max_eval_images" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_is_searched_from_everywhere_and_nothing_is_printed_of_data_that_are_gone(
+    vectors, checkpoint, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(photos.parent)
+    out, image = str(tmp_path / "vectors"), str(photos / "train/dogs/dogs3.png")
+    words = [f"data.dataset={photos.name}", "data.split=train"]
+    assert cli.main(["embed", str(checkpoint), out, *words]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["search", out, image, "--out", "a.png"]) == 0
+    path = tmp_path / "vectors" / commands.RECORD
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "data": {"dataset": str(tmp_path / "gone")}}))
+    capsys.readouterr()
+    assert cli.main(["search", out, image, "--out", "b.png"]) == 2
+    assert "similarity" not in capsys.readouterr().out
 
 
 def test_an_image_is_nearest_to_itself_and_the_others_are_in_order(vectors, photos, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,13 @@ from hf_mim.training.own_data import chosen_data, own_data
 PART = 16 * BATCH  # rows of a file: what a crash can lose
 RECORD = "embedding.json"
 LIMITS = ("max_train_images", "max_eval_images", "crop_scale", "color_jitter", "cache_decoded", "crop_on_device")
+# More of the section `data` that does not change a vector: which images there are, the record says in `images`.
+SAME_VECTORS = (
+    *LIMITS,
+    *("dataset", "split", "eval_split", "extra_splits", "forgetting_dataset", "max_bad_images", "mask_column"),
+    *("mask_values", "shuffle_buffer", "interpolation", "horizontal_flip", "display_bands", "memory_limit_mb"),
+    *("cache_dir", "cache_size"),
+)
 
 
 @dataclass
@@ -98,11 +106,9 @@ def embed(
     with FileLock(out / ".lock"):
         write_record(out, describe(source, embedder, pooler, layer, splits, data))
         with console.progress(IMAGES_DONE) as bar:
-            task = bar.add_task("embedding", total=sum(len(split) for split in splits.values()))
-            bad = sum(
-                write_split(out, name, split, embedder, workers, lambda count: bar.advance(task, count))
-                for name, split in splits.items()
-            )
+            task = bar.add_task("embedding", total=sum(map(len, splits.values())))
+            advance = partial(bar.advance, task)
+            bad = sum(write_split(out, name, split, embedder, workers, advance) for name, split in splits.items())
     if bad:
         console.warn(f"{bad} images cannot be used and are left out")
     console.log(f"{sum(map(count_rows, out.glob('*.parquet'))):,} vectors in {out}")
@@ -116,7 +122,8 @@ def read_data(source: str, overrides: Sequence[str], console: RunConsole) -> Dat
     if data.streaming:
         raise RecipeError("embed needs data with a length: set data.streaming=false", "data.streaming")
     if ignored := sorted(set(LIMITS) & set(chosen_data(overrides))):
-        console.warn(f"data.{ignored[0]} has no effect: embed takes every image of a split, whole")
+        names = ", ".join(f"data.{name}" for name in ignored)
+        console.warn(f"without effect: {names}; embed takes every image of a split, whole")
     return data
 
 
@@ -134,14 +141,22 @@ def open_splits(data: DataArguments, model: MIMModel) -> tuple[dict[str, MIMData
 
 # ---- what they are -------------------------------------------------------------------------------------------------
 def describe(source: str, embedder: Embedder, pooler: str, layer: int, splits: dict[str, MIMDataset], data) -> dict:
+    if data.dataset is not None:
+        data = replace(data, dataset=from_anywhere(data.dataset))
     return {
-        "model": str(Path(source).resolve()) if Path(source).exists() else source,
+        "model": from_anywhere(source),
         "weights": weights_hash(embedder.model),
         "pooler": pooler,
         "layer": layer,
         "data": {key: value for key, value in asdict(data).items() if value != getattr(DataArguments(), key)},
         "images": {name: data_hash(split) for name, split in splits.items()},
     }
+
+
+def from_anywhere(source: str) -> str:
+    """A path as it is read from every folder; URLs and ids of the Hub stay."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def write_record(out: Path, record: dict) -> None:
@@ -152,6 +167,9 @@ def write_record(out: Path, record: dict) -> None:
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key in ("weights", "pooler", "layer", "images") if before.get(key) != record[key]]
+        then, now = before.get("data", {}), record["data"]
+        keys = sorted((then.keys() | now.keys()) - set(SAME_VECTORS))
+        differing += [f"data.{key}" for key in keys if then.get(key) != now.get(key)]
         if differing:
             message = f"{out} holds vectors of other {differing[0]}: choose another folder, or remove that one"
             raise FolderError(message, str(out))

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
+from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.options import pair
 from hf_mim.modeling.resizing import fit_whole
 from hf_mim.training.commands.embed import Embedder, open_splits, read_record
@@ -18,6 +19,7 @@ from hf_mim.training.common.errors import DataError, FolderError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import ImageBatch, MIMCollator
 from hf_mim.training.data.decoding import Decoder, Undecodable
+from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.transforms import sample_rng
 from hf_mim.training.evaluation.feature_store import weights_hash
 from hf_mim.training.plots.grid import draw_grid
@@ -65,7 +67,7 @@ def search(
 
     Raises:
         FolderError: `folder` was not written by `embed`, or by other weights than the model's now; or `out` exists.
-        DataError: the image cannot be read.
+        DataError: the image, or the data set that was embedded, cannot be read.
     """
     console = RunConsole(console)
     if not image.is_file():
@@ -76,12 +78,13 @@ def search(
     if weights_hash(embedder.model) != record["weights"]:
         raise FolderError(f"{record['model']} has other weights than those of {folder}: embed again", str(folder))
     data = DataArguments(**record["data"])
+    splits, _ = open_splits(data, embedder.model)
     pixels = read_pixels(image, embedder, data)
     (query,) = embedder(MIMCollator(embedder.model.config)([ImageBatch(pixels, [sample_rng(0, 0, 0)])])["pixel_values"])
     nearest = find_nearest(folder, query, count)
     rows = [(one.name, one.label or "", f"{one.similarity:.3f}") for one in nearest]
     console.show(make_table(("image", "label", "similarity"), rows))
-    draw(pixels, image.name, nearest, embedder, data).save(out)
+    draw(pixels, image.name, nearest, splits, embedder.model.config).save(out)
     console.log(str(out))
     return nearest
 
@@ -127,10 +130,9 @@ def read_parts(folder: Path) -> Iterator[tuple[str, dict]]:
             yield path.stem.rpartition("-")[0], {**columns, "features": vectors}
 
 
-def draw(pixels: torch.Tensor, name: str, nearest: list[Neighbour], embedder: Embedder, data: DataArguments):
+def draw(pixels: torch.Tensor, name: str, nearest: list[Neighbour], splits: dict[str, MIMDataset], config: MIMConfig):
     """The image and those that are near it, as the model sees them."""
-    splits, _ = open_splits(data, embedder.model)
-    bands = embedder.model.config.display_bands or ([0, 1, 2] if pixels.shape[1] >= 3 else [0])
+    bands = config.display_bands or ([0, 1, 2] if pixels.shape[1] >= 3 else [0])
     images = {f"searched: {name}": pixels}
     for rank, neighbour in enumerate(nearest, start=1):
         parts = (f"{rank}: {neighbour.name}", neighbour.label, f"{neighbour.similarity:.2f}")
