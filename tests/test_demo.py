@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_mim import MIMConfig, MIMForPreTraining, cli
-from hf_mim.demo import page
+from hf_mim.demo import looks, page
 from hf_mim.demo.looks import Demo
 from hf_mim.demo.painted import PaintedModel, to_onnx
 
@@ -189,6 +189,12 @@ def test_an_encoder_of_transformers_has_no_reconstruction(tmp_path, image):
     Dinov2Model(config).save_pretrained(tmp_path)
     demo = Demo.load(str(tmp_path), ["data.split=test"], searched=10)
     assert demo.reconstruct(image, 0.5) == [] and len(demo.neighbours(image)) == 8
+
+
+def test_the_whole_model_is_where_the_images_are(checkpoint, monkeypatch):
+    monkeypatch.setattr(looks, "best_device", lambda: torch.device("meta"), raising=False)
+    model = looks.load_predictor(str(checkpoint))
+    assert model is not None and model.device.type == "meta"
 
 
 def test_without_gradio_it_says_what_to_install(checkpoint, monkeypatch, capsys):

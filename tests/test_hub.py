@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from hf_mim import MIMBackbone, MIMForImageClassification, MIMForPreTraining, MIMModel
+from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
 from hf_mim.training.data.processors import processor_for
 
 
@@ -235,6 +236,13 @@ def test_a_bare_checkpoint_gets_what_it_lacks(hub, worker):
     worker.good(["push", str(BARE), "me/bare"])
     assert {"modeling_mim.py", "preprocessor_config.json", "README.md"} <= set(hub.files("me/bare"))
     worker.good(SAME.format(one="me/bare", other=BARE))
+
+
+def test_a_segmentation_model_is_pushed(hub, worker, place):
+    config = MIMUperNetConfig(backbone_config=tiny_config(), hidden_size=8, use_auxiliary_head=False, num_labels=3)
+    MIMUperNet(config).save_pretrained(place / "segmentation")
+    worker.good(["push", "segmentation", "me/segmentation"])
+    assert {"modeling_upernet.py", "model.safetensors"} <= set(hub.files("me/segmentation"))
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, worker, pushed, place):

@@ -106,6 +106,43 @@ def test_types_in_tars_may_change(tmp_path, opened, streaming):
     assert len(rows) == 6 and all(row["jpg"]["bytes"] for row in rows)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_picture_beside_tars_is_no_tar(tmp_path, opened, streaming):
+    tar(tmp_path / "repo" / "a.tar", [(f"{i:02}.png", image(i)) for i in range(6)])
+    put(tmp_path / "repo", "preview.png")
+    splits = opened(streaming=streaming)
+    assert len(list(splits["train"])) == 6
+    assert "1 files are in no split of the data set on the Hub: ." in splits.notes
+
+
+def test_a_damaged_tar_is_named(tmp_path, opened):
+    tar(tmp_path / "repo" / "a.tar", [(f"{i:02}.png", image(i)) for i in range(6)])
+    (tmp_path / "repo" / "b.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(DataError, match="cannot read .*repo as webdataset"):
+        opened()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'me/x' doesn't exist"), "'me/x' was not found, locally or"),
+        (OSError(28, "No space left on device"), "cannot read 'me/x': .*No space left"),
+        (
+            ConnectionError("Couldn't reach 'me/x' on the Hub (timeout)"),
+            "there is no folder 'me/x' here, and the Hub cannot be",
+        ),
+        (OSError(""), "cannot read 'me/x': OSError"),
+    ],
+)
+def test_only_what_is_not_there_was_not_found(monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(hub_files.datasets, "load_dataset_builder", fail)
+    with pytest.raises(DataError, match=f"^{message}"):
+        hub_files.open_hub(DataArguments(dataset="me/x"))
+
+
 def test_what_is_not_streamed_is_downloaded(tmp_path, monkeypatch):
     """The names are those of the local copy, in the Hub's cache."""
     put(tmp_path / "repo", *(f"train/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(2)), "test/cat/0.png")
@@ -129,9 +166,8 @@ def test_what_is_not_streamed_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_files, "snapshot_download", fetch)
     splits = hub_files.open_hub(DataArguments(dataset="me/photos"))
     assert asked["repo"] == "me/photos" and asked["revision"] == "abc" and asked["repo_type"] == "dataset"
-    matched = huggingface_hub.utils.filter_repo_objects(
-        ["train/cat/0.png", "x.bin"], allow_patterns=asked["allow_patterns"]
-    )
-    assert list(matched) == ["train/cat/0.png"]
+    there = ["train/cat/0.png", "test/cat/0.png", "x.bin", "unlabeled/0.png", "train/notes.bin"]
+    matched = huggingface_hub.utils.filter_repo_objects(there, allow_patterns=asked["allow_patterns"])
+    assert list(matched) == there[:2]
     assert labels(splits["train"]) == ["cat", "cat", "dog", "dog"]
     assert splits["train"][0]["image"]["path"] == str(tmp_path / "repo" / "train/cat/0.png")

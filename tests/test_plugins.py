@@ -6,12 +6,14 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
+from helpers import tiny_config
 from transformers import AutoModel
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel, cli
 from hf_mim.hub.card import plugin_notes
 from hf_mim.hub.files import read_recipe
 from hf_mim.modeling import parts
+from hf_mim.modeling.modeling_upernet import MIMUperNetConfig
 from hf_mim.new.write import FIELDS
 from hf_mim.training import recipe as recipes
 from hf_mim.training.common import plugins
@@ -80,6 +82,12 @@ def test_what_new_writes_is_tested_and_trained_and_says_where_it_comes_from(writ
         "edge_target (target edge) is code that is not uploaded: the encoder loads without it, and pretraining further "
         "needs it"
     ]
+
+
+def test_the_notes_of_a_segmentation_model_are_those_of_its_encoder():
+    backbone = tiny_config(plugins=["my_module"])
+    config = MIMUperNetConfig(backbone_config=backbone, hidden_size=8)
+    assert plugin_notes(config) == plugin_notes(backbone) != []
 
 
 @pytest.mark.slow

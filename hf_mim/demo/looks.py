@@ -18,6 +18,7 @@ from hf_mim.training.checkpoint import load_model, model_type_of, read_config
 from hf_mim.training.commands.embed import Embedder, open_splits
 from hf_mim.training.commands.search import read_pixels
 from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.device import best_device, on_device
 from hf_mim.training.common.titles import name_of
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
@@ -148,7 +149,9 @@ class Demo:
 def load_predictor(source: str) -> MIMForPreTraining | None:
     """The whole model of a checkpoint of pretraining; None of others."""
     trained = "MIMForPreTraining" in (read_config(source).get("architectures") or ())
-    return load_model(source).float().eval() if model_type_of(source) == "mim" and trained else None
+    if model_type_of(source) != "mim" or not trained:
+        return None
+    return on_device(load_model(source).float().eval(), best_device())
 
 
 def embed_all(embedder: Embedder, images: MIMDataset, chosen: list[int]) -> np.ndarray:

@@ -289,6 +289,7 @@ def facts(
 
 def plugin_notes(config: MIMConfig) -> list[str]:
     """What does not travel: a sentence about each plug-in that a part comes from."""
+    config = getattr(config, "backbone_config", config)
     entries = {kind: table.get(getattr(config, kind)) for kind, table in PARTS.items()}
     kinds = [kind for kind, entry in entries.items() if not is_own(getattr(entry, "__module__", ""))]
     use = "the encoder loads without it, and pretraining further needs it"

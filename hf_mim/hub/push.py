@@ -84,6 +84,7 @@ def push(
     folder = Path(checkpoint).expanduser()
     weights, api = weight_files(folder), HfApi()
     check_weights(folder, config := read_config(folder))
+    notes = plugin_notes(config)
     with tempfile.TemporaryDirectory() as scratch, hub_errors(repo):
         owned = full_name(api, repo)
         card = read_card(api, owned, revision)
@@ -92,7 +93,7 @@ def push(
         if card not in (None, files["README.md"].read_bytes()) and not force and was_edited(api, owned, card, revision):
             del files["README.md"]
         make_repository(api, owned, private, revision)
-        return commit(api, owned, files, plugin_notes(config), revision=revision, tag=tag, pr=pr)
+        return commit(api, owned, files, notes, revision=revision, tag=tag, pr=pr)
 
 
 def check_options(revision: str | None, tag: str | None, pr: bool) -> None:

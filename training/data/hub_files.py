@@ -1,6 +1,7 @@
 """Data sets on the Hub. `datasets` reads tables. Of folders of images and of tars it loses labels, images or members
 without a word, so these are read by the rules of this project, in the splits that `datasets` finds."""
 
+import glob
 import os
 import posixpath
 from urllib.parse import unquote
@@ -33,13 +34,19 @@ def open_hub(data: DataArguments) -> Opened:
         if kind is None:
             return Opened(datasets.load_dataset(data.dataset, data.subset, streaming=data.streaming))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"{data.dataset!r} was not found, locally or on the Hub: {reason}"
-        raise DataError(message, data.dataset or "") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message, place = f"cannot read {data.dataset!r}: {reason}", data.dataset or ""
+        if isinstance(error, FileNotFoundError):  # also that of `datasets`
+            message = f"{data.dataset!r} was not found, locally or on the Hub: {reason}"
+        elif isinstance(error, ConnectionError):
+            message = f"there is no folder {data.dataset!r} here, and the Hub cannot be asked: {reason}"
+        else:
+            raise DataError(message, place) from error
+        raise DataError(message, place) from None
     root = str(builder.base_path)
-    listing, left = choose_files(list_place(root), root, splits)
+    listing, left = choose_files(list_place(root), root, splits, kind)
     if not data.streaming and root.startswith(HUB):
-        local = download(root, listing)
+        local = download(root, listing, splits)
         listing.files, listing.tables = (
             [move(file, root, local) for file in f] for f in (listing.files, listing.tables)
         )
@@ -73,15 +80,15 @@ def files_of(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     return {name: sorted(files) for name, files in splits.items() if files}
 
 
-def choose_files(listing: Listing, root: str, splits: dict[str, list[str]]) -> tuple[Listing, list[str]]:
-    """The files of the splits, to which images of a type that `datasets` does not know are added (AVIF, for one); and
-    those that are in none."""
+def choose_files(listing: Listing, root: str, splits: dict[str, list[str]], kind: str) -> tuple[Listing, list[str]]:
+    """The files of the splits, to which images of a type that `datasets` does not know are added (AVIF, for one) where
+    the splits are of images; and those that are in none."""
     used = {file for files in splits.values() for file in files}
     known, left = {os.path.splitext(file)[1].lower() for file in used}, list[str]()
     for file in sorted(set(listing.files) - used):
         ending = os.path.splitext(file)[1].lower()
         homes = [name for name, files in splits.items() if file.startswith(f"{root_of(root, name, files)}/")]
-        if len(homes) == 1 and ending in EXTENSIONS - known:
+        if kind == FOLDER and len(homes) == 1 and ending in EXTENSIONS - known:
             splits[homes[0]].append(file)
         else:
             left.append(file)
@@ -99,13 +106,19 @@ def root_of(root: str, name: str, files: list[str]) -> str:
     return "/".join([root, *parts[:named]])
 
 
-def download(root: str, listing: Listing) -> str:
-    """The local copy of a data set at a URL of the Hub, in the Hub's cache."""
+def download(root: str, listing: Listing, splits: dict[str, list[str]]) -> str:
+    """The local copy of the splits of a data set at a URL of the Hub, in the Hub's cache. A pattern stands for the
+    files of one type in a split's folder: with one for each file, each would be compared with all."""
     repo, _, revision = root.removeprefix(HUB).partition("@")
-    endings = {os.path.splitext(file)[1] for file in listing.files}
-    patterns = [f"*{ending}" for ending in sorted(endings)] + sorted(TABLES) + [f"*/{name}" for name in sorted(TABLES)]
+    patterns = {glob.escape(table[len(root) + 1 :]) for table in listing.tables}
+    for name, files in splits.items():
+        folder = root_of(root, name, files)[len(root) + 1 :]
+        inside = f"{glob.escape(folder)}/*" if folder else "*"
+        patterns |= {inside + os.path.splitext(file)[1] for file in files}
     try:
-        return snapshot_download(repo, repo_type="dataset", revision=unquote(revision) or None, allow_patterns=patterns)
+        return snapshot_download(
+            repo, repo_type="dataset", revision=unquote(revision) or None, allow_patterns=sorted(patterns)
+        )
     except Exception as error:
         raise urls.failed(root, error) from None
 

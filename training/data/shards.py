@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import datasets
 import numpy as np
 import pyarrow
 import torch
@@ -28,6 +29,23 @@ DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, pyarrow.Arro
 
 class UnreadableShard(DataError):
     """A shard that cannot be read, where the run cannot go on without it."""
+
+
+@contextmanager
+def opening(file: str, kind: str) -> Iterator[None]:
+    """Around the opening of shards.
+
+    Raises:
+        DataError: they cannot be read as what they are said to be.
+    """
+    try:
+        yield
+    except (datasets.exceptions.DatasetGenerationError, tarfile.TarError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, DataError):
+            raise cause from None
+        where = file.rpartition("/")[0]
+        raise DataError(f"cannot read {where} as {kind}: {cause}".partition("\n")[0], where) from None
 
 
 class Shards:

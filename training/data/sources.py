@@ -15,6 +15,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.files import SHARDS, list_files, list_place, place_of
 from hf_mim.training.data.folders import open_folder
 from hf_mim.training.data.hub_files import open_hub
+from hf_mim.training.data.shards import opening
 from hf_mim.training.data.splits import Opened, split_of
 from hf_mim.training.data.tars import open_tars
 
@@ -79,17 +80,12 @@ def open_files(place: str, files: list[str], streaming: bool = False) -> Opened:
     try:
         if kind == "webdataset":
             return Opened({name: open_tars(paths, streaming) for name, paths in splits.items()})
-        if kind == "parquet" and not streaming and not remote:
-            return Opened({name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()})
-        if kind == "arrow" and not streaming and not remote:
-            return Opened({name: _open_arrow(paths) for name, paths in splits.items()})
-        return Opened(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise _unreadable(files[0], kind, error.__cause__ or error) from None
-    except tarfile.TarError as error:
-        raise _unreadable(files[0], kind, error) from None
+        with opening(files[0], kind):
+            if kind == "parquet" and not streaming and not remote:
+                return Opened({name: datasets.Dataset.from_parquet(paths) for name, paths in splits.items()})
+            if kind == "arrow" and not streaming and not remote:
+                return Opened({name: _open_arrow(paths) for name, paths in splits.items()})
+            return Opened(datasets.load_dataset(kind, data_files=splits, streaming=streaming))
     except (DataError, urls.Unreachable):
         raise
     except Exception as error:
@@ -116,11 +112,6 @@ def name_splits(place: str, files: list[str]) -> dict[str, list[str]]:
 
 def _open_arrow(files: list[str]) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-
-
-def _unreadable(file: str, kind: str, error: BaseException) -> DataError:
-    where = file.rpartition("/")[0]
-    return DataError(f"cannot read {where} as {kind}: {error}".partition("\n")[0], where)
 
 
 def check_file(file: str, kind: str) -> None:

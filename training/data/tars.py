@@ -19,7 +19,7 @@ import datasets
 
 from hf_mim.training.data import urls
 from hf_mim.training.data.files import ARRAYS, EXTENSIONS, is_hidden
-from hf_mim.training.data.shards import UnreadableShard
+from hf_mim.training.data.shards import UnreadableShard, opening
 
 
 PEEK = 100  # samples from which the columns are found
@@ -71,15 +71,16 @@ def open_tars(files: list[str], streaming: bool) -> datasets.Dataset | datasets.
 
     Raises:
         BadTar: samples would be merged or lost.
-        OSError, tarfile.TarError: one cannot be read.
+        DataError, OSError: one cannot be read.
     """
-    members = choose_members(files[0])
-    arguments = {"files": files, "members": members}
-    if streaming:
-        return datasets.IterableDataset.from_generator(make_rows, members.features(), gen_kwargs=arguments)
-    stamps = tuple(_stamp(file) for file in files)  # of a copy in the cache that may be older
-    arguments |= {"stamps": stamps}
-    return datasets.Dataset.from_generator(make_rows, members.features(), gen_kwargs=arguments)
+    with opening(files[0], "webdataset"):
+        members = choose_members(files[0])
+        arguments = {"files": files, "members": members}
+        if streaming:
+            return datasets.IterableDataset.from_generator(make_rows, members.features(), gen_kwargs=arguments)
+        stamps = tuple(_stamp(file) for file in files)  # of a copy in the cache that may be older
+        arguments |= {"stamps": stamps}
+        return datasets.Dataset.from_generator(make_rows, members.features(), gen_kwargs=arguments)
 
 
 def make_rows(files: list[str], members: Members, stamps: tuple = ()) -> Iterator[dict]:
