@@ -18,8 +18,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from measure import machine, markdown_table, parser, write_section
-from methods import slug, write_json
+from measure import add_cell_options, machine, markdown_table, over_seeds, parser, write_json, write_section
+from methods import slug
 from transformers import set_seed
 
 from hf_mim import MIMConfig, MIMForPreTraining
@@ -205,22 +205,16 @@ def change_table(cells: dict[tuple[str, int, int], dict], images: int, seeds: li
             for name in READOUTS:
                 values = [cells[way, images, seed][half][name] for seed in known]
                 start = [cells[START, images, seed][half][name] for seed in known]
-                row.append(spread(values) if way == START else spread(np.subtract(values, start), sign=True))
+                row.append(over_seeds(values) if way == START else over_seeds(np.subtract(values, start), sign=True))
         ckas = [cells[way, images, seed].get("cka") for seed in known]
-        row += [spread([cka[half] for cka in ckas], digits=2) if ckas[0] else "" for half in ("new", "old")]
+        row += [over_seeds([cka[half] for cka in ckas], digits=2) if ckas[0] else "" for half in ("new", "old")]
         rows.append([*row, len(known)])
     accuracies = [f"{half}: {metric.title}" for half in ("new", "old", "all ten") for metric in READOUTS.values()]
     return markdown_table(["", *accuracies, "new: CKA to the start", "old: CKA", "seeds"], rows)
 
 
-def spread(values, digits: int = 1, sign: bool = False) -> str:
-    """Mean and standard deviation over the seeds."""
-    mean = f"{np.mean(values):+.{digits}f}" if sign else f"{np.mean(values):.{digits}f}"
-    return mean + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
 def report(cells: dict[tuple[str, int, int], dict], args) -> str:
-    parts = [machine()]
+    parts = [*sorted({cell["machine"] for cell in cells.values()})]
     for images in args.images:
         if any(key[1] == images for key in cells):
             parts += [f"### {images:,} new images, {args.steps} steps of 64", change_table(cells, images, args.seeds)]
@@ -229,7 +223,9 @@ def report(cells: dict[tuple[str, int, int], dict], args) -> str:
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
 def cell_file(way: str, images: int, seed: int, args) -> Path:
-    return args.out / f"{slug(way)}-{images}-{args.source_steps}-{args.steps}-seed{seed}.json"
+    """Its name holds what its scores depend on."""
+    name = f"{slug(way)}-{images}-{args.source_steps}-{args.steps}-{args.evaluated or 'all'}-seed{seed}.json"
+    return args.out / name
 
 
 def read_arguments(arguments: list[str] | None):
@@ -237,10 +233,7 @@ def read_arguments(arguments: list[str] | None):
     numbers["evaluated"] = (None, f"images of each half and split; by default {EVALUATED}")
     options = parser(__doc__, out=None, **numbers)
     options.add_argument("--images", nargs="+", type=int, default=[9000, 500], help="new images to train on")
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    options.add_argument("--out", type=Path, default=Path("outputs/adapting"))
-    options.add_argument("--table", action="store_true", help="run nothing, write the page")
-    options.add_argument("--page", type=Path, default=Path("docs/adapting.md"))
+    add_cell_options(options, "outputs/adapting", "docs/adapting.md")
     return options.parse_args(arguments)
 
 
@@ -256,7 +249,7 @@ def main(arguments: list[str] | None = None) -> str:
     while missing and not args.table and time.monotonic() < deadline:
         cell = missing.pop(0)
         scores = run_cell(*cell, halves, args)
-        write_json(cell_file(*cell, args), scores)
+        write_json(cell_file(*cell, args), {**scores, "machine": machine()})
         print(f"{cell}: {json.dumps(scores)}; {len(missing)} to go", flush=True)
     cells = {cell: json.loads(file.read_text()) for cell in order if (file := cell_file(*cell, args)).exists()}
     shown = report(cells, args)

@@ -2,11 +2,12 @@
 
 import argparse
 import itertools
+import json
 import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,31 @@ def parser(description: str, out: str | None = "put the tables into this Markdow
     if out is not None:
         made.add_argument("--out", help=out)
     return made
+
+
+def add_cell_options(options: argparse.ArgumentParser, out: str, page: str) -> None:
+    """What comparisons share whose cells, one for each row and seed, are kept in files."""
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--out", type=Path, default=Path(out), help="where finished cells are kept")
+    options.add_argument("--table", action="store_true", help="run nothing, write the page")
+    options.add_argument("--page", type=Path, default=Path(page))
+
+
+def over_seeds(values: Sequence[float], digits: int = 1, sign: bool = False) -> str:
+    """Mean and standard deviation, "1.2 ± 0.3"; of one value itself, of none "".
+
+    Args:
+        sign: whether "+" stands before what is not negative.
+    """
+    if len(values) == 0:
+        return ""
+    mean = f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
+    return mean + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def write_json(file: Path, content: dict) -> None:
+    """So that a file that is there is whole."""
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def alternate(

@@ -14,7 +14,6 @@ means and standard deviations over the seeds, and how many they are.
 """
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import parser
+from measure import add_cell_options, machine, parser, write_json
 from methods_report import report, write_page
 from rich.console import Console
 from stored_teacher import StoredMaps
@@ -161,7 +160,9 @@ def train_supervised(config: MIMConfig, folder: Path, steps: int, seed: int = 0,
 
 # ---- cells ---------------------------------------------------------------------------------------------------------
 def cell_file(student: str, method: str, seed: int, args) -> Path:
-    return args.out / f"{student}-{slug(method)}-seed{seed}-{args.steps or STEPS[student]}.json"
+    """Its name holds what its scores depend on."""
+    steps, images = args.steps or STEPS[student], args.images or "all"
+    return args.out / f"{student}-{slug(method)}-seed{seed}-{steps}-{images}.json"
 
 
 def run_cell(student: str, name: str, seed: int, args) -> dict:
@@ -304,12 +305,6 @@ def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "-").replace("+", "-")
 
 
-def write_json(file: Path, content: dict) -> None:
-    part = file.with_suffix(".part")  # a file that is there is whole
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, file)
-
-
 # ---- all of them ---------------------------------------------------------------------------------------------------
 def cells(args) -> list[tuple[str, str, int]]:
     """(student, method, seed) in the order in which they run."""
@@ -333,10 +328,7 @@ def read_arguments(arguments: list[str] | None):
     options = parser(__doc__, out=None, **numbers)
     options.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     options.add_argument("--methods", nargs="+", choices=list(known), help="by default all")
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    options.add_argument("--out", type=Path, default=Path("outputs/methods"))
-    options.add_argument("--table", action="store_true", help="run nothing, write the page")
-    options.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    add_cell_options(options, "outputs/methods", "docs/results.md")
     return options.parse_args(arguments)
 
 
@@ -349,7 +341,7 @@ def main(arguments: list[str] | None = None) -> str:
     while missing and not args.table and time.monotonic() < deadline:
         student, method, seed = missing.pop(0)
         scores = run_cell(student, method, seed, args)
-        write_json(cell_file(student, method, seed, args), scores)
+        write_json(cell_file(student, method, seed, args), {**scores, "machine": machine()})
         print(f"{student}, {method}, seed {seed}: {scores}; {len(missing)} to go", flush=True)
     students = {
         student: {name: read_cells(student, name, args) for name in {**STUDENTS[student], **LATER[student]}}
@@ -364,8 +356,8 @@ def main(arguments: list[str] | None = None) -> str:
 
 def read_cells(student: str, method: str, args) -> list[dict]:
     """What is there of all seeds."""
-    found = (read_json(cell_file(student, method, seed, args)) for seed in args.seeds)
-    return [cell for cell in found if cell]
+    found = {seed: read_json(cell_file(student, method, seed, args)) for seed in args.seeds}
+    return [{**cell, "seed": seed} for seed, cell in found.items() if cell]
 
 
 def read_json(file: Path) -> dict | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from measure import machine, markdown_table, write_section
+from measure import markdown_table, over_seeds, write_section
 
 
 SCORES = {"knn": "k-NN", "linear_1": "linear, 1 %", "linear_10": "linear, 10 %", "linear_100": "linear, all"}
@@ -39,7 +39,11 @@ Table = dict[str, dict[str, list[dict]]]  # student -> method -> the cells of it
 
 def report(students: Table) -> str:
     """Everything as markdown."""
-    parts = [f"{machine()} Processor seconds are those of training and scoring."]
+    machines = {cell["machine"] for methods in students.values() for cells in methods.values() for cell in cells}
+    parts = [
+        f"{' '.join(sorted(machines))} Processor seconds are those of training and scoring; a teacher's maps are "
+        "computed once and kept, so that only the run that came first has their cost."
+    ]
     for student, methods in students.items():
         parts += [f"### Student {NAMES[student]}: accuracy of the frozen encoder, percent", score_table(methods)]
     parts += ["### Differences, seed by seed", claim_table(students)]
@@ -56,9 +60,7 @@ def of(cells: list[dict], *keys: str, digits: int = 1) -> str:
             cell = None if cell is None else cell.get(key)
         if cell is not None:
             values.append(cell)
-    if not values:
-        return ""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    return over_seeds(values, digits)
 
 
 def score_table(methods: dict[str, list[dict]]) -> str:
@@ -79,7 +81,8 @@ def claim_table(students: Table) -> str:
     rows = []
     for student, methods in students.items():
         for better, other in CLAIMS[student]:
-            pairs = list(zip(methods.get(better, []), methods.get(other, []), strict=False))
+            others = {cell["seed"]: cell for cell in methods.get(other, [])}
+            pairs = [(cell, others[cell["seed"]]) for cell in methods.get(better, []) if cell["seed"] in others]
             if pairs:
                 scores = [[(a[key], b[key]) for a, b in pairs if key in a and key in b] for key in ALL_SCORES]
                 cells = [difference(score) for score in scores]
@@ -92,9 +95,8 @@ def difference(pairs: list[tuple[float, float]]) -> str:
     if not pairs:
         return ""
     values = [first - second for first, second in pairs]
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in values)
-    return f"{np.mean(values):+.1f}{spread} ({signs})"
+    return f"{over_seeds(values, sign=True)} ({signs})"
 
 
 def target_table(students: Table) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import markdown_table, parser, write_section
+from measure import markdown_table, over_seeds, parser, write_json, write_section
 from methods import main as run_methods
 from methods import slug, train_supervised
 from rich.console import Console
@@ -69,7 +69,8 @@ def attention_of_cls(model: MIMModel, pixels: torch.Tensor) -> dict[str, float]:
 # ---- probing -------------------------------------------------------------------------------------------------------
 def probe_encoder(name: str, seed: int, args) -> dict:
     """What `hf-mim probe` finds of the poolers; kept in a file."""
-    file = args.out / f"{name}-seed{seed}-{args.images}.json"
+    tested = args.test_images or "all"
+    file = args.out / f"{name}-seed{seed}-{args.images}-{args.steps}-{args.epochs}-{tested}.json"
     if file.exists():
         return json.loads(file.read_text())
     started, quiet = time.process_time(), Console(quiet=True)
@@ -82,25 +83,20 @@ def probe_encoder(name: str, seed: int, args) -> dict:
     pixels = next(frozen.pixel_loader(load_splits(DataArguments(), run.model.config).test, run.model.config, SHOWN))
     found["attention"] = attention_of_cls(run.model, pixels)
     found["seconds"] = time.process_time() - started
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(file, found)
     return found
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
-def cell(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
-
-
 def report(results: dict[str, dict[int, dict]], args) -> str:
     """Markdown: mean and standard deviation over the seeds that are there."""
     rows = []
     for name, title in ENCODERS.items():
         found = list(results.get(name, {}).values())
         if found:
-            accuracies = [cell([one["poolers"][pooler]["accuracy"] for one in found]) for pooler in POOLERS]
-            gains = [cell(gain_of(found, pooler)) for pooler in (OURS, "efficient")]
-            looks = [shares([one["attention"][key] for one in found]) for key in ("own", "entropy")]
+            accuracies = [over_seeds([one["poolers"][pooler]["accuracy"] for one in found]) for pooler in POOLERS]
+            gains = [over_seeds(gain_of(found, pooler)) for pooler in (OURS, "efficient")]
+            looks = [over_seeds([one["attention"][key] for one in found], digits=2) for key in ("own", "entropy")]
             rows.append([title, *accuracies, *gains, *looks, len(found)])
     header = ["encoder", *POOLERS, "abmilp less cls", "efficient less cls"]
     header += ["attention of cls to itself", "entropy over patches", "seeds"]
@@ -111,11 +107,6 @@ def report(results: dict[str, dict[int, dict]], args) -> str:
     words += "and standard deviation over encoders and probes of different seeds. Attention is that of the last block, "
     words += f"means over heads and {SHOWN} test images; entropy as a share of the largest possible."
     return f"{words}\n\n{markdown_table(header, rows)}"
-
-
-def shares(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
 
 
 def gain_of(found: list[dict], pooler: str) -> list[float]:

@@ -28,15 +28,15 @@ class StoredMaps:
         self.file: np.memmap | None = None
 
     def __call__(self, pixels: Tensor, grid) -> list[Tensor]:
-        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=12).hexdigest() for image in pixels]
+        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=12).hexdigest() for image in pixels.cpu()]
         missing = [place for place, key in enumerate(keys) if key not in self.rows]
         computed = self.compute(pixels[missing].clone(), grid)[0] if missing else None
         if self.file is None:
             self.file = self._open(computed, pixels, grid)
         for place, values in zip(missing, computed if computed is not None else ()):
             row = self.rows.setdefault(keys[place], len(self.rows))
-            self.file[row] = values.numpy()
-        maps = torch.from_numpy(self.file[[self.rows[key] for key in keys]]).float()
+            self.file[row] = values.cpu().numpy()
+        maps = torch.from_numpy(self.file[[self.rows[key] for key in keys]]).float().to(pixels.device)
         return [maps.lerp(maps.mean((2, 3), keepdim=True), self.blend)]
 
     def _open(self, computed: Tensor | None, pixels: Tensor, grid) -> np.memmap:

@@ -15,8 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-from measure import machine, markdown_table, parser, write_section
+from measure import add_cell_options, machine, markdown_table, over_seeds, parser, write_json, write_section
 from rich.console import Console
 from stored_teacher import StoredMaps
 
@@ -33,7 +32,7 @@ SCORES["linear_cls"] = "linear probe, class token"
 
 def teacher_folder(out: Path, steps: int) -> Path:
     """The masked autoencoder that teaches, trained if it is not there."""
-    folder = out / "mae"
+    folder = out / f"mae-{steps}"
     if not (folder / "metrics.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         words = [f"training.max_steps={steps}", *IMAGES, "training.watch_every=0", "training.save_strategy=no"]
@@ -71,56 +70,52 @@ def run_cell(overrides: list[str], seed: int, steps: int, out: Path, store: Path
         maps.save()
     scores = json.loads((folder / "metrics.json").read_text())
     shutil.rmtree(folder)
-    kept = ("trained", "untrained", "raw_pixels", "final_loss", "steps", "versions")
-    return {name: scores[name] for name in kept} | {"cpu_seconds": round(time.process_time() - started)}
+    kept = ("trained", "untrained", "raw_pixels", "final_loss", "steps")
+    seconds = round(time.process_time() - started)
+    return {name: scores[name] for name in kept} | {"cpu_seconds": seconds, "machine": machine()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, None, steps=300, minutes=55)
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--out", default="outputs/teachers")
-    options.add_argument("--table", action="store_true", help="run nothing, write the page")
-    options.add_argument("--page", default="docs/distilling.md")
-    arguments = options.parse_args()
-    out, deadline = Path(arguments.out), time.monotonic() + 60 * arguments.minutes
+    add_cell_options(options, "outputs/teachers", "docs/distilling.md")
+    arguments = options.parse_args(argv)
+    out, steps, deadline = arguments.out, arguments.steps, time.monotonic() + 60 * arguments.minutes
     if arguments.table:
-        write_page(out, Path(arguments.page))
+        write_page(out, steps, arguments.page)
         return
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    mae = teacher_folder(out, 2 * arguments.steps)
+    mae = teacher_folder(out, 2 * steps)
     cells = [(name, seed) for seed in arguments.seeds for name in rows(mae)]
     for name, seed in sorted(cells, key=lambda cell: "," in cell[0]):  # the other norms last
-        cell = out / "cells" / f"{name}-{seed}.json"
+        cell = out / "cells" / f"{name}-{steps}-{seed}.json"
         if cell.exists() or time.monotonic() > deadline:
             continue
-        scores = run_cell(rows(mae)[name], seed, arguments.steps, out, out / "lite0")
-        cell.write_text(json.dumps({"row": name, "seed": seed, **scores}, indent=1))
+        scores = run_cell(rows(mae)[name], seed, steps, out, out / "lite0")
+        write_json(cell, {"row": name, "seed": seed, **scores})
         print(name, seed, scores["trained"], flush=True)
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-
-def write_page(out: Path, page: Path) -> None:
+def write_page(out: Path, steps: int, page: Path) -> None:
     """Puts the table of what is there between the page's marks."""
-    cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
-    mae = json.loads((out / "mae" / "metrics.json").read_text())
+    cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob(f"*-{steps}-*.json"))]
+    if not cells:
+        raise SystemExit(f"no results of {steps} steps in {out}: run without --table first")
+    mae = json.loads((teacher_folder(out, 2 * steps) / "metrics.json").read_text())
     names = [name for name in rows(Path()) if any(cell["row"] == name for cell in cells)]
     lines = []
     for name in names:
         runs = [cell for cell in cells if cell["row"] == name]
-        lines.append([f"student of {name}", *(spread([run["trained"][key] for run in runs]) for key in SCORES)])
+        lines.append([f"student of {name}", *(over_seeds([run["trained"][key] for run in runs]) for key in SCORES)])
         lines[-1].append(str(len(runs)))
     twins = list({cell["seed"]: cell["untrained"] for cell in cells}.values())
-    lines.append(["untrained student", *(spread([twin[key] for twin in twins]) for key in SCORES), str(len(twins))])
+    lines.append(["untrained student", *(over_seeds([twin[key] for twin in twins]) for key in SCORES), str(len(twins))])
     lines.append(["the teacher MAE itself", *(f"{mae['trained'][key]:.1f}" for key in SCORES), "1"])
     raw = cells[0]["raw_pixels"]
     lines.append(["raw pixels", f"{raw['knn']:.1f}", f"{raw['linear']:.1f}", "", "", ""])
-    seconds = spread([cell["cpu_seconds"] for cell in cells])
-    note = f"\n\n{cells[0]['steps']:,} steps of 64 images; {machine()} "
-    note += f"{seconds} processor seconds a run, its evaluation included."
+    seconds = over_seeds([cell["cpu_seconds"] for cell in cells])
+    note = f"\n\n{steps:,} steps of 64 images. {' '.join(sorted({cell['machine'] for cell in cells}))} "
+    note += f"{seconds} processor seconds a run, its evaluation included; the maps of lite0 are computed once and kept."
     table = markdown_table(["encoder", *SCORES.values(), "seeds"], lines)
     write_section(page, "teachers", table + note)
 

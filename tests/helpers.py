@@ -93,3 +93,13 @@ def write_pairs(images: Path, masks: Path, count: int, seed=0, size=(24, 32), ch
         pixels = (found * 60 + rng.integers(20, size=found.shape)).astype(np.uint8)
         PIL.Image.fromarray(np.dstack([pixels] * 3) if channels == 3 else pixels).save(images / f"p{i}.{ending}")
         PIL.Image.fromarray(found).save(masks / f"p{i}.png")
+
+
+def save_grey_vits(folder: Path) -> list[str]:
+    """Two grey ViTs of this project, 12 and 16 channels wide, saved; their folders."""
+    torch.manual_seed(0)
+    for width in (12, 16):
+        encoder = {"hidden_size": width, "num_hidden_layers": 1}
+        model = MIMModel(tiny_config(num_channels=1, image_size=16, encoder_config=encoder))
+        perturb(model).save_pretrained(folder / f"vit{width}")
+    return [str(folder / "vit12"), str(folder / "vit16")]

@@ -21,7 +21,7 @@ def test_a_reduced_run(tmp_path, monkeypatch):
     arguments += ["--methods", "untrained", "a2mim, vit", "a2mim, vit, no final norm"]
     shown = methods.main(arguments)
     assert "| untrained |" in shown and "a2mim, vit less a2mim, vit, no final norm" in shown and "| mae |" not in shown
-    scores = json.loads((out / "vit-a2mim-vit-seed0-2.json").read_text())
+    scores = json.loads((out / "vit-a2mim-vit-seed0-2-60.json").read_text())
     assert 0 < scores["knn"] <= 100 and {"linear_1", "linear_10", "linear_100", "hidden_l1"} <= set(scores)
     assert (out / "runs" / "vit-a2mim-vit-0-2" / "model.safetensors").is_file()  # for other comparisons
     page.write_text("Words of mine.\n\n<!-- methods -->\nold\n<!-- end of methods -->\n\nMore words.\n")
@@ -76,6 +76,13 @@ def test_maps_are_computed_once_per_image_and_blended_towards_their_mean(tmp_pat
     blended = half(images, (2, 2))[0]
     assert torch.allclose(blended, (want + want.mean((2, 3), keepdim=True)) / 2, atol=4e-3)
     assert sum(calls) == 7
+
+
+def test_differences_are_those_of_the_same_seed():
+    better = [{"seed": seed, "knn": 70.0 + 10 * seed} for seed in range(3)]
+    other = [{"seed": seed, "knn": 69.0 + 10 * seed} for seed in (1, 2)]  # the first is not there yet
+    table = methods_report.claim_table({"resnet": {"a2mim": better, "untrained": other}})
+    assert "| a2mim less untrained | +1.0 ± 0.0 (++) |" in table
 
 
 def test_a_difference_has_its_sign_in_every_seed():

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from helpers import RESNET, TIMM_VIT, perturb, tiny_config
+from helpers import RESNET, TIMM_VIT, perturb, save_grey_vits
 from rich.console import Console
 from transformers import AutoModel
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.modeling.encoders import ENCODERS
+from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.distill import choose_encoder, distill
 
 
@@ -30,13 +31,7 @@ VIT = "model.encoder_config={hidden_size: 16, num_hidden_layers: 1, num_attentio
 
 @pytest.fixture
 def sources(tmp_path) -> list[str]:
-    """Two grey ViTs of this project."""
-    torch.manual_seed(0)
-    for width in (12, 16):
-        encoder = {"hidden_size": width, "num_hidden_layers": 1}
-        model = MIMModel(tiny_config(num_channels=1, image_size=16, encoder_config=encoder))
-        perturb(model).save_pretrained(tmp_path / f"vit{width}")
-    return [str(tmp_path / "vit12"), str(tmp_path / "vit16")]
+    return save_grey_vits(tmp_path)
 
 
 def run(sources: list[str], student: str, folder, *words: str, **options) -> tuple[MIMForPreTraining, str]:
@@ -55,13 +50,19 @@ def run(sources: list[str], student: str, folder, *words: str, **options) -> tup
         ("resnet", "convnet", [f"model.encoder_config={json.dumps(RESNET)}"]),
     ],
 )
-def test_students_of_every_kind(student, encoder, words, sources, tmp_path):
+def test_students_of_every_kind(student, encoder, words, sources, tmp_path, monkeypatch):
+    start, train = {}, commands.train
+
+    def remembered(run):
+        start.update({name: value.clone() for name, value in run.model.state_dict().items()})
+        return train(run)
+
+    monkeypatch.setattr(commands, "train", remembered)
     model, printed = run(sources, student, tmp_path / "run", *words)
     assert f"student: {student}" in printed and model.config.encoder == encoder
     assert model.config.masking == "none" and model.config.target == "teacher_features"
     assert model.config.target_config["feature_dims"] == [[12], [16]] and len(model.decoder.heads) == 2
-    before = MIMForPreTraining(model.config).state_dict()
-    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, start[name])]
     assert any(name.startswith("mim.encoder") for name in changed)
     pixels = torch.randn(2, 1, 32, 32)
     again = AutoModel.from_pretrained(tmp_path / "run")

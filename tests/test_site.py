@@ -9,6 +9,7 @@ import pages
 import pytest
 import yaml
 
+from hf_mim.modeling import parts
 from hf_mim.training.recipe import read, recipe_files
 
 
@@ -42,6 +43,17 @@ def test_results_are_the_rows_of_the_page_of_results():
     assert students.count("ViT") >= 6 and students.count("ResNet-18") >= 2  # simmim is one of the earlier runs
     with pytest.raises(ValueError, match="no row nonsense"):
         pages.results_of(["mae", "nonsense"])
+
+
+def test_the_parts_of_the_index_are_those_that_there_are():
+    index = (ROOT / "docs/methods/index.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `model\.(\w+)` \| (.*) \|$", index, re.MULTILINE))
+    assert set(rows) == set(parts.TABLES)
+    for kind, table in parts.TABLES.items():
+        assert set(table) <= set(re.findall(r"`(\w+)`", rows[kind])), kind
+    recipes = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", index, re.MULTILINE)))
+    apart = ("_small", "finetune", "segmentation")
+    assert {name for name in recipe_files() if not any(word in name for word in apart)} <= set(recipes)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import RESNET, VIT, perturb, tiny_config
+from helpers import RESNET, VIT, perturb, save_grey_vits, tiny_config
 from rich.console import Console
 from transformers import RadioConfig, RadioModel, ViTConfig, ViTModel
 
@@ -304,12 +304,7 @@ RUN = [
 
 @pytest.fixture
 def grey_sources(tmp_path) -> list[str]:
-    torch.manual_seed(0)
-    for width in (12, 16):
-        encoder = {"hidden_size": width, "num_hidden_layers": 1}
-        model = MIMModel(tiny_config(num_channels=1, image_size=16, encoder_config=encoder))
-        perturb(model).save_pretrained(tmp_path / f"vit{width}")
-    return [str(tmp_path / "vit12"), str(tmp_path / "vit16")]
+    return save_grey_vits(tmp_path)
 
 
 def test_a_run_estimates_saves_and_resumes_and_the_card_names_all_teachers(grey_sources, tmp_path):
