@@ -11,7 +11,7 @@ from .encoder_base import Encoder, EncoderOutput, Grid, fill_hidden_pixels, grid
 from .hiera import to_raster, unroll, within_units
 from .layers import resize_table, take_tokens
 from .masking import hides_tokens
-from .native_models import native_config, native_model
+from .native_models import fill_native, native_config, native_model
 from .options import OptionError, pair
 
 
@@ -83,8 +83,7 @@ class HieraEncoder(Encoder):
         return rows * self.unit[0], cols * self.unit[1]
 
     def load_native_state(self, state: dict[str, Tensor]) -> None:
-        names = self.network.state_dict()
-        self.network.load_state_dict({name: state[name] for name in names})
+        fill_native(self.network, state)
 
     def forward(
         self,
@@ -126,10 +125,12 @@ class HieraEncoder(Encoder):
         """A mask of tokens -> of units."""
         cells = mask.view(-1, units[0], self.unit[0], units[1], self.unit[1])
         hidden = cells[:, :, 0, :, 0]
-        seen = not (mask.is_meta or mask.is_cuda or torch.compiler.is_compiling())  # without waiting for a device
-        if seen and not torch.equal(cells, hidden[:, :, None, :, None].expand_as(cells)):
-            rows, cols = self.unit
-            raise ValueError(f"Hiera hides whole mask units of {rows}x{cols} tokens, no part of one")
+        whole = (cells == hidden[:, :, None, :, None]).all()
+        message = f"Hiera hides whole mask units of {self.unit[0]}x{self.unit[1]} tokens, no part of one"
+        if mask.is_cuda or torch.compiler.is_compiling():  # neither waits for the GPU nor breaks the graph
+            torch._assert_async(whole, message)
+        elif not mask.is_meta and not whole:
+            raise ValueError(message)
         return hidden.flatten(1)
 
     def _embed(self, pixel_values: Tensor, units: Grid, visible: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 from .configuration_base import MIMConfigBase
 from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
 from .hiera import hiera_cell, in_reading_order
-from .native_models import native_blocks, native_config, native_model, patch_embedding
+from .native_models import fill_native, native_blocks, native_config, native_model, patch_embedding
 from .options import pair
 
 
@@ -186,18 +186,9 @@ class NativeEncoder(Encoder):
 
     def load_native_state(self, state: dict[str, Tensor]) -> None:
         """Loads the weights of the wrapped model, as `load_native` returns them; its pooling layer is left out."""
-        wrapped = self.network.state_dict()
-        missing = [name for name in wrapped if name not in state and "mask_token" not in name]
-        if missing:
-            raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}")
-        for name, value in wrapped.items():
-            if name in state and state[name].shape != value.shape:
-                shapes = f"{tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} by the config"
-                raise ValueError(f"weights and config do not fit: {name} is {shapes}")
-        self.network.load_state_dict({name: state.get(name, value) for name, value in wrapped.items()})
+        fill_native(self.network, state)
         if self.taken_norm is not None:
-            names = self.final_norm.state_dict()
-            self.final_norm.load_state_dict({name: state[f"{self.taken_norm}.{name}"] for name in names})
+            fill_native(self.final_norm, state, f"{self.taken_norm}.")
 
     def last_attention(self) -> Any | None:
         """The last block's attention, a module that returns (output, weights); None where it is not marked."""

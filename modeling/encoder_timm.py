@@ -152,6 +152,10 @@ class TimmEncoder(Encoder):
             rows, cols = shapes[-1][1:]
             raise ValueError(f"timm's {model_name!r} makes {rows}x{cols} tokens of {size[0]}x{size[1]} pixels")
 
+    def check_final_norm(self, applied: bool) -> None:
+        if not applied:
+            raise ValueError("apply_final_norm=false: encoder 'timm' gives tokens behind the model's last norm only")
+
     def mask_grid(self, height: int, width: int) -> Grid:
         return grid_size((height, width), self.cell, "last map's cell")
 

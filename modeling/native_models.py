@@ -130,6 +130,30 @@ def load_native(name_or_path: str) -> tuple[dict, dict[str, Tensor], list[str]]:
     return fields, state, sorted(info["unexpected_keys"])
 
 
+def fill_native(network: nn.Module, state: dict[str, Tensor], prefix: str = "") -> None:
+    """Loads those weights of `state` that are `network`'s, there named with `prefix`; a mask token may be missing.
+
+    Raises:
+        ValueError: a weight is missing or has another shape.
+    """
+    own = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+    missing = [name for name in own if name not in state and "mask_token" not in name]
+    if missing:
+        raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}")
+    for name, value in own.items():
+        if name in state and state[name].shape != value.shape:
+            shapes = f"{tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} by the config"
+            raise ValueError(f"weights and config do not fit: {name} is {shapes}")
+    network.load_state_dict({name.removeprefix(prefix): state.get(name, value) for name, value in own.items()})
+
+
+def normalisation(processor: dict[str, Any], num_channels: int) -> dict[str, list[float]]:
+    """What the fields of an image processor say, as fields of a `MIMConfig`; {} where they say nothing."""
+    if not processor.get("do_normalize", True):
+        return {"image_mean": [0.0] * num_channels, "image_std": [1.0] * num_channels}
+    return {name: [float(v) for v in processor[name]] for name in ("image_mean", "image_std") if processor.get(name)}
+
+
 def native_statistics(name_or_path: str, native: PreTrainedConfig) -> dict[str, list[float]]:
     """The normalisation that a model's images want, as fields of a `MIMConfig`; {} where nothing says it. RADIO
     normalises its images itself: they come as they are.
@@ -137,19 +161,19 @@ def native_statistics(name_or_path: str, native: PreTrainedConfig) -> dict[str, 
     Raises:
         ValueError: the file of the image processor is damaged.
     """
+    channels = getattr(native, "num_channels", 3)
     if native.model_type == "radio":
-        return {"image_mean": [0.0] * native.num_channels, "image_std": [1.0] * native.num_channels}
+        return normalisation({"do_normalize": False}, channels)
     try:
         processor: Any = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trusts_remote_code())
-        return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+        return normalisation(vars(processor), channels)
     except (OSError, ValueError, AttributeError, TypeError):
         path = file_of(name_or_path, "preprocessor_config.json")
     if path is None:
         return {}
-    try:  # a processor of a class that cannot be loaded, or that does not normalise
+    try:  # a processor of a class that cannot be loaded
         with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-        return {name: [float(v) for v in saved[name]] for name in ("image_mean", "image_std") if saved.get(name)}
+            return normalisation(json.load(file), channels)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it does not say how images are normalised") from error
 

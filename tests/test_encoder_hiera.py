@@ -122,6 +122,26 @@ def test_what_is_refused(changes, message):
         model(torch.randn(2, 3, *SIZE), part)
 
 
+def test_a_part_of_a_unit_is_refused_where_the_mask_cannot_be_looked_at(monkeypatch):
+    model = MIMForPreTraining(MIMConfig(**fields(2)))
+    part = torch.zeros(2, 24, dtype=torch.bool)
+    part[:, :12] = True
+    part[0, 11:13] = part[0, 11:13].flip(0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="no part of one"):
+        model(torch.randn(2, 3, *SIZE), part)
+
+
+def test_unequal_masks_are_refused_without_naming_an_option_of_others():
+    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[0, :2, :2] = mask[1, :2, :4] = True
+    with pytest.raises(
+        ValueError, match="the same number of hidden ones in every image, .* got .4, 8. hidden of 24"
+    ) as caught:
+        MIMForPreTraining(MIMConfig(**fields(2)))(torch.randn(2, 3, *SIZE), mask.flatten(1))
+    assert "mask_style" not in str(caught.value)
+
+
 @torch.no_grad()
 def test_the_native_encoder_knows_its_grid(tmp_path):
     peer = theirs(2)

@@ -1,5 +1,7 @@
 """Vision models of transformers as encoders."""
 
+import json
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForImageClassification, ViTImageProcessor
@@ -53,6 +55,32 @@ def test_it_gives_what_the_native_model_gives(model_type, tmp_path):
             out = model(pixel_values, output_hidden_states=True)
             assert torch.equal(out.last_hidden_state, wanted)
             assert out.pooler_output.shape == (2, wanted.shape[2])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_processor_that_does_not_normalise(known, tmp_path):
+    native("vit").save_pretrained(tmp_path)
+    ViTImageProcessor(do_normalize=False).save_pretrained(tmp_path)
+    if not known:  # then its file is read, whatever class it names
+        path = tmp_path / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_processor_type": "Lost"}))
+    config = MIMModel.from_encoder(str(tmp_path)).config
+    assert config.statistics() == ([0.0] * 3, [1.0] * 3)
+
+
+@pytest.mark.parametrize("encoder", ["native", "hiera"])
+def test_weights_that_do_not_fit_are_named(encoder):
+    if encoder == "hiera":
+        options = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    else:
+        options = {"model_type": "vit", **VIT}
+    network = MIMModel(MIMConfig(image_size=64, encoder=encoder, encoder_config=options)).encoder
+    state = network.network.state_dict()
+    name = next(iter(state))
+    with pytest.raises(ValueError, match=f"weights and config do not fit: {name}"):
+        network.load_native_state({**state, name: torch.zeros(1, 2)})
+    with pytest.raises(ValueError, match=f"the checkpoint lacks {name}"):
+        network.load_native_state({key: value for key, value in state.items() if key != name})
 
 
 def test_another_resolution_without_a_flag():

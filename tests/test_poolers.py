@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, perturb, tiny_config
+from helpers import CONVNEXT, DINOV2, NATIVE_VIT, RESNET, SWIN, TIMM_VIT, perturb, tiny_config
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
@@ -333,6 +333,8 @@ def test_what_an_encoder_cannot_give():
         )
     with pytest.raises(ValueError, match="pooler 'cls_attention' needs an encoder with a class token.*'mean'"):
         tiny_config(encoder="native", encoder_config=SWIN, pooler="cls_attention")
+    with pytest.raises(ValueError, match="encoder 'timm' gives tokens behind the model's last norm only"):
+        tiny_config(encoder="timm", encoder_config=TIMM_VIT, image_size=32, pooler_config={"apply_final_norm": False})
     data2vec = {**NATIVE_VIT, "model_type": "data2vec-vision"}
     fields = {"encoder": "native", "encoder_config": data2vec, "pooler": "cls_attention"}
     with pytest.raises(ValueError, match="'data2vec-vision' returns no attentions.*attn_implementation='eager'"):
