@@ -5,7 +5,8 @@ import torch
 from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from hf_mim import MIMConfig, MIMForPreTraining
-from hf_mim.training.checkpoint import load_encoder, untrained_twin
+from hf_mim.training.checkpoint import checkpoint_errors, load_encoder, resolve, untrained_twin
+from hf_mim.training.common.errors import CheckpointError
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -44,6 +45,21 @@ def test_what_is_no_image_encoder_is_refused(tmp_path):
     for source in (str(tmp_path / "nothing"), "./nothing", "a/b/c"):
         with pytest.raises(ValueError, match=f"no checkpoint at {source}: there is no such folder"):
             load_encoder(source)
+
+
+def test_a_missing_package_is_no_damage():
+    reason = "^cannot load me/model: it needs a package that cannot be imported: no module of that name$"
+    with pytest.raises(CheckpointError, match=reason), checkpoint_errors("me/model"):
+        raise ImportError("no module of that name\nmore")
+
+
+def test_a_folder_below_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_mae().save_pretrained(tmp_path / "model")
+    assert resolve("~/model") == str(tmp_path / "model")
+    assert load_encoder("~/model").config.image_size == 32
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is no such folder"):
+        resolve("~/nothing")
 
 
 def test_the_untrained_twin_differs_and_leaves_the_random_state(tmp_path):

@@ -75,6 +75,40 @@ def test_memory_grows_by_the_same_with_every_image_and_adam_holds_two_numbers_a_
     assert need.total == need.weights + need.optimizer + need.step
 
 
+@pytest.mark.parametrize("keep", ["weights", "features"])
+def test_the_distance_to_the_start_is_measured_with_the_step(keep, tmp_path):
+    from test_adaptation import make
+
+    trainer = make(tmp_path, keep=keep)
+    distance, network = trainer.distance, trainer.bare_model
+    kept = sum(weight.nbytes for weight in network.mim.encoder.parameters())
+    if keep == "weights":  # but for the mask token
+        kept -= sum(w.nbytes for name, w in network.mim.encoder.named_parameters() if "mask_token" in name)
+    need = memory.measure_memory(trainer, (3, 16, 16))
+    trainer.distance = None
+    without = memory.measure_memory(trainer, (3, 16, 16))
+    assert kept > 0 and need.weights - without.weights == kept and need.step > without.step
+    with torch.no_grad():
+        for parameter in network.mim.encoder.parameters():
+            parameter.add_(0.1)
+    gradients = []
+    for part in (None, distance):
+        trainer.distance = part
+        torch.manual_seed(0)
+        with memory.unchanged(trainer):
+            memory.compute_gradients(trainer, 4, (3, 16, 16))
+            gradients.append(
+                {n: p.grad.clone() for n, p in network.mim.encoder.named_parameters() if p.grad is not None}
+            )
+    more = {name: gradients[1][name] - plain for name, plain in gradients[0].items()}
+    if keep == "features":
+        assert max(value.abs().max() for value in more.values()) > 1e-4
+        return
+    for name, value in more.items():  # of half the square of 0.1
+        expected = torch.full_like(value, 0 if "mask_token" in name else 0.1 * distance.weight)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+
+
 def test_a_fine_tuning_too(capsys, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["finetune", str(checkpoint), "data.max_train_images=60", "--dry-run"]) == 0

@@ -323,11 +323,31 @@ def test_nothing_of_what_must_be_more_than_zero_may_be_zero(key):
         (["model.encoder_config.size=tiny", "model.encoder_config.hidden_size=null"], None),
         (["training.learning_rate=0.1", "training.max_steps=5"], None),  # meant to win over what the recipe says
         (["data.shuffle_buffer=5"], "data.shuffle_buffer has no effect: data.streaming is false"),
+        (["data.forgetting_dataset=x"], "data.forgetting_dataset has no effect: model.init_from is not set"),
+        (["data.forgetting_dataset=x", "model.init_from=y"], None),
+        (
+            ["data.forgetting_dataset=x", "model.init_from=y", "training.watch_every=0"],
+            "data.forgetting_dataset has no effect: training.watch_every is 0",
+        ),
+        (["training.lora_rank=4"], "training.lora_rank has no effect: training.lora is false"),
+        (["training.lora_rank=4", "training.lora=true"], None),
     ],
 )
 def test_a_setting_without_effect_is_said(overrides, message):
     messages = recipes.without_effect(recipes.resolve("a2mim_vit_small", overrides))
     assert [text for text in messages if message and text.startswith(message)] or (message is None and not messages)
+
+
+def test_additions_without_lora_are_said_of_a_fine_tuning_too():
+    messages = recipes.without_effect(recipes.resolve("finetune_small", ["finetune.lora_layers=[qkv]"], "finetune"))
+    assert messages == ["finetune.lora_layers has no effect: finetune.lora is false"]
+
+
+def test_a_recipe_that_is_not_utf8_is_refused_and_not_altered(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("data: {dataset: /photos/été}\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"mine.yaml is not UTF-8 text: save it as UTF-8"):
+        recipes.read(str(path))
 
 
 @pytest.mark.parametrize("name", recipes.recipe_files())
@@ -339,3 +359,5 @@ def test_the_header_of_a_changed_recipe_does_not_credit_its_paper_alone():
     assert recipes.credited_paper("mae", recipes.resolve("mae")) == recipes.read_header(recipes.find("mae"))["paper"]
     paper = recipes.credited_paper("mae", recipes.resolve("mae", ["model.target=hog", "model.masking=block"]))
     assert paper.endswith("; changed in this run: masking block in place of random, target hog in place of pixel")
+    paper = recipes.credited_paper("mae", recipes.resolve("mae", ["model.target=hog", "model.init_from=somewhere"]))
+    assert paper.endswith("; changed in this run: target hog in place of pixel")

@@ -1,5 +1,6 @@
 """Loading checkpoints, with errors that say what is there instead."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ def checkpoint_errors(source: str) -> Iterator[None]:
         raise
     except StrictDataclassError as error:
         raise CheckpointError(f"{source} is damaged: its config.json: {field_reason(error)}", source) from error
+    except ImportError as error:
+        reason = f"it needs a package that cannot be imported: {first_line(error)}"
+        raise CheckpointError(f"cannot load {source}: {reason}", source) from error
     except (ValueError, OSError) as error:  # a line already
         raise CheckpointError(f"cannot load {source}: {first_line(error)}", source) from error
     except Exception as error:
@@ -102,6 +106,7 @@ def resolve(source: str | Path) -> str:
     if is_url(location):
         protocol, _, path = location.partition("://")
         location = path if protocol in LOCAL else str(fetch_model(location))
+    location = os.path.expanduser(location)
     check_source(location)
     return location
 

@@ -1,12 +1,9 @@
 """Recipes: one YAML file per method, plus `section.key=value` overrides, checked before anything runs."""
 
 import copy
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from hf_mim.modeling.options import LEARNING_OPTIONS, shorten, unknown_choice
 from hf_mim.training.common.errors import RecipeError
@@ -20,6 +17,7 @@ from hf_mim.training.common.recipe_keys import (
     is_text,
     keys_of,
 )
+from hf_mim.training.common.recipe_yaml import LENGTH, dump_yaml, parse_text, parse_yaml
 
 
 PLUGINS = "plugins"  # what a recipe may have beside its sections: a list of modules
@@ -31,90 +29,6 @@ VIT_SIZES = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_he
 # Sections that not every recipe has: the command of that name is what runs a recipe that has it.
 COMMANDS = ("finetune",)
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}  # of recipes, by the command that runs them
-
-
-# ---- YAML whose scalars mean what they look like -------------------------------------------------------------------
-LENGTH, VALUES, LEVELS = 200_000, 20_000, 40  # at most: of the text, its values with aliases written out, its nesting
-
-
-class Loader(yaml.SafeLoader):
-    """SafeLoader of YAML 1.1, but `1e-4` is a number, and `no`, `on` and `1:30` are text. What would take years to
-    look through is an error: aliases of aliases, deep nesting."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.level, self.counts = 0, {}  # counts: of the values below each node
-
-    def compose_node(self, parent, index):
-        self.level += 1
-        if self.level > LEVELS:
-            raise yaml.YAMLError(f"more than {LEVELS} levels")
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        if id(node) not in self.counts:
-            children = () if isinstance(node, yaml.ScalarNode) else node.value
-            nodes = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-            self.counts[id(node)] = 1 + sum(self.counts.get(id(part), VALUES) for part in nodes)
-        if self.counts[id(node)] > VALUES:
-            raise yaml.YAMLError(f"more than {VALUES:,} values, or an alias of itself")
-        return node
-
-
-class Dumper(yaml.SafeDumper):
-    """The inverse of `Loader`."""
-
-
-SCALARS = {
-    "tag:yaml.org,2002:null": (r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    "tag:yaml.org,2002:bool": (r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    "tag:yaml.org,2002:int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
-    "tag:yaml.org,2002:float": (
-        r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$",
-        list("-+0123456789."),
-    ),
-}
-for _class in (Loader, Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _tag, (_pattern, _first) in SCALARS.items():
-        _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
-# The parent's constructor reads a leading zero as octal.
-Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
-def represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
-    """In double quotes, with escapes, where there are other line breaks than YAML 1.1 keeps in other quotes."""
-    style = '"' if any(mark in text for mark in "\r\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
-
-
-Dumper.add_representer(str, represent_text)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        RecipeError: not YAML; the message names `source` and the line.
-    """
-    if len(text) > LENGTH:
-        raise RecipeError(f"{source[:200]}: {len(text):,} characters are no recipe")
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise RecipeError(f"{source[:200]}{line}: not valid YAML ({reason})") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of tags such as !!timestamp and !!int
-        raise RecipeError(f"{source[:200]}: not valid YAML ({str(error)[:200]})") from None
-
-
-def parse_text(text: str, kind: Any) -> str | None:
-    """The value of an override whose field is text: the text as it is, or what stands between quotes; `null` is null
-    where the field can be."""
-    if text[:1] in ("'", '"') and len(text) > 1 and text.endswith(text[0]):
-        return str(parse_yaml(text, text))
-    return None if kind is not str and text in ("", "null", "Null", "NULL") else text
 
 
 # ---- loading, overriding, saving -----------------------------------------------------------------------------------
@@ -149,8 +63,12 @@ def find(name: str) -> Path:
 def read(name: str) -> dict:
     """A recipe as {section: {key: value}}, unchecked."""
     path = find(name)
-    with open(path, encoding="utf-8", errors="replace") as file:
-        recipe = parse_yaml(file.read(LENGTH + 1), str(path))
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LENGTH + 1)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    recipe = parse_yaml(text, str(path))
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: a recipe must hold sections ({', '.join(SECTIONS)})")
     return {section: {} if values is None else values for section, values in recipe.items()}
@@ -336,11 +254,12 @@ def credited_paper(name: str, recipe: dict) -> str:
     from hf_mim.modeling.configuration_mim import MIMConfig
 
     paper, own, model = read_header(find(name)).get("paper", ""), read(name).get("model", {}), recipe["model"]
+    started = ("encoder", "pooler") if model.get("init_from") else ()  # what the start brings is told as the start
     changes = []
-    for part in PARTS:
+    for part in (part for part in PARTS if part not in started):
         default = MIMConfig.__dataclass_fields__[part].default
         before, now = own.get(part, default), model.get(part, default)
-        if now != before and "init_from" not in model:
+        if now != before:
             changes.append(f"{part} {now} in place of {before}")
     return f"{paper}; changed in this run: {', '.join(changes)}" if paper and changes else paper
 
@@ -350,13 +269,22 @@ def without_effect(recipe: dict) -> list[str]:
     training, data, messages = recipe.get("training", {}), recipe.get("data", {}), []
     saves = str(training.get("save_strategy", "epoch"))
     evaluates = str(training.get("eval_strategy", "no" if "finetune" not in recipe else saves))
+    start = recipe.get("model", {}).get("init_from")
     overruled = {
         "training.save_steps": (saves != "steps", f"training.save_strategy is {saves}"),
         "training.eval_steps": (evaluates != "steps", f"training.eval_strategy is {evaluates}"),
         "data.shuffle_buffer": (not data.get("streaming"), "data.streaming is false"),
         "model.keep_weight": (not recipe.get("model", {}).get("keep"), "model.keep is not set"),
         "data.cache_size": (not data.get("cache_decoded"), "data.cache_decoded is false"),
+        "data.forgetting_dataset": (
+            not start or training.get("watch_every") == 0,
+            "training.watch_every is 0" if start else "model.init_from is not set",
+        ),
     }
+    for section in ("training", "finetune"):
+        without_lora = not recipe.get(section, {}).get("lora")
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_layers"):
+            overruled[f"{section}.{name}"] = (without_lora, f"{section}.lora is false")
     for key, (is_overruled, reason) in overruled.items():
         section, _, name = key.partition(".")
         if is_overruled and recipe.get(section, {}).get(name) is not None:
@@ -372,8 +300,7 @@ def without_effect(recipe: dict) -> list[str]:
 def save(recipe: dict, path: Path, comment: str) -> None:
     """Writes a resolved recipe, with `comment` (one or more lines) as its header."""
     header = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
-    body = yaml.dump(recipe, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
-    path.write_text(header + body, encoding="utf-8")
+    path.write_text(header + dump_yaml(recipe), encoding="utf-8")
 
 
 def read_header(path: Path) -> dict[str, str]:

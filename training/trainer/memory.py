@@ -60,7 +60,7 @@ class MemoryNeed:
     """Bytes on one device.
 
     Attributes:
-        weights: of the model, with its buffers.
+        weights: of the model, with its buffers, and of the start that it is kept near.
         optimizer: its state.
         step: gradients and activations, at the moment of a step that has the most.
     """
@@ -89,7 +89,8 @@ def measure_memory(trainer, shape: tuple[int, int, int]) -> MemoryNeed | None:
     args, model = trainer.args, trainer.model.to(trainer.args.device)
     if args.world_size > 1 or args.n_gpu > 1 or args.torch_compile or trainer.is_sharded:
         return None
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    start = {} if trainer.distance is None else trainer.distance.start_weights()
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *start.values()))
     with unchanged(trainer):
         try:
             step = step_on_gpu(trainer, shape) if args.device.type == "cuda" else step_by_counting(trainer, shape)

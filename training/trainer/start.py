@@ -30,7 +30,7 @@ class Distance:
         self.weight = self.default_weight if weight is None else weight
 
     def __call__(self, model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
-        """The distance, not weighted, after a forward pass of the model in training mode.
+        """The distance, not weighted, after a forward pass of the model that records gradients.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised: what the model has seen.
@@ -84,11 +84,11 @@ class FeatureDistance(Distance):
     def __init__(self, model: MIMForPreTraining, weight: float | None = None):
         super().__init__(model, weight)
         self.start = copy.deepcopy(model.mim).eval().requires_grad_(False)
-        self.tokens: Tensor | None = None  # of the pass in training mode that has just been
+        self.tokens: Tensor | None = None  # of the pass with gradients that has just been
         model.mim.register_forward_hook(self._record)
 
     def _record(self, module: nn.Module, inputs, output: MIMModelOutput) -> None:
-        self.tokens = output.last_hidden_state if module.training else None
+        self.tokens = output.last_hidden_state if torch.is_grad_enabled() else None
 
     def __call__(self, model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
         pixel_values = pixel_values.repeat_interleave(len(masks) // len(pixel_values), dim=0)

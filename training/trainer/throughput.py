@@ -100,6 +100,9 @@ def compute_gradients(trainer, count: int, shape: tuple[int, int, int]) -> None:
     with trainer.compute_loss_context_manager():
         outputs = trainer.model(pixel_values=pixel_values)
         loss = outputs.loss if outputs.loss is not None else outputs.logits.float().mean()
+        if trainer.distance is not None:
+            distance = trainer.distance(trainer.bare_model, pixel_values, outputs.bool_masked_pos)
+            loss = loss + trainer.distance.weight * distance
     loss.backward()
     loss.item()
 
