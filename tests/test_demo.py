@@ -1,6 +1,7 @@
 """The demo: what it shows, the Space that it writes, and the page that runs in a browser without a network."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hf_mim import MIMConfig, MIMForPreTraining, cli
-from hf_mim.demo import looks, page
+from hf_mim.demo import app, looks, page
 from hf_mim.demo.looks import Demo
 from hf_mim.demo.painted import PaintedModel, to_onnx
 
@@ -198,11 +199,39 @@ def test_the_whole_model_is_where_the_images_are(checkpoint, monkeypatch):
 
 
 def test_without_gradio_it_says_what_to_install(checkpoint, monkeypatch, capsys):
-    from hf_mim.demo import app
-
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", str(checkpoint)]) == 2
     assert "pip install 'hf-mim[demo]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def written_for(monkeypatch):
+    """`write_space` where gradio seems to be installed: it is not imported."""
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "6.0")
+    return app.write_space
+
+
+def test_a_space_holds_no_path_of_this_machine_and_names_plugins(checkpoint, tmp_path, written_for, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"target_config": {"teacher": "/home/me/private/teacher"}, "plugins": ["my_module"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (old := tmp_path / "space" / "model").mkdir(parents=True)
+    (old / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    written_for(str(folder), tmp_path / "space", force=True)
+    assert sorted(path.name for path in old.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((old / "config.json").read_text())["target_config"] == {"teacher": "teacher"}
+    assert str(tmp_path) not in (tmp_path / "space" / "README.md").read_text()
+    assert "my_module (a part) is code that is not uploaded" in " ".join("".join(capsys.readouterr()).split())
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        written_for(str(old), tmp_path / "space", force=True)
+    assert (old / "model.safetensors").is_file()
+
+
+def test_the_card_of_a_space_has_the_whole_id(tmp_path, written_for):
+    written_for("me/tiny", tmp_path / "space")
+    assert "`hf-mim demo me/tiny --space .`" in (tmp_path / "space" / "README.md").read_text()
 
 
 @pytest.mark.slow  # gradio is imported

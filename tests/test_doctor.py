@@ -16,9 +16,11 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mim import MIMForPreTraining, MIMModel, cli
 from hf_mim.conversion import convert
+from hf_mim.doctor import checks
 from hf_mim.doctor.checks import compare_with_twin, doctor, examine
 from hf_mim.doctor.weights import Check, look_at_weights, read_weights, state_of_table
 from hf_mim.training.commands.pretrain import pretrain
+from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.sources import SHIPPED
 from hf_mim.training.recipe import read_sections
@@ -153,6 +155,40 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_computed_with_them
     checks = checks_of(damaged(quick, tmp_path / "nan", change), data)
     assert faults(checks) == ["weights"] and "4 values in 2 of" in checks["weights"].seen
     assert "decoder.head.weight" in checks["weights"].seen and "target" not in checks
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    MIMForPreTraining(tiny_config()).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_file_of_weights_that_ends_too_early_is_damage(tiny):
+    path = tiny / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    check = checks_of(tiny)["checkpoint"]
+    assert check.state == "fault" and "copy it again" in check.remedy
+
+
+def test_what_is_only_missing_here_is_no_damage(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "load_encoder", failing(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output error"):
+            checks_of(tiny)
+        patch.setattr(checks, "load_encoder", failing(CheckpointError("cannot load it"), ImportError("no timm")))
+        with pytest.raises(CheckpointError):
+            checks_of(tiny)
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "target": "edge", "plugins": ["edge_target"]}))
+    with pytest.raises(ValueError, match="--plugin edge_target"):
+        checks_of(tiny)
+
+
+def failing(error, cause=None):
+    def fail(*args, **options):
+        raise error from cause
+
+    return fail
 
 
 def test_tokens_that_all_predict_the_same_are_found(quick, tmp_path, data):

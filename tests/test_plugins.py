@@ -154,6 +154,43 @@ def test_a_module_of_the_working_directory_is_found_and_named_once(tmp_path, mon
     assert parts.REGISTERED_BY[parts.TABLES["target"]["edge"]] == "my_module"
 
 
+def test_a_module_beside_its_recipe_is_found_but_not_in_a_checkpoint(tmp_path, monkeypatch):
+    for folder in ("parts", "run"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text("plugins: [my_module]\nmodel: {target: edge}\n")
+        (tmp_path / folder / "my_module.py").write_text(MODULE)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(plugins.PluginError, match=f"my_module, .* neither installed nor in {tmp_path}:"):
+        recipes.resolve("run/mine.yaml")
+    (tmp_path / "parts" / "other.yaml").write_text("plugins: [my_modul]\n")
+    with pytest.raises(plugins.PluginError, match=f"nor in {tmp_path} or {tmp_path / 'parts'}:"):
+        recipes.resolve("parts/other.yaml")
+    assert recipes.resolve("parts/mine.yaml", ["model.image_size=16"])["plugins"] == ["my_module"]
+
+
+def test_a_module_that_a_plugin_lacks_is_not_the_plugin(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("import my_mod\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(plugins.PluginError, match="cannot be imported: ModuleNotFoundError: No module named 'my_mod'"):
+        plugins.load_plugins(["my_module"])
+
+
+def test_a_file_replaces_no_module(tmp_path, monkeypatch):
+    for name in ("json", "tabnanny", "sys"):  # loaded, not loaded, built in
+        (tmp_path / f"{name}.py").write_text(MODULE)
+        before = sys.modules.get(name)
+        with pytest.raises(plugins.PluginError, match=f"has the name of another module, {name} .*: rename it"):
+            plugins.load_plugins([str(tmp_path / f"{name}.py")])
+        assert sys.modules.get(name) is before
+    (tmp_path / "my_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    plugins.load_plugins(["my_module"])
+    loaded = sys.modules["my_module"]
+    plugins.load_plugins(["my_module.py", str(tmp_path / "my_module.py")])
+    assert sys.modules["my_module"] is loaded
+
+
 def test_a_plugin_that_fails_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)

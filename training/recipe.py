@@ -225,7 +225,7 @@ def load_named(recipe: dict, name: str) -> list[str]:
     if "://" in name and (strange := [plugin for plugin in names if plugin not in LOADED]):
         message = f"the recipe at {name} names the plug-in {strange[0]}, whose code would run"
         raise PluginError(f"{message}: add --plugin {strange[0]} if you trust it", strange[0])
-    load_plugins(names, find(name).name)
+    load_plugins(names, find(name).name, find(name).parent)
     return list(dict.fromkeys([*names, *LOADED]))
 
 

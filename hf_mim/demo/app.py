@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_mim.demo.looks import Demo
-from hf_mim.hub.files import weight_files
-from hf_mim.training.common.errors import UserError
+from hf_mim.hub.card import plugin_notes
+from hf_mim.hub.files import read_json, weight_files, write_json
+from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.loading import INDEX
+from hf_mim.training.common.console import RunConsole
+from hf_mim.training.common.errors import FolderError, UserError
 from hf_mim.training.common.output_folder import check_new_folder
-from hf_mim.training.common.sharing import file_inside
+from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.common.titles import name_of
 
 
@@ -28,7 +32,7 @@ app_file: app.py
 ---
 
 A masked image model by hf_mim: an image, a mask ratio, and what the model makes of what is hidden. By
-`hf-mim demo {title} --space .`
+`hf-mim demo {source} --space .`
 """
 SPACE_APP = '''"""The app of this Space."""
 
@@ -83,11 +87,11 @@ def make_app(source: str, overrides: Sequence[str] = ()) -> Any:
 
 def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
     """Writes a Space: its card, `app.py`, `requirements.txt` and, of a local folder, the model. What may not leave this
-    machine stays.
+    machine stays, and so does the code of plug-ins, which is said.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
-        FolderError: `out` holds something.
+        FolderError: `out` holds something, or the checkpoint itself.
         UserError: gradio is not installed: its version is a part of the card.
     """
     if importlib.util.find_spec("gradio") is None:
@@ -95,19 +99,36 @@ def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
     from importlib.metadata import version
 
     check_new_folder(out, force)
-    folder, files = Path(source).expanduser(), {}
+    folder, weights, configs = Path(source).expanduser(), dict[str, Path](), dict[str, dict]()
     if folder.is_dir():
-        files = weight_files(folder) | {name: path for name in COPIED if (path := file_inside(folder, name))}
+        weights = weight_files(folder)
+        configs = {name: shareable(read_json(path)) for name in COPIED if (path := file_inside(folder, name))}
     texts = {
-        "README.md": SPACE_CARD.format(title=name_of(source), version=version("gradio")),
-        "app.py": SPACE_APP.format(model="model" if files else source),
+        "README.md": SPACE_CARD.format(
+            title=name_of(source), source=name_of(source) if weights else shareable(source), version=version("gradio")
+        ),
+        "app.py": SPACE_APP.format(model="model" if weights else source),
         "requirements.txt": "hf-mim[demo]\n",
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    if files:
-        (out / "model").mkdir(exist_ok=True)
-    for name, path in files.items():
-        shutil.copy(path, out / "model" / name)
-    return [*(out / name for name in texts), *(out / "model" / name for name in files)]
+    if weights:
+        write_model(folder, out / "model", weights, configs)
+    return [*(out / name for name in texts), *(out / "model" / name for name in (*weights, *configs))]
+
+
+def write_model(folder: Path, out: Path, weights: dict[str, Path], configs: dict[str, dict]) -> None:
+    """Copies a checkpoint in place of one that may be there."""
+    if out.exists() and out.samefile(folder):
+        raise FolderError(f"{out} is the checkpoint itself: choose another folder for the Space", str(out))
+    out.mkdir(exist_ok=True)
+    for old in [*out.glob("*.safetensors"), out / INDEX, *(out / name for name in COPIED)]:
+        old.unlink(missing_ok=True)
+    for name, path in weights.items():
+        shutil.copy(path, out / name)
+    for name, config in configs.items():
+        write_json(out / name, config)
+    if configs["config.json"].get("model_type") == MIMConfig.model_type:
+        for note in plugin_notes(MIMConfig.from_dict(configs["config.json"])):
+            RunConsole().warn(note)

@@ -26,12 +26,13 @@ from hf_mim.hub.errors import explain
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import sample_masks
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import OptionError, pair
 from hf_mim.modeling.target_discrete import DiscreteTokenTarget
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, load_model, resolve, untrained_twin
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.errors import RecipeError
+from hf_mim.training.common.resources import explain_shortage
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
@@ -112,11 +113,10 @@ def examine(source: str, data: DataArguments, say=lambda words: None, log=lambda
         encoder, looked = load_encoder(source), look_at_weights(read_weights(source))
         model = load_model(source).eval() if looked.has_decoder and is_mim(source) else None
     except (ValueError, OSError) as error:
-        if not (Path(source) / "config.json").is_file():  # there is nothing, rather than something damaged
+        if not (Path(source) / "config.json").is_file() or not is_damage(error):
             raise
         remedy = "copy it again from where it came from, or take an earlier checkpoint of its run"
-        reason = explain(error) or str(error).partition("\n")[0]
-        return [Check("checkpoint", "fault", reason, remedy)]
+        return [Check("checkpoint", "fault", str(error).partition("\n")[0], remedy)]
     checks = [check_finite(looked), *check_positions(looked)]
     untrained = bool(looked.norms) and all(looked.norms)
     if untrained:
@@ -134,6 +134,21 @@ def examine(source: str, data: DataArguments, say=lambda words: None, log=lambda
         for check in later:
             check.remedy = check.remedy and f"the pixels may be the cause; mend them first. Then: {check.remedy}"
     return [*checks, pixels, *later]
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error of loading is the checkpoint's: not an option or a plug-in that is not known here, a package
+    that is not installed, no memory or network, or a file system that fails."""
+    if explain(error) is not None or explain_shortage(error) is not None:
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OptionError | ImportError):
+            return False
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
+            return False
+        cause = cause.__cause__
+    return True
 
 
 def check_pixels(splits: Splits) -> Check:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from hf_mim.training.common.errors import UserError
@@ -34,35 +34,41 @@ class PluginError(UserError):
         self.plugin = plugin
 
 
-def load_plugins(names: Iterable[str], source: str = "--plugin") -> None:
+def load_plugins(names: Iterable[str], source: str = "--plugin", folder: Path | None = None) -> None:
     """Imports plug-ins: modules that are installed or lie in the working directory, or files that end in `.py`.
 
     Args:
         source: where they are named, for the message.
+        folder: that of the recipe which names them. They may lie there too, but in the folder of a checkpoint.
 
     Raises:
         PluginError: there is none of that name, or its import fails.
     """
+    folders = [os.getcwd()]
+    if folder is not None and not (folder / "config.json").exists():
+        folders = list(dict.fromkeys([*folders, str(folder.resolve())]))
     for name in names:
         if name not in LOADED:
-            LOADED[name] = register(partial(import_plugin, name, source))
+            LOADED[name] = register(partial(import_plugin, name, source, folders))
 
 
-def import_plugin(name: str, source: str) -> str:
+def import_plugin(name: str, source: str, folders: Sequence[str]) -> str:
     """-> the name of the module."""
     file = Path(name).expanduser()
     try:
         if file.suffix == ".py":
             return import_file(file)
-        if os.getcwd() not in sys.path:  # at the end: what lies there hides nothing that is installed
-            sys.path.append(os.getcwd())
+        # At the end: what lies there hides nothing that is installed.
+        sys.path.extend(folder for folder in folders if folder not in sys.path)
         return import_module(name).__name__
+    except PluginError:
+        raise
     except Exception as error:
         missing = isinstance(error, FileNotFoundError) and error.filename == str(file)
-        if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             missing = True
         if missing:
-            message = f"plug-in {name}, named by {source}, is neither installed nor in {os.getcwd()}"
+            message = f"plug-in {name}, named by {source}, is neither installed nor in {' or '.join(folders)}"
             raise PluginError(f"{message}: install it, or run the command where it lies", name) from error
         reason = (str(error).splitlines() or [""])[0]
         message = f"plug-in {name}, named by {source}, cannot be imported: {type(error).__name__}: {reason}"
@@ -70,18 +76,38 @@ def import_plugin(name: str, source: str) -> str:
 
 
 def import_file(file: Path) -> str:
+    """-> the name of the module. One that is imported already is not imported again.
+
+    Raises:
+        PluginError: there is another module of that name, which it would replace or could be taken for.
+    """
     if not file.is_file():
         raise FileNotFoundError(2, "no such plug-in", str(file))
-    spec = spec_from_file_location(file.stem, file.resolve())
+    name, place = file.stem, file.resolve()
+    if (other := place_of(name)) is not None and other != place:
+        message = f"plug-in {file} has the name of another module, {name} ({other}): rename it"
+        raise PluginError(message, str(file))
+    if name in sys.modules:
+        return name
+    spec = spec_from_file_location(name, place)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[file.stem]
+        del sys.modules[name]
         raise
-    return file.stem
+    return name
+
+
+def place_of(name: str) -> Path | None:
+    """The file of a module that is loaded or could be; that of a built-in one is no file but called so."""
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        return Path(getattr(loaded, "__file__", None) or name).resolve()
+    spec = None if "." in name else find_spec(name)
+    return None if spec is None else Path(spec.origin or name).resolve()
 
 
 def register(load: Callable[[], str]) -> str:
