@@ -11,8 +11,14 @@ from .masking import num_hidden_tokens
 from .options import Grid, unknown_choice
 
 
+MASK_PARAMETERS = ("mask_token", "mask_scale")  # what says that a token is hidden: absent where none is
 PIXEL_FILLS = ("none", "mean", "zero")
 NO_MASK_TOKEN = "this model was made without its mask token and cannot hide tokens; load it with use_mask_token=True"
+
+
+def is_mask_parameter(name: str) -> bool:
+    """Whether a parameter of this full name belongs to pretraining and not to the features."""
+    return name.rpartition(".")[2] in MASK_PARAMETERS
 
 
 @dataclass

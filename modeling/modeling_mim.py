@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mim import MIMConfig
 from .decoder_base import draw_predicted, heads_of
-from .encoder_base import Encoder, EncoderOutput, image_size, select_states, to_grey
+from .encoder_base import MASK_PARAMETERS, Encoder, EncoderOutput, image_size, select_states, to_grey
 from .initial_weights import draw_linear
 from .layers import has_checkpointed_layers
 from .masking import check_masking, check_nothing_hidden, hides_tokens, sample_masks
@@ -33,7 +33,7 @@ from .reconstruction import draw_reconstruction
 
 
 # What a pretraining checkpoint holds and other heads are meant not to have, as patterns of names.
-PRETRAINING_PARTS = [r"mask_token", r"mask_scale", r"^decoder\.", r"^target\.", r"^global_head\."]
+PRETRAINING_PARTS = [*MASK_PARAMETERS, r"^decoder\.", r"^target\.", r"^global_head\."]
 
 
 HiddenStates = bool | int | list[int] | None  # as in transformers: all of them, or those of these indices

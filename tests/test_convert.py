@@ -339,6 +339,21 @@ def test_pickle_with_another_type_is_refused_by_name(tmp_path, monkeypatch, caps
     assert not Path("trapped").exists() and not Path("out").exists()
 
 
+@pytest.mark.parametrize("hint", [{"heads": 2}, {"decoder_heads": 2}, {"image_size": 64}, {"timm_name": "resnet18"}])
+def test_what_the_config_of_a_folder_decides_is_not_taken_from_the_user(hint, tmp_path):
+    config = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.ViTModel(transformers.ViTConfig(**config, intermediate_size=16)).save_pretrained(tmp_path / "vit")
+    peer = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=1)
+    (tmp_path / "timm").mkdir()
+    save_file(peer.state_dict(), tmp_path / "timm/model.safetensors")
+    saved = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "num_classes": 0, "depth": 1}}
+    (tmp_path / "timm/config.json").write_text(json.dumps(saved))
+    option = "--" + next(iter(hint)).replace("_", "-")
+    for name in ("vit", "timm"):
+        with pytest.raises(ValueError, match=f"{option} is for files of weights, and here the config.json decides"):
+            convert(str(tmp_path / name), tmp_path / "out", **hint)
+
+
 def test_namespace_is_read(tmp_path):
     peer = fill(timm.models.VisionTransformer(24, 4, embed_dim=32, depth=1, num_heads=4, num_classes=0))
     arguments = argparse.Namespace(norm_pix_loss=True)

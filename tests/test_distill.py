@@ -14,6 +14,7 @@ from hf_mim.cli import main
 from hf_mim.modeling.encoders import ENCODERS
 from hf_mim.training.commands import pretrain as commands
 from hf_mim.training.commands.distill import choose_encoder, distill
+from hf_mim.training.common.errors import RecipeError
 
 
 SMALL = [
@@ -85,6 +86,11 @@ def test_what_is_no_student_or_no_distillation_is_refused(sources, tmp_path):
         size = 40 if student.startswith("vit_") else 32
         with pytest.raises(ValueError, match=message):
             distill(sources, student, [*SMALL, f"model.image_size={size}", f"training.output_dir={tmp_path / 'no'}"])
+    with pytest.raises(RecipeError, match="model.target_config must be options or null, not 3"):
+        distill(sources, "vit", ["model.target_config=3"])
+    (tmp_path / "text.yaml").write_text("model: text")
+    with pytest.raises(RecipeError, match="section 'model' in text.yaml must hold keys and values"):
+        distill(sources, "vit", recipe=str(tmp_path / "text.yaml"))
     with pytest.raises(ValueError, match="named before the student"):
         distill(sources, "vit", [*SMALL, "model.target_config.teachers=[a]"])
     with pytest.raises(ValueError, match="recipe mae has no target teacher_features"):

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from hf_mim.modeling.configuration_mim import MIMConfig
+from hf_mim.modeling.encoder_base import MASK_PARAMETERS
 from hf_mim.modeling.loading import config_fields, load_whole
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import shorten, shorten_text
@@ -33,7 +34,6 @@ from hf_mim.training.data.urls import LOCAL, is_url
 
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
-MASKS = ("mask_token", "mask_scale")  # weights that only models that hide tokens have
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards
 
 
@@ -249,7 +249,10 @@ def own_start(source: str, location: str) -> StartingEncoder:
     kind: Any = MIMForPreTraining
     options: dict[str, Any] = {"use_safetensors": True}
     if not whole:
-        kind, options = MIMModel, {**options, "add_pooling_layer": False, "use_mask_token": True, "new": MASKS}
+        kind, options = (
+            MIMModel,
+            {**options, "add_pooling_layer": False, "use_mask_token": True, "new": MASK_PARAMETERS},
+        )
     with checkpoint_errors(source):
         model, info = load_whole(kind, location, config, **options)
     state = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}

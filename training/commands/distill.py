@@ -48,12 +48,12 @@ def distill(
         ValueError, OSError: as of `pretrain`, or the student is unknown.
     """
     tree = recipes.parse_overrides(overrides)
-    if "teachers" in (tree.get("model", {}).get("target_config") or {}):
-        raise RecipeError("the teachers are named before the student", "model.target_config.teachers")
     name = recipe or (RECIPE if tree.get("data", {}).get("dataset") else SMALL)
-    section = recipes.read(name).get("model") or {}
+    section = recipes.read_words(name, overrides)[0].get("model", {})
     if section.get("target") != "teacher_features":
         raise RecipeError(f"recipe {name} has no target teacher_features: hf-mim pretrain {name} runs it", name)
+    if "teachers" in (tree.get("model", {}).get("target_config") or {}):
+        raise RecipeError("the teachers are named before the student", "model.target_config.teachers")
     console = RunConsole(console)
     words = [
         f"model.target_config.teachers={json.dumps(teacher_entries(teachers, section))}",

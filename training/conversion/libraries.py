@@ -32,6 +32,7 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": 
 ACTIVATIONS |= {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "SiLU": "swiglu"}
 CONVNETS = ("resnet", "convnext", "convnextv2")
 TIMM = "timm_wrapper"  # the model type of timm's models in transformers
+DECIDED = ("heads", "decoder_heads", "timm_name")  # by the config of a folder
 TIMM_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 
@@ -41,9 +42,10 @@ def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     Args:
         source: a local folder or an id on the Hub.
         fields: of its config.json.
+        hints: of the user: the image size of timm's ConvNets, which their configs leave open.
 
     Raises:
-        ValueError: it is of no known kind, or ours already.
+        ValueError: it is of no known kind, or ours already, or a hint is another.
     """
     kind = fields.get("model_type")
     if "architecture" in fields and (kind or TIMM) == TIMM:
@@ -53,6 +55,7 @@ def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     if kind == MIMConfig.model_type:
         raise ValueError(f"{source} is a checkpoint of this project already; hf-mim export goes the other way")
     check_images(fields, source)
+    refuse_hints(hints, "image_size", *DECIDED)
     if kind == "dinov3_convnext":
         return convert_dinov3_convnext(source)
     reason = f"our encoder 'vit' has not the blocks of {kind}"
@@ -65,6 +68,15 @@ def convert_folder(source: str, fields: dict, hints: Hints) -> Converted:
     if kind not in CONVNETS:
         converted.notes.append(f"as the class of transformers: {reason}")
     return converted
+
+
+def refuse_hints(hints: Hints, *names: str) -> None:
+    """Raises:
+    ValueError: the user says one of these, which the config of a folder decides.
+    """
+    if name := next((name for name in names if getattr(hints, name) is not None), None):
+        option = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{option} is for files of weights, and here the config.json decides: leave {option} out")
 
 
 def convert_file(path: Path, hints: Hints, encoder: Path | None = None) -> Converted:
@@ -134,6 +146,7 @@ def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
     """A model as timm saves it: its config names the architecture."""
     import timm  # slow to import, and not everybody has it
 
+    refuse_hints(hints, *DECIDED)
     path = timm_weights(source)
     tensors, _, _ = read_file(path)
     name, options = fields["architecture"], fields.get("model_args") or {}
@@ -144,6 +157,7 @@ def convert_timm(source: str, fields: dict, hints: Hints) -> Converted:
         network: Any = timm.create_model(name, **options)
     blocks = getattr(network, "blocks", None)
     if blocks is not None and hasattr(network, "patch_embed"):
+        refuse_hints(hints, "image_size")
         if getattr(network, "rope", None) is not None:
             raise ValueError(f"timm's {name} has rotary positions of its own, which our encoder does not")
         activation = activation_option(type(blocks[0].mlp.act).__name__)

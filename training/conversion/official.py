@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.decoder_base import Decoder
+from hf_mim.modeling.encoder_base import is_mask_parameter
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import Size, pair
 
@@ -253,8 +254,7 @@ def with_pixel_head(converted: Converted, head: str, kind: str) -> Converted:
         converted.notes.append(
             "the head is not the one that goes with our linear decoder: only the encoder is converted"
         )
-        for name in ("encoder.mask_token", "encoder.mask_scale", "encoder.network.embeddings.mask_token"):
-            converted.state.pop(name, None)
+        converted.state = {name: value for name, value in converted.state.items() if not is_mask_parameter(name)}
         return converted
     with torch.device("meta"):
         decoder = cast(Decoder, MIMForPreTraining(MIMConfig(**fields)).decoder)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.encoder_base import Encoder
+from hf_mim.modeling.encoder_base import Encoder, is_mask_parameter
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import LEARNING_OPTIONS, OptionError, options_of, pair, unknown_choice
 from hf_mim.modeling.parts import ENCODERS, make_encoder
+from hf_mim.training.common.titles import size_title
 
 
 # Fields of a `MIMConfig` that describe an encoder.
@@ -66,8 +67,10 @@ def fill(model: MIMModel, state: dict[str, Tensor], new: Iterable[str] = ()) -> 
         ValueError: the weights do not fill the encoder.
     """
     own = model.state_dict()
-    masks = [name for name in own if is_of_mask(name) or name in new]
-    state = {name: value for name, value in state.items() if name not in new and (name in own or not is_of_mask(name))}
+    masks = [name for name in own if is_mask_parameter(name) or name in new]
+    state = {
+        name: value for name, value in state.items() if name not in new and (name in own or not is_mask_parameter(name))
+    }
     state = {name: value for name, value in state.items() if name not in masks or value.shape == own[name].shape}
     wrong = sorted(name for name in own.keys() ^ state.keys() if name not in masks)
     wrong += [
@@ -89,10 +92,6 @@ def fill_head(model: MIMForPreTraining, start: StartingEncoder) -> bool:
         return False
     model.load_state_dict(start.head, strict=False)
     return True
-
-
-def is_of_mask(name: str) -> bool:
-    return "mask_token" in name or "mask_scale" in name
 
 
 def start_fields(start: StartingEncoder, section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -164,12 +163,12 @@ def fit_size(start: StartingEncoder, fields: dict[str, Any]) -> list[str]:
         raise OptionError(
             f"{start.source}: {error}; or train at its own size: model.image_size={near}", "image_size", size
         ) from None
-    options, trained = fields["encoder_config"], size_title(start.fields)
+    options, trained = fields["encoder_config"], size_title(start.fields["image_size"])
     if fields["encoder"] == "convnet":
         return []
     if fields["encoder"] == "native":
         options.setdefault("image_size", start.fields["image_size"])
-        return [f"trained at {trained} pixels: its class brings its positions to {size_title(fields)}"]
+        return [f"trained at {trained} pixels: its class brings its positions to {size_title(size)}"]
     if encoder.positions == {"rotary_normalized"}:  # which are those of any grid
         return []
     options["position_grid"] = list(encoder.position_grid)
@@ -194,7 +193,7 @@ def check_forward(model: MIMForPreTraining, start: StartingEncoder) -> None:
         model.eval()(torch.zeros(1, config.num_channels, *pair(config.image_size)), return_loss=False)
     except (RuntimeError, IndexError) as error:
         raise OptionError(
-            f"{start.source}: its class does not take images of {size_title(model.config.to_dict())} pixels "
+            f"{start.source}: its class does not take images of {size_title(config.image_size)} pixels "
             f"({' '.join(str(error).split())[:200]}); it was trained at model.image_size={start.fields['image_size']}",
             "image_size",
         ) from None
@@ -215,11 +214,6 @@ def describe_hiding(model: MIMForPreTraining) -> str:
         "add": "a mask token is added to hidden ones",
         "sparse": "the network computes on visible positions only",
     }[encoder.mask_style]
-
-
-def size_title(fields: dict[str, Any]) -> str:
-    height, width = pair(fields["image_size"])
-    return f"{height}x{width}"
 
 
 # ---- other channels --------------------------------------------------------------------------------------------------

@@ -1,16 +1,9 @@
 """Layer-wise learning rates: the deeper a layer, the more of the learning rate it gets (ELECTRA, BEiT 2106.08254)."""
 
-import re
-
 from torch import nn
 
-from hf_mim.modeling.encoder_base import Encoder
+from hf_mim.modeling.encoder_base import Encoder, is_mask_parameter
 from hf_mim.training.trainer.optimization import unwrapped_name
-
-
-HIDING = re.compile(
-    r"mask_(token|scale)$"
-)  # what says that a token is hidden: part of pretraining, not of the features
 
 
 def layer_of_parameters(
@@ -35,7 +28,7 @@ def layer_of_parameters(
     layers = {id(p): i + 1 for i, block in enumerate(blocks) for module in block for p in module.parameters()}
     head, before = len(blocks) + 1, True
     late = {id(p) for module in encoder.modules_after_blocks() for p in module.parameters()}
-    late |= {id(p) for name, p in encoder.named_parameters() if HIDING.search(name)}
+    late |= {id(p) for name, p in encoder.named_parameters() if is_mask_parameter(name)}
     for parameter in encoder.parameters():
         before = before and layers.get(id(parameter)) is None
         layers.setdefault(id(parameter), 0 if before and id(parameter) not in late else head)

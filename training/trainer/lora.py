@@ -10,11 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from hf_mim.modeling.encoder_base import Encoder
+from hf_mim.modeling.encoder_base import Encoder, is_mask_parameter
 from hf_mim.modeling.modeling_mim import MIMForImageClassification, MIMForPreTraining
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.trainer.adaptation_arguments import AdaptationArguments
-from hf_mim.training.trainer.layer_decay import HIDING
 
 
 ADAPTER = "adapter"  # in a run's folder; beside the merged checkpoint transformers would load it in its place
@@ -102,7 +101,7 @@ def inject_lora(model: MIMForPreTraining, options: AdaptationArguments) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():  # PEFT has frozen everything but its own
-        in_encoder = name.startswith("mim.encoder.") and not HIDING.search(name)
+        in_encoder = name.startswith("mim.encoder.") and not is_mask_parameter(name)
         if name in trained and not in_encoder:
             parameter.requires_grad_(True)
 

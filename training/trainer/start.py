@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_mim.modeling.encoder_base import is_mask_parameter
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.modeling.outputs import MIMModelOutput
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
-from hf_mim.training.trainer.layer_decay import HIDING
 
 
 class Distance:
@@ -62,7 +62,7 @@ class WeightDistance(Distance):
     def __init__(self, model: MIMForPreTraining, weight: float | None = None):
         super().__init__(model, weight)
         weights = model.mim.encoder.named_parameters()
-        self.start = {name: value.detach().clone() for name, value in weights if not HIDING.search(name)}
+        self.start = {name: value.detach().clone() for name, value in weights if not is_mask_parameter(name)}
 
     def __call__(self, model: MIMForPreTraining, pixel_values: Tensor, masks: Tensor) -> Tensor:
         weights = dict(model.mim.encoder.named_parameters())
