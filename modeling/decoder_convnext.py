@@ -8,10 +8,10 @@ from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2Layer
 
 from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
-from .encoder_base import Encoder, tokens_to_map
+from .encoder_base import Encoder, map_to_tokens, tokens_to_map
 from .initial_weights import draw_as
 from .layers import PixelShuffleLinear
-from .options import OptionError
+from .options import at_least
 
 
 class ConvNeXtDecoder(Decoder):
@@ -32,8 +32,7 @@ class ConvNeXtDecoder(Decoder):
         num_hidden_layers: int = 1,
     ):
         super().__init__(config, encoder)
-        if num_hidden_layers < 1:
-            raise OptionError(f"the decoder's num_hidden_layers must be at least 1, got {num_hidden_layers}")
+        at_least(1, "the decoder's ", num_hidden_layers=num_hidden_layers)
         self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor)
         needs_token = encoder.drops_tokens or encoder.mask_style == "sparse"
         self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if needs_token else None
@@ -56,7 +55,7 @@ class ConvNeXtDecoder(Decoder):
         features = tokens_to_map(self._with_tokens(tokens, bool_masked_pos, encoded.visible_index), grid)
         for layer in self.layers:
             features = layer(features)
-        return self.head(features.flatten(2).transpose(1, 2))
+        return self.head(map_to_tokens(features))
 
     def _with_tokens(self, tokens: Tensor, mask: Tensor, visible_index: Tensor | None) -> Tensor:
         """All tokens of the mask grid, the learned one in the hidden places."""

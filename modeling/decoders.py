@@ -18,11 +18,11 @@ from .configuration_base import MIMConfigBase
 from .decoder_base import Decoder
 from .decoder_convnext import ConvNeXtDecoder
 from .decoder_spark import SparKDecoder
-from .encoder_base import Encoder, EncoderOutput, Grid, choose, tokens_to_map
+from .encoder_base import Encoder, EncoderOutput, Grid, choose, map_to_tokens, tokens_to_map
 from .initial_weights import LINEAR, draw_as
 from .layers import CrossLayer, FixedTables, PixelShuffleLinear, ViTLayer, sincos_2d, take_tokens
 from .masking import num_hidden_tokens
-from .options import OptionError, pair
+from .options import OptionError, at_least, pair
 
 
 class LinearDecoder(Decoder):
@@ -88,8 +88,7 @@ class TransformerDecoder(Decoder):
         super().__init__(config, encoder)
         if hidden_size % 4:
             raise ValueError(f"the decoder's hidden_size must be divisible by 4, got {hidden_size}")
-        if num_hidden_layers < 1:
-            raise ValueError(f"the decoder's num_hidden_layers must be at least 1, got {num_hidden_layers}")
+        at_least(1, "the decoder's ", num_hidden_layers=num_hidden_layers)
         self.hidden_size = hidden_size
         self.embed = PixelShuffleLinear(encoder.hidden_size, hidden_size, self.factor)
         needs_token = encoder.drops_tokens or self.layer_class is CrossLayer
@@ -218,8 +217,9 @@ class CrossAttentionDecoder(TransformerDecoder):
         if self.mix is None:
             return [self._context(encoded.tokens, encoded.visible_index, grid, positions)] * len(self.layers)
         assert encoded.hidden_states is not None
-        maps = torch.stack([*encoded.hidden_states[:-1], encoded.tokens])
-        mixed = torch.tensordot(self.mix.to(maps.dtype), maps, dims=1)
+        states = [state if state.ndim == 3 else map_to_tokens(state) for state in encoded.hidden_states[:-1]]
+        states = torch.stack([*states, encoded.tokens])
+        mixed = torch.tensordot(self.mix.to(states.dtype), states, dims=1)
         tokens = (norm(part) for norm, part in zip(self.mix_norms, mixed))
         return [self._context(part, encoded.visible_index, grid, positions) for part in tokens]
 
@@ -290,7 +290,7 @@ class ConvDecoder(Decoder):
             order = torch.cat([encoded.visible_index, encoded.hidden_index], dim=1)
             tokens = take_tokens(torch.cat([tokens, hidden], dim=1), order.argsort(dim=1))
         for layer in self.layers:
-            branch = F.gelu(self.norm(layer(tokens_to_map(tokens, grid)).flatten(2).transpose(1, 2)))
+            branch = F.gelu(self.norm(map_to_tokens(layer(tokens_to_map(tokens, grid)))))
             tokens = tokens + branch if branch.shape == tokens.shape else branch
         return self.head(tokens)
 

@@ -280,6 +280,19 @@ def unpatchify(patches: Tensor, grid: Grid, height: int, width: int) -> Tensor:
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
 
 
+def map_to_tokens(features: Tensor) -> Tensor:
+    """(batch, dim, rows, cols) -> (batch, rows * cols, dim)"""
+    return features.flatten(2).transpose(1, 2)
+
+
+def output_of_maps(maps: Sequence[Tensor], output_hidden_states: bool) -> EncoderOutput:
+    """What an encoder returns whose stages give maps: its tokens are the positions of the last."""
+    maps = tuple(maps)
+    return EncoderOutput(
+        tokens=map_to_tokens(maps[-1]), feature_maps=maps, hidden_states=maps if output_hidden_states else None
+    )
+
+
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """(batch, rows * cols, dim) -> (batch, dim, rows, cols)"""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)

@@ -16,11 +16,11 @@ from .encoder_base import (
     choose,
     fill_hidden_pixels,
     grid_size,
+    output_of_maps,
 )
-from .encoder_timm import TimmWeights
-from .foreign import refuse_loading
+from .encoder_timm import TimmWeights, find_timm, timm_errors
 from .native_models import native_config, native_model
-from .options import pair, unknown_choice
+from .options import pair, shorten
 from .sparse import SparseMask, make_sparse
 
 
@@ -147,11 +147,7 @@ class ConvNetEncoder(Encoder):
             maps = self._run(pixel_values, bool_masked_pos)
         finally:
             self.sparse_mask.visible = None
-        return EncoderOutput(
-            tokens=maps[-1].flatten(2).transpose(1, 2),
-            feature_maps=tuple(maps),
-            hidden_states=tuple(maps) if output_hidden_states else None,
-        )
+        return output_of_maps(maps, output_hidden_states)
 
     def _run(self, pixel_values: Tensor, bool_masked_pos: Tensor | None) -> list[Tensor]:
         """-> the maps of the stem and of every stage."""
@@ -223,22 +219,13 @@ def timm_network(name: str, num_channels: int, options: dict) -> Any:
     Raises:
         ValueError: timm is absent, the name or an option is unknown, or the model has no stages.
     """
-    try:
-        import timm  # slow to import, and only model type "timm" needs it
-    except ImportError:
-        raise ValueError("encoder_config model_type 'timm' needs the timm package: pip install timm") from None
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:6]}*")[:8]
-        raise unknown_choice("timm model", name, near or timm.list_models("res*")[:8])
-    refuse_loading(options)
+    timm = find_timm(name, options, "res*")
     uncut = timm.models.efficientnet.EfficientNetFeatures, timm.models.mobilenetv3.MobileNetV3Features
-    try:
+    with timm_errors(f"timm's {name!r} cannot be made with the options {shorten(options)}"):
         network = timm.create_model(name, features_only=True, in_chans=num_channels, **options)
         if isinstance(network, uncut):  # EfficientNets and their kin are cut on request
             options = {"feature_cfg": {"flatten_sequential": True, "feature_cls": "list"}, **options}
             network = timm.create_model(name, features_only=True, in_chans=num_channels, **options)
-    except TypeError as error:  # how timm refuses an option
-        raise ValueError(f"timm's {name!r} cannot be made with the options {options}: {error}") from error
     if not isinstance(network, timm.models.FeatureListNet):
         raise ValueError(f"timm's {name!r} cannot be cut into stages; choose a plain ConvNet, say resnet18")
     return network

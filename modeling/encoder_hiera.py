@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_base import MIMConfigBase
-from .encoder_base import Encoder, EncoderOutput, Grid, fill_hidden_pixels, grid_size, split_mask, tokens_to_map
+from .encoder_base import (
+    Encoder,
+    EncoderOutput,
+    Grid,
+    fill_hidden_pixels,
+    grid_size,
+    map_to_tokens,
+    split_mask,
+    tokens_to_map,
+)
 from .hiera import to_raster, unroll, within_units
 from .layers import resize_table, take_tokens
 from .masking import hides_tokens
@@ -141,7 +150,7 @@ class HieraEncoder(Encoder):
         trained = pair(list(self.native.image_size))
         old = (trained[0] // self.native.patch_stride[0], trained[1] // self.native.patch_stride[1])
         table = table if fine == old else resize_table(table, old, fine)
-        tokens = embedded.flatten(2).transpose(1, 2) + table.to(embedded.dtype)
+        tokens = map_to_tokens(embedded) + table.to(embedded.dtype)
         return unroll(tokens, self.unrolled, units, visible)
 
     def _map(self, state: Tensor, stage: int, units: Grid) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from .configuration_base import MIMConfigBase
-from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, tokens_to_map
+from .encoder_base import NO_MASK_TOKEN, Encoder, EncoderOutput, Grid, grid_size, map_to_tokens, tokens_to_map
 from .hiera import hiera_cell, in_reading_order
 from .native_models import fill_native, native_blocks, native_config, native_model, patch_embedding
 from .options import pair
@@ -261,7 +261,7 @@ class NativeEncoder(Encoder):
             tokens = in_reading_order(tokens, self.native, self.token_grid(*pixel_values.shape[2:]))
         maps = (tokens,) if tokens.ndim == 4 else None
         return EncoderOutput(
-            tokens=tokens.flatten(2).transpose(1, 2) if maps else tokens,
+            tokens=map_to_tokens(tokens) if maps else tokens,
             feature_maps=maps,
             hidden_states=out.hidden_states if output_hidden_states else None,
             attentions=attentions,

@@ -1,5 +1,7 @@
 """Any model of timm as an encoder, whole: transformers and hybrids too, which cannot be cut into stages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from .encoder_base import (
     fill_hidden_pixels,
     grid_size,
     image_size,
+    output_of_maps,
 )
 from .foreign import refuse_loading
-from .options import pair, unknown_choice
+from .options import pair, shorten, shorten_text, unknown_choice
 
 
 def run_timm(network: Any, pixel_values: Tensor) -> list[Tensor]:
@@ -30,28 +33,52 @@ def run_timm(network: Any, pixel_values: Tensor) -> list[Tensor]:
         return network.forward_intermediates(pixel_values, output_fmt="NCHW", intermediates_only=True)
 
 
+def find_timm(name: object, options: dict, otherwise: str) -> Any:
+    """The package timm, to make a model of this name with options that come from a config.
+
+    Args:
+        otherwise: a pattern of names to choose from, where none is like this one.
+
+    Raises:
+        ValueError: timm is absent or does not know the name, or an option would make it load a file.
+    """
+    try:
+        import timm  # slow to import, and only its own models need it
+    except ImportError:
+        raise ValueError("models of timm need its package: pip install timm") from None
+    if not isinstance(name, str) or not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*") if isinstance(name, str) else []
+        raise unknown_choice("timm model", name, (near or timm.list_models(otherwise))[:8])
+    refuse_loading(options)
+    return timm
+
+
+@contextmanager
+def timm_errors(failure: str) -> Iterator[None]:
+    """Within, what timm raises about options and sizes becomes one ValueError, `failure` and the reason."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
+        kind = "" if isinstance(error, TypeError | ValueError | RuntimeError) else type(error).__name__ + " "
+        raise ValueError(f"{failure}: {shorten_text(kind + str(error)).strip()}") from error
+
+
 def make_timm(name: str, config: MIMConfigBase, options: dict) -> Any:
     """A timm model without its classifier, with random weights, for the images of `config`.
 
     Raises:
         ValueError: timm is absent, the name or an option is unknown, or the model gives no maps.
     """
-    try:
-        import timm  # slow to import, and only this encoder needs it
-    except ImportError:
-        raise ValueError("encoder 'timm' needs the timm package: pip install timm") from None
-    if not timm.is_model(name):
-        raise unknown_choice("timm model", name, timm.list_models(f"*{name[:6]}*")[:8] or timm.list_models("vit*")[:8])
-    refuse_loading(options)
-    fields = {"in_chans": config.num_channels, "num_classes": 0, **options}
+    timm = find_timm(name, options, "vit*")
     size = pair(config.image_size)
-    try:
+    fields = {"in_chans": config.num_channels, "num_classes": 0}
+    with timm_errors(f"timm's {name!r} cannot be made for images of {size} with the options {shorten(options)}"):
         try:
-            network = timm.create_model(name, img_size=size, **fields)
+            network = timm.create_model(name, img_size=size, **fields, **options)
         except TypeError:  # it does not depend on the size
-            network = timm.create_model(name, **fields)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"timm's {name!r} cannot be made for images of {size} with {options}: {error}") from error
+            network = timm.create_model(name, **fields, **options)
     if not hasattr(network, "forward_intermediates"):
         raise ValueError(f"timm's {name!r} gives no maps of its stages, and cannot be an encoder")
     return network
@@ -103,13 +130,10 @@ class TimmNetwork(TimmWeights):
         Raises:
             ValueError: the network cannot take images of this size.
         """
-        training = self.model.training
+        training, (height, width) = self.model.training, image_size(empty)
         try:
-            return [tuple(stage.shape[1:]) for stage in run_timm(self.model.eval(), empty)]
-        except (RuntimeError, AssertionError, ValueError) as error:
-            height, width = image_size(empty)
-            reason = str(error).partition("\n")[0][:200]
-            raise ValueError(f"timm's {name!r} cannot take images of {height}x{width} pixels: {reason}") from error
+            with timm_errors(f"timm's {name!r} cannot take images of {height}x{width} pixels"):
+                return [tuple(stage.shape[1:]) for stage in run_timm(self.model.eval(), empty)]
         finally:
             self.model.train(training)
 
@@ -174,8 +198,4 @@ class TimmEncoder(Encoder):
         maps = self.network(pixel_values)
         if image_size(maps[-1]) != grid:
             raise ValueError(f"the timm model makes a map of {image_size(maps[-1])} of images that should give {grid}")
-        return EncoderOutput(
-            tokens=maps[-1].flatten(2).transpose(1, 2),
-            feature_maps=tuple(maps),
-            hidden_states=tuple(maps) if output_hidden_states else None,
-        )
+        return output_of_maps(maps, output_hidden_states)

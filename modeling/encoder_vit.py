@@ -36,7 +36,7 @@ from .layers import (
 )
 from .masking import hides_tokens
 from .mlp import ACTIVATIONS
-from .options import Size, pair
+from .options import Size, at_least, pair
 
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads), as in DeiT, ViT and MAE.
@@ -52,21 +52,13 @@ ROTARY = ("rotary", "rotary_normalized")
 POSITIONS = ("sincos", "learned", "relative", "shared_relative", *ROTARY, "none")
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    """Raises:
-    ValueError: the value is below `least`.
-    """
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def sizes_of(
     size: str, patch_size: Size | None, hidden_size: int | None, num_layers: int | None, num_heads: int | None
 ) -> tuple[Grid, int, int, int]:
     """-> the patch, width, depth and heads that were given, those of the named size in place of None."""
     patch, dim, depth, heads = SIZES[choose("size", size, SIZES)]
     depth = depth if num_layers is None else num_layers
-    at_least("num_hidden_layers", depth, 1)
+    at_least(1, num_hidden_layers=depth)
     dim, heads = dim if hidden_size is None else hidden_size, heads if num_heads is None else num_heads
     return pair(patch if patch_size is None else patch_size), dim, depth, heads
 
@@ -177,8 +169,8 @@ class ViTEncoder(Encoder):
             raise ValueError(f"mask_stage {mask_stage} must be 0 with mask_style 'drop', else from 0 to {depth - 1}")
 
     def _add_embeddings(self, use_cls_token: bool, num_cls_tokens: int, num_registers: int, use_mask_token: bool):
-        at_least("num_cls_tokens", num_cls_tokens, 1)
-        at_least("num_register_tokens", num_registers, 0)
+        at_least(1, num_cls_tokens=num_cls_tokens)
+        at_least(0, num_register_tokens=num_registers)
         self.num_cls_tokens = num_cls_tokens if use_cls_token else 0
         self.num_prefix_tokens = self.num_cls_tokens + num_registers
         dim, channels = self.hidden_size, self.config.num_channels

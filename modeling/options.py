@@ -75,6 +75,15 @@ def pair(size: Size) -> Grid:
     return sides[0], sides[1]
 
 
+def at_least(least: int, section: str = "", /, **options: int) -> None:
+    """Raises:
+    OptionError: an option, given by its name, has a value below `least`. `section` is put before the name.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise OptionError(f"{section}{name} must be at least {least}, got {value}", name, value)
+
+
 def options_of(entry) -> dict[str, object]:
     """The options of a part with their defaults: the keyword-only arguments of its class or function."""
     parameters = inspect.signature(entry).parameters.values()

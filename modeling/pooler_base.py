@@ -33,12 +33,3 @@ class Pooler(nn.Module):
         may keep that alone.
         """
         raise NotImplementedError
-
-
-def at_least_one(**values: int):
-    """Raises:
-    ValueError: a value is below 1.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

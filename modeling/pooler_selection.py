@@ -1,7 +1,8 @@
 """Poolers without parameters that select patches, by their place or by attention (Beyond [cls], 2412.03215)."""
 
 from .encoder_base import Encoder, Grid, choose
-from .pooler_base import Pooler, at_least_one
+from .options import at_least
+from .pooler_base import Pooler
 
 
 class CentralPooler(Pooler):
@@ -14,7 +15,7 @@ class CentralPooler(Pooler):
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, size: int = 2):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
-        at_least_one(size=size)
+        at_least(1, size=size)
         self.size = size
         self._check(encoder.base_grid)
 

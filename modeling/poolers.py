@@ -10,7 +10,8 @@ from transformers import initialization as init
 from .encoder_base import Encoder, choose
 from .layers import FixedTables, sincos_2d
 from .mlp import MLP
-from .pooler_base import Pooler, at_least_one
+from .options import at_least
+from .pooler_base import Pooler
 from .pooler_selection import CentralAttentionPooler, CentralPooler, ClsAttentionPooler
 
 
@@ -111,7 +112,7 @@ class AbmilpPooler(Pooler):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         dim = encoder.hidden_size
         width = dim if hidden_size is None else hidden_size
-        at_least_one(depth=depth, hidden_size=width)
+        at_least(1, depth=depth, hidden_size=width)
         self.activation = getattr(torch, choose("activation", activation, ("tanh", "relu")))
         self.self_attention = choose("self_attention", self_attention, ("none", "map", "both"))
         self.content = choose("content", content, ("patch", "all"))
@@ -179,7 +180,7 @@ class AttentionPooler(Pooler):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         dim = encoder.hidden_size
         heads = (1 if dim % 64 else dim // 64) if num_heads is None else num_heads
-        at_least_one(num_queries=num_queries, num_heads=heads)
+        at_least(1, num_queries=num_queries, num_heads=heads)
         if dim % heads:
             raise ValueError(f"num_heads {heads} does not divide the width {dim}; choices: {divisors(dim)}")
         self.form, self.num_heads = choose("form", form, ("aim", "cae", "vjepa")), heads
@@ -278,7 +279,7 @@ class EfficientPooler(Pooler):
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True, num_queries: int = 32, d_out: int = 1):
         super().__init__(encoder, apply_final_norm=apply_final_norm)
         dim = encoder.hidden_size
-        at_least_one(num_queries=num_queries, d_out=d_out)
+        at_least(1, num_queries=num_queries, d_out=d_out)
         if dim % (num_queries * d_out):
             fitting = divisors(dim // d_out) if dim % d_out == 0 else "none with this d_out"
             what = f"num_queries {num_queries} times d_out {d_out} does not divide the width {dim}"

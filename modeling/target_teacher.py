@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_base import MIMConfigBase
-from .encoder_base import Encoder, Grid, choose, image_size
-from .options import pair
+from .encoder_base import Encoder, Grid, choose, image_size, map_to_tokens
+from .options import at_least, pair
 from .standardisation import STANDARDISATIONS, Moments, Standardiser
 from .target_base import DISTANCES, VISIBLE_NOTE, Distance, Target, feature_colours, hidden_values, mean_over_hidden
 from .teachers import Teacher
@@ -129,8 +129,7 @@ class TeacherFeatureTarget(FeatureTarget):
         self.outputs = {"patches": sum(self.block_dims)}
         if global_weight:
             self.outputs["global"] = self.feature_dims[-1]
-        if statistics_images < 1:
-            raise ValueError(f"statistics_images must be at least 1, got {statistics_images}")
+        at_least(1, statistics_images=statistics_images)
         self.statistics_images, self.encoder_grid = statistics_images, encoder.target_grid
         is_standardised = norm in STANDARDISATIONS
         self.standardisers = nn.ModuleList(Standardiser(dim, norm) for dim in self.feature_dims if is_standardised)
@@ -144,6 +143,8 @@ class TeacherFeatureTarget(FeatureTarget):
         size = pair(config.image_size)
         try:
             self.teacher.maps(torch.zeros(1, config.num_channels, *size), self.encoder_grid(*size))
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, RuntimeError) as error:  # how libraries refuse an image size
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(
@@ -168,7 +169,7 @@ class TeacherFeatureTarget(FeatureTarget):
 
     def _layers(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
         """The teacher's tokens (batch, tokens, dim) of each layer."""
-        return [stage.flatten(2).transpose(1, 2) for stage in self.teacher.maps(pixel_values, grid)]
+        return [map_to_tokens(stage) for stage in self.teacher.maps(pixel_values, grid)]
 
     def images_to_fit(self) -> int:
         is_fitted = all(cast(Standardiser, part).is_fitted for part in self.standardisers)

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONVNEXT, perturb, random_masks, tiny_config
+from helpers import CONVNEXT, TIMM_VIT, perturb, random_masks, tiny_config
 
 from hf_mim import MIMForPreTraining
+from hf_mim.modeling.encoder_base import EncoderOutput
 from hf_mim.modeling.layers import sincos_2d
 
 
@@ -109,6 +110,28 @@ def test_pictures_show_every_token():
     model = build(prediction_ratio=0.25).train()
     shown = model.reconstruct(torch.rand(1, 3, 24, 16))
     assert shown.prediction.shape == (1, 3, 24, 16)
+
+
+def test_blocks_of_timm_are_mixed_too():
+    model = MIMForPreTraining(
+        tiny_config(
+            image_size=32,
+            encoder="timm",
+            encoder_config=TIMM_VIT,
+            masking_config={"ratio": 0.75},
+            decoder="cross_attention",
+            decoder_config=OPTIONS,
+        )
+    )
+    states = model.mim(torch.randn(2, 3, 32, 32), output_hidden_states=True)
+    decoder, grid = model.decoder, (4, 4)
+    positions = decoder.positions(grid, torch.device("cpu"))
+    encoded = EncoderOutput(tokens=states.last_hidden_state, hidden_states=states.hidden_states)
+    tokens = [state.flatten(2).mT for state in states.hidden_states]
+    for i, context in enumerate(decoder._contexts(encoded, grid, positions)):
+        mixed = decoder.mix_norms[i](sum(weight * state for weight, state in zip(decoder.mix[i], tokens)))
+        torch.testing.assert_close(context, decoder.embed(mixed, grid) + positions, rtol=1e-4, atol=1e-5)
+    assert model(torch.randn(2, 3, 32, 32)).loss.isfinite()
 
 
 CONVNET = {"encoder": "convnet", "encoder_config": CONVNEXT, "image_size": 64}

@@ -135,9 +135,37 @@ def test_what_encoder_timm_refuses():
         ({"model_name": "vit_tiny_patch16_224", "checkpoint_path": "x"}, "load files are refused"),
         ({"model_name": "vit_tiny_patch16_224", "pixel_fill": "none"}, "pixel_fill"),
         ({**TIMM_VIT, "embed_dm": 3}, "cannot be made"),
+        ({**TIMM_VIT, "act_layer": "foo"}, "cannot be made.* KeyError 'foo'"),
+        ({**TIMM_VIT, "num_heads": 0}, "cannot be made.* ZeroDivisionError"),
+        ({**TIMM_VIT, "num_classes": 5}, "cannot be made.* multiple values for .*'num_classes'"),
+        ({**TIMM_VIT, "in_chans": 1}, "cannot be made.* multiple values for .*'in_chans'"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            MIMConfig(image_size=32, encoder="timm", encoder_config=options)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_convnet_of_timm_refuses():
+    for options, message in (
+        ({"model_name": 3}, "unknown timm model 3"),
+        ({"act_layer": "foo"}, "cannot be made with the options .* KeyError 'foo'"),
+        ({"out_indices": [9]}, "cannot be made with the options .* IndexError"),
+        ({"output_stride": 5}, "cannot be made with the options .* AssertionError"),
+        ({"block": "x"}, "cannot be made with the options .* AttributeError"),
     ):
         with pytest.raises(ValueError, match=message):
-            MIMConfig(image_size=32, encoder="timm", encoder_config=options)
+            MIMConfig(encoder="convnet", encoder_config={"model_type": "timm", "model_name": "resnet18", **options})
+
+
+@pytest.mark.parametrize("encoder", ["timm", "convnet"])
+def test_a_full_memory_is_no_fault_of_the_options(encoder, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    options = {"model_name": "resnet18"} | ({"model_type": "timm"} if encoder == "convnet" else {})
+    with pytest.raises(torch.OutOfMemoryError):
+        MIMConfig(image_size=32, encoder=encoder, encoder_config=options)
 
 
 def test_a_convnet_is_cut_where_it_can_be():
