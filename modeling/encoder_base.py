@@ -150,7 +150,7 @@ class Encoder(nn.Module):
             return expected
         counts = mask.sum(1).tolist()
         if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
-            remedy = "; mask_style 'token' takes any mask" if self.mask_style == "drop" else ""
+            remedy = "; mask_style 'token' in place of 'drop' takes any mask" if self.mask_style == "drop" else ""
             raise ValueError(
                 "dropping tokens needs the same number of hidden ones in every image, and a hidden and a visible one, "
                 f"got {sorted(set(counts))} hidden of {mask.shape[1]}{remedy}"
