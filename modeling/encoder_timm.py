@@ -40,7 +40,7 @@ def find_timm(name: object, options: dict, otherwise: str) -> Any:
         otherwise: a pattern of names to choose from, where none is like this one.
 
     Raises:
-        ValueError: timm is absent or does not know the name, or an option would make it load a file.
+        ValueError: timm is absent or does not know the name, or an option would make it load a file or is ours to set.
     """
     try:
         import timm  # slow to import, and only its own models need it
@@ -50,6 +50,8 @@ def find_timm(name: object, options: dict, otherwise: str) -> Any:
         near = timm.list_models(f"*{name[:6]}*") if isinstance(name, str) else []
         raise unknown_choice("timm model", name, (near or timm.list_models(otherwise))[:8])
     refuse_loading(options)
+    if taken := options.keys() & {"in_chans", "num_classes", "features_only"}:
+        raise ValueError(f"{sorted(taken)} cannot be options of a timm encoder: num_channels and the encoder set them")
     return timm
 
 

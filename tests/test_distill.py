@@ -137,8 +137,8 @@ def test_what_encoder_timm_refuses():
         ({**TIMM_VIT, "embed_dm": 3}, "cannot be made"),
         ({**TIMM_VIT, "act_layer": "foo"}, "cannot be made.* KeyError 'foo'"),
         ({**TIMM_VIT, "num_heads": 0}, "cannot be made.* ZeroDivisionError"),
-        ({**TIMM_VIT, "num_classes": 5}, "cannot be made.* multiple values for .*'num_classes'"),
-        ({**TIMM_VIT, "in_chans": 1}, "cannot be made.* multiple values for .*'in_chans'"),
+        ({**TIMM_VIT, "num_classes": 5}, "'num_classes'.* cannot be options"),
+        ({**TIMM_VIT, "in_chans": 1}, "'in_chans'.* cannot be options"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             MIMConfig(image_size=32, encoder="timm", encoder_config=options)
