@@ -235,11 +235,11 @@ class TrainingRun(Run, Generic[TrainerT]):
 
     def describe_training(self) -> str:
         """Batch, learning rate and machine, on one line."""
-        arguments = self.arguments
-        line = f"total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}"
-        line += f", on {arguments.device.type}, {arguments.precision}"
-        line += f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
-        return line + (f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else "")
+        arguments, device = self.arguments, self.arguments.device.type
+        line = f"total batch {arguments.total_batch_size}, learning rate {arguments.learning_rate:.3g}, on {device}"
+        line += f", {arguments.precision}" + (f", {count} processes" if (count := arguments.world_size) > 1 else "")
+        line += f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+        return f"{line}, {arguments.workers}" if arguments.workers else line
 
     def keep_pixels(self, config: MIMConfig, data: DataArguments) -> None:
         """Writes into config and recipe how pixels are made of files, so that evaluation and serving do the same.

@@ -1,5 +1,6 @@
 """Where a model runs."""
 
+import os
 from typing import TypeVar, cast
 
 import torch
@@ -22,6 +23,13 @@ def has_bf16() -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def cores_per_process() -> int:
+    """The CPU cores that this process may use, shared with the other processes of the run on this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def on_device(model: ModuleT, device: torch.device | str) -> ModuleT:

@@ -32,11 +32,11 @@ class Length:
     epochs: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.steps:,} steps of {self.batch:,} images"
+        line = f"{self.steps:,} step{'s' * (self.steps != 1)} of {self.batch:,} images"
         if self.images is None or self.epochs is None:
             return line
         epochs = f"{self.epochs:,.0f}" if self.epochs >= 100 else f"{self.epochs:.3g}"
-        return f"{line}, {epochs} epochs of {self.images:,} images"
+        return f"{line}, {epochs} epoch{'s' * (epochs != '1')} of {self.images:,} images"
 
 
 def length_of(dataset, arguments: MIMTrainingArguments, drop_last: bool | None = None) -> Length:
@@ -58,9 +58,9 @@ def warning_of_length(length: Length, least: int = SHORT) -> str | None:
     """None where there are `least` steps."""
     if length.steps >= least:
         return None
-    plural = "s" if length.steps != 1 else ""
+    steps = f"{length.steps} steps are" if length.steps != 1 else "1 step is"
     return (
-        f"warning: {length.steps} step{plural} are too few to learn from: this run shows that everything works, and "
+        f"warning: {steps} too few to learn from: this run shows that everything works, and "
         "its results say nothing of the method. Raise training.num_train_epochs (or training.max_steps), or lower "
         "training.per_device_train_batch_size for more steps"
     )
@@ -122,4 +122,4 @@ def describe_seconds(seconds: float) -> str:
         count = seconds / length
         if count >= 1.5:
             return f"about {count:,.0f} {unit}" if count >= 10 else f"about {count:.2g} {unit}"
-    return f"about {max(seconds, 1):.0f} seconds"
+    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "about a second"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
-from hf_mim.training.common.device import has_bf16
+from hf_mim.training.common.device import cores_per_process, has_bf16
 from hf_mim.training.plots.charts import check_figures
 from hf_mim.training.trainer.adaptation_arguments import AdaptationArguments
 from hf_mim.training.trainer.optimization import OptimizationArguments
@@ -91,6 +91,10 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
             raise ValueError(f"training.watch_every must be a number of steps, a share or 0, not {self.watch_every}")
         if self.bf16 == "auto":
             self.bf16 = has_bf16() and not self.fp16
+        # Recipes are written for large machines; more workers than cores only wait for each other, and torch warns of
+        # them whenever it makes a loader.
+        self.asked_workers = self.dataloader_num_workers
+        self.dataloader_num_workers = min(self.asked_workers, cores_per_process())
         if self.dataloader_num_workers == 0:  # what only workers have, recipes may say all the same
             self.dataloader_persistent_workers, self.dataloader_prefetch_factor = False, None
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
@@ -107,6 +111,13 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
         super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = self.scaled_learning_rate(self.total_batch_size)
+
+    @property
+    def workers(self) -> str:
+        """How many loader workers there are, for people; "" where there are none."""
+        asked, count = self.asked_workers, self.dataloader_num_workers
+        kept = f" (training.dataloader_num_workers={asked} is more than the CPU cores)" if asked > count else ""
+        return f"{count} loader worker{'s' * (count > 1)}{kept}" if count else ""
 
     @property
     def total_batch_size(self) -> int:

@@ -46,6 +46,15 @@ def defer_sigterm(first: Callable[[int], None] | None, number: int) -> None:
         first(number)
 
 
+def end_workers(loader: Any) -> None:
+    """Ends the workers that a loader, or accelerate's wrapper of one, keeps for its next epoch. At its exit Python sends
+    them SIGTERM, which they defer, and waits."""
+    inner = getattr(loader, "base_dataloader", loader)
+    if (iterator := getattr(inner, "_iterator", None)) is not None:  # torch has no public way
+        iterator._shutdown_workers()
+        inner._iterator = None
+
+
 def is_distributed() -> bool:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed and torch.distributed.get_world_size() > 1

@@ -29,7 +29,7 @@ from hf_mim.training.trainer.optimization import WeightDecayCallback, lamb, scal
 from hf_mim.training.trainer.progress import TrainingProgress
 from hf_mim.training.trainer.saving import CheckpointingTrainer
 from hf_mim.training.trainer.start import DISTANCES, Distance, WeightDistance
-from hf_mim.training.trainer.stopping import defer_sigterm, lost_worker, set_child_handler
+from hf_mim.training.trainer.stopping import defer_sigterm, end_workers, lost_worker, set_child_handler
 from hf_mim.training.trainer.throughput import Throughput, flops_per_image, peak_flops
 
 
@@ -148,6 +148,7 @@ class MIMTrainer(CheckpointingTrainer):
         finally:
             if self.progress is not None:
                 self.progress.close()
+            end_workers(self.callback_handler.train_dataloader)
         # Here the loader is gone, with the workers that were left: the error, which held it, is forgotten.
         set_child_handler(handler)
         raise lost_worker(self, reason)
