@@ -47,7 +47,7 @@ def defer_sigterm(first: Callable[[int], None] | None, number: int) -> None:
 
 
 def end_workers(loader: Any) -> None:
-    """Ends the workers that a loader, or accelerate's wrapper of one, keeps for its next epoch. At its exit Python sends
+    """Ends the workers that a loader, or accelerate's wrapper of one, keeps for its next epoch. At exit Python sends
     them SIGTERM, which they defer, and waits."""
     inner = getattr(loader, "base_dataloader", loader)
     if (iterator := getattr(inner, "_iterator", None)) is not None:  # torch has no public way
