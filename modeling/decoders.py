@@ -218,8 +218,8 @@ class CrossAttentionDecoder(TransformerDecoder):
             return [self._context(encoded.tokens, encoded.visible_index, grid, positions)] * len(self.layers)
         assert encoded.hidden_states is not None
         states = [state if state.ndim == 3 else map_to_tokens(state) for state in encoded.hidden_states[:-1]]
-        states = torch.stack([*states, encoded.tokens])
-        mixed = torch.tensordot(self.mix.to(states.dtype), states, dims=1)
+        stacked = torch.stack([*states, encoded.tokens])
+        mixed = torch.tensordot(self.mix.to(stacked.dtype), stacked, dims=1)
         tokens = (norm(part) for norm, part in zip(self.mix_norms, mixed))
         return [self._context(part, encoded.visible_index, grid, positions) for part in tokens]
 

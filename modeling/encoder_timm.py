@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def find_timm(name: object, options: dict, otherwise: str) -> Any:
         raise ValueError("models of timm need its package: pip install timm") from None
     if not isinstance(name, str) or not timm.is_model(name):
         near = timm.list_models(f"*{name[:6]}*") if isinstance(name, str) else []
-        raise unknown_choice("timm model", name, (near or timm.list_models(otherwise))[:8])
+        raise unknown_choice("timm model", cast(str, name), (near or timm.list_models(otherwise))[:8])
     refuse_loading(options)
     if taken := options.keys() & {"in_chans", "num_classes", "features_only"}:
         raise ValueError(f"{sorted(taken)} cannot be options of a timm encoder: num_channels and the encoder set them")
