@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_mim.command_table import TUNED, DryRun, Force, License, Overrides, app, command, completing, recipe_words
-from hf_mim.command_words import check_command, check_words, is_heavy, part_words, split, take_plugins
+from hf_mim.command_words import check_command, check_demo, check_words, is_heavy, part_words, split, take_plugins
 from hf_mim.cpu import tune_for_cpu
 from hf_mim.error_lines import describe
 
@@ -226,10 +226,13 @@ def demo(
     space: Annotated[Path | None, typer.Option(help="Write a Space of the Hub into this folder instead.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write a page that needs no server into this folder.")] = None,
     runtime: Annotated[Path | None, typer.Option(help="For --page: the npm package onnxruntime-web.")] = None,
-    port: Annotated[int, typer.Option(help="Where the app listens, on this machine only.")] = 7860,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where the app listens, on this machine only: 7860 by default.")
+    ] = None,
     force: Force = False,
 ):
     """Show a model in the browser: reconstruction at any mask ratio, attention, nearest neighbours."""
+    check_demo(page=page, space=space, overrides=overrides, runtime=runtime, port=port, force=force)
     if page is not None:
         from hf_mim.demo.page import write_page
 
@@ -243,7 +246,7 @@ def demo(
     else:
         from hf_mim.demo.app import make_app
 
-        make_app(model, overrides or []).launch(server_name="127.0.0.1", server_port=port)
+        make_app(model, overrides or []).launch(server_name="127.0.0.1", server_port=port or 7860)
 
 
 @command(light=True)

@@ -1,5 +1,7 @@
 """What is wrong with the words of a command line, found before anything heavy is imported."""
 
+import typer
+
 from hf_mim.command_table import HELP, LIGHT, SECTIONS
 
 
@@ -65,3 +67,25 @@ def check_words(name: str, *words: str) -> None:
     else:
         overrides = [word for word in words if recipes.is_override(word)]
     recipes.check_names(overrides, name, SECTIONS[name])
+
+
+# What each form of `demo` uses, beside the model.
+DEMO_OPTIONS = {"page": ("overrides", "runtime", "force"), "space": ("force",), "app": ("overrides", "port")}
+
+
+def check_demo(**given: object) -> None:
+    """
+    Args:
+        given: what was said by the arguments and options of `demo`, by name.
+
+    Raises:
+        BadParameter: one has no effect on what is shown.
+    """
+    shown = {"page": "demo --page", "space": "demo --space", "app": "the app of demo"}
+    form = next((name for name in ("page", "space") if given[name]), "app")
+    for name, value in given.items():
+        if value and name not in (form, *DEMO_OPTIONS[form]):
+            option = "data settings" if name == "overrides" else f"--{name}"
+            users = " and ".join(shown[other] for other, names in DEMO_OPTIONS.items() if name in names)
+            remedy = f"it is for {users}" if users else "choose one of the two"
+            raise typer.BadParameter(f"{shown[form]} does not use {option}: {remedy}")

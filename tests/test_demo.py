@@ -223,15 +223,44 @@ def test_a_space_holds_no_path_of_this_machine_and_names_plugins(checkpoint, tmp
     assert sorted(path.name for path in old.iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((old / "config.json").read_text())["target_config"] == {"teacher": "teacher"}
     assert str(tmp_path) not in (tmp_path / "space" / "README.md").read_text()
-    assert "my_module (a part) is code that is not uploaded" in " ".join("".join(capsys.readouterr()).split())
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "my_module (a part) is code that is not uploaded" in said and "import it there" in said
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         written_for(str(old), tmp_path / "space", force=True)
     assert (old / "model.safetensors").is_file()
 
 
-def test_the_card_of_a_space_has_the_whole_id(tmp_path, written_for):
-    written_for("me/tiny", tmp_path / "space")
+def test_a_space_of_a_model_on_the_hub(tmp_path, written_for, monkeypatch, capsys):
+    config = MIMConfig(plugins=["my_module"]).to_dict()
+    monkeypatch.setattr(app, "read_config", {"me/tiny": config}.__getitem__)
+    (old := tmp_path / "space" / "model").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        (old / name).write_bytes(b"old")
+    written_for("me/tiny", tmp_path / "space", force=True)
     assert "`hf-mim demo me/tiny --space .`" in (tmp_path / "space" / "README.md").read_text()
+    assert not list(old.iterdir())
+    assert "my_module (a part) is code that is not uploaded" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_space_of_nothing_is_not_written(tmp_path, written_for):
+    with pytest.raises(ValueError, match="absent was not found|no checkpoint at .*absent"):
+        written_for(str(tmp_path / "absent"), tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--space", "s", "data.split=test"], "demo --space does not use data settings: it is for demo --page"),
+        (["--page", "p", "--port", "80"], "demo --page does not use --port: it is for the app"),
+        (["--page", "p", "--space", "s"], "demo --page does not use --space: choose one of the two"),
+        (["--runtime", "r"], "the app of demo does not use --runtime: it is for demo --page"),
+        (["--force"], "the app of demo does not use --force: it is for demo --page and demo --space"),
+    ],
+)
+def test_what_a_demo_does_not_use_is_refused(words, message, capsys):
+    assert cli.main(["demo", "me/tiny", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow  # gradio is imported

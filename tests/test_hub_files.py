@@ -143,31 +143,54 @@ def test_only_what_is_not_there_was_not_found(monkeypatch, error, message):
         hub_files.open_hub(DataArguments(dataset="me/x"))
 
 
-def test_what_is_not_streamed_is_downloaded(tmp_path, monkeypatch):
+@pytest.fixture
+def asked(tmp_path, monkeypatch) -> dict:
+    """What `snapshot_download` is asked for where `tmp_path / "repo"`, which is its answer, is me/photos on the Hub."""
+    root, remote, options = str(tmp_path / "repo"), "hf://datasets/me/photos@abc", dict[str, object]()
+    load, list_place = datasets.load_dataset_builder, hub_files.list_place
+
+    def load_remote(*names):
+        builder = load(root)
+        builder.base_path = remote
+        files = builder.config.data_files
+        builder.config.data_files = {name: [file.replace(root, remote) for file in files[name]] for name in files}
+        return builder
+
+    def list_remote(place):
+        listing = list_place(root)
+        listing.files, listing.tables = (
+            [file.replace(root, remote) for file in files] for files in (listing.files, listing.tables)
+        )
+        return listing
+
+    monkeypatch.setattr(hub_files.datasets, "load_dataset_builder", load_remote)
+    monkeypatch.setattr(hub_files, "list_place", list_remote)
+    monkeypatch.setattr(hub_files, "snapshot_download", lambda repo, **given: options.update(given, repo=repo) or root)
+    return options
+
+
+def downloaded(asked: dict, files: list[str]) -> list[str]:
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    return list(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+
+
+def test_what_is_not_streamed_is_downloaded(tmp_path, asked):
     """The names are those of the local copy, in the Hub's cache."""
     put(tmp_path / "repo", *(f"train/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(2)), "test/cat/0.png")
-    remote, asked = "hf://datasets/me/photos@abc", {}
-
-    def fetch(repo, **options):
-        asked.update(repo=repo, **options)
-        return str(tmp_path / "repo")
-
-    real = datasets.load_dataset_builder(str(tmp_path / "repo"))
-
-    def renamed(path):
-        return path.replace(str(tmp_path / "repo"), remote)
-
-    real.base_path = remote
-    real.config.data_files = {name: [renamed(file) for file in files] for name, files in real.config.data_files.items()}
-    listing = hub_files.list_place(str(tmp_path / "repo"))
-    listing.files = [renamed(file) for file in listing.files]
-    monkeypatch.setattr(hub_files.datasets, "load_dataset_builder", lambda *args: real)
-    monkeypatch.setattr(hub_files, "list_place", lambda place: listing)
-    monkeypatch.setattr(hub_files, "snapshot_download", fetch)
     splits = hub_files.open_hub(DataArguments(dataset="me/photos"))
     assert asked["repo"] == "me/photos" and asked["revision"] == "abc" and asked["repo_type"] == "dataset"
     there = ["train/cat/0.png", "test/cat/0.png", "x.bin", "unlabeled/0.png", "train/notes.bin"]
-    matched = huggingface_hub.utils.filter_repo_objects(there, allow_patterns=asked["allow_patterns"])
-    assert list(matched) == there[:2]
+    assert downloaded(asked, there) == there[:2]
     assert labels(splits["train"]) == ["cat", "cat", "dog", "dog"]
     assert splits["train"][0]["image"]["path"] == str(tmp_path / "repo" / "train/cat/0.png")
+
+
+def test_what_is_in_no_split_is_not_downloaded(tmp_path, asked):
+    """Also where the splits are those of the files' names, and their folder is that of all."""
+    wanted = [f"{split}-{i}.png" for split in ("train", "test") for i in range(2)]
+    others = ["[draft].png", *(f"extra/{i}.png" for i in range(3))]
+    put(tmp_path / "repo", *wanted, *others)
+    splits = hub_files.open_hub(DataArguments(dataset="me/photos"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 2, "test": 2}
+    assert downloaded(asked, [*wanted, *others]) == wanted
+    assert asked["ignore_patterns"] == ["[[]draft].png", "extra/*"]

@@ -19,6 +19,7 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.files import list_place
 from hf_mim.training.data.labelled import load_labelled_splits
 from hf_mim.training.data.labels import read_labels
+from hf_mim.training.data.metadata import read_metadata
 from hf_mim.training.data.pretraining import load_splits
 
 
@@ -286,6 +287,19 @@ def test_files_that_a_table_names_beside_images_are_no_images(tmp_path):
     paths = [file["path"] for part in (splits.train, splits.test) for file in part.files[:]["image"]]
     assert len(paths) == 31 and sum("maps" in path for path in paths) == 1  # the map that no row names
     assert any("1 masks or other files that" in line for line in splits.report)
+
+
+def test_columns_that_name_no_images_stay_text(tmp_path):
+    folder(tmp_path, [*(f"{i}.png" for i in range(4)), "mask.png"])
+    rows = ["0.png,a.txt,mask.png", "1.png,b.txt,", "2.png,,mask.txt", "3.png,d.txt,mask.png"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption_file_name,mask_file_name", *rows]))
+    files = [str(tmp_path / f"{i}.png") for i in range(4)]
+    metadata = read_metadata([str(tmp_path / "metadata.csv")], [*files, str(tmp_path / "mask.png")])
+    columns = metadata.columns(files)
+    mask = str(tmp_path / "mask.png")
+    assert columns["caption_file_name"] == (["a.txt", "b.txt", "", "d.txt"], datasets.Value("string"))
+    assert columns["mask"] == ([mask, None, None, mask], datasets.Image(decode=False)) and len(columns) == 2
+    assert [note.partition(" that")[0] for note in metadata.notes] == ["1 masks or other files"]  # mask.txt
 
 
 @pytest.mark.parametrize("several", [False, True])

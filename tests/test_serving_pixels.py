@@ -22,7 +22,7 @@ from transformers.image_utils import load_image
 from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.cli import main
 from hf_mim.conversion.export import export
-from hf_mim.doctor.checks import examine
+from hf_mim.doctor.checks import check_pixels, examine
 from hf_mim.modeling.encoder_base import to_grey
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.resizing import fit_whole, resized_shape
@@ -308,6 +308,17 @@ def test_pages_that_are_not_read_are_said(tmp_path):
     half = frames[0].resize((frames[0].width // 2, frames[0].height // 2))
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=[half])
     assert load_splits(DataArguments(dataset=str(tmp_path)), tiny_config(num_channels=1)).sample.warning is None
+
+
+@pytest.mark.parametrize("kind, mode", [("tif", "RGB"), ("webp", "RGB"), ("gif", "L")])
+def test_frames_that_cannot_be_channels_are_said(kind, mode, tmp_path):
+    """As many as the model has channels."""
+    frames = [PIL.Image.fromarray(levels(seed, 3)).convert(mode) for seed in range(3)]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
+    splits = load_splits(DataArguments(dataset=str(tmp_path)), tiny_config())
+    check = check_pixels(splits)
+    assert check.seen == "of files with 3 pages or frames, only the first is read"
+    assert check.remedy == "write a file for each"
 
 
 def test_a_stream_is_looked_at_in_several_shards(tmp_path):

@@ -12,6 +12,7 @@ from hf_mim.hub.card import plugin_notes
 from hf_mim.hub.files import read_json, weight_files, write_json
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.loading import INDEX
+from hf_mim.training.checkpoint import read_config
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.errors import FolderError, UserError
 from hf_mim.training.common.output_folder import check_new_folder
@@ -86,11 +87,11 @@ def make_app(source: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
-    """Writes a Space: its card, `app.py`, `requirements.txt` and, of a local folder, the model. What may not leave this
-    machine stays, and so does the code of plug-ins, which is said.
+    """Writes a Space: its card, `app.py`, `requirements.txt` and, of a local folder, the model, in place of one that is
+    there. What may not leave this machine stays, and so does the code of plug-ins, which is said.
 
     Raises:
-        CheckpointError: the folder holds no checkpoint.
+        CheckpointError: there is no such checkpoint.
         FolderError: `out` holds something, or the checkpoint itself.
         UserError: gradio is not installed: its version is a part of the card.
     """
@@ -100,6 +101,7 @@ def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
 
     check_new_folder(out, force)
     folder, weights, configs = Path(source).expanduser(), dict[str, Path](), dict[str, dict]()
+    config = read_config(source)
     if folder.is_dir():
         weights = weight_files(folder)
         configs = {name: shareable(read_json(path)) for name in COPIED if (path := file_inside(folder, name))}
@@ -110,25 +112,25 @@ def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
         "app.py": SPACE_APP.format(model="model" if weights else source),
         "requirements.txt": "hf-mim[demo]\n",
     }
+    if (model := out / "model").resolve() == folder.resolve():
+        raise FolderError(f"{model} is the checkpoint itself: choose another folder for the Space", str(model))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    if weights:
-        write_model(folder, out / "model", weights, configs)
+    write_model(model, weights, configs)
+    if config.get("model_type") == MIMConfig.model_type:
+        for note in plugin_notes(MIMConfig.from_dict(config)):
+            RunConsole().warn(f"{note}. Put it beside app.py, and import it there")
     return [*(out / name for name in texts), *(out / "model" / name for name in (*weights, *configs))]
 
 
-def write_model(folder: Path, out: Path, weights: dict[str, Path], configs: dict[str, dict]) -> None:
-    """Copies a checkpoint in place of one that may be there."""
-    if out.exists() and out.samefile(folder):
-        raise FolderError(f"{out} is the checkpoint itself: choose another folder for the Space", str(out))
-    out.mkdir(exist_ok=True)
+def write_model(out: Path, weights: dict[str, Path], configs: dict[str, dict]) -> None:
+    """Copies a checkpoint, and removes what an earlier one has left there; no weights: only this."""
     for old in [*out.glob("*.safetensors"), out / INDEX, *(out / name for name in COPIED)]:
         old.unlink(missing_ok=True)
+    if weights:
+        out.mkdir(exist_ok=True)
     for name, path in weights.items():
         shutil.copy(path, out / name)
     for name, config in configs.items():
         write_json(out / name, config)
-    if configs["config.json"].get("model_type") == MIMConfig.model_type:
-        for note in plugin_notes(MIMConfig.from_dict(configs["config.json"])):
-            RunConsole().warn(note)

@@ -11,6 +11,7 @@ import torchvision.io
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.pixels import (
+    GREY,
     MAX_PIXELS,
     MissingDecoder,
     PixelRules,
@@ -180,11 +181,13 @@ class FileKind:
         mode: as Pillow calls it, with transparency as `RGBA`; `array` where Pillow does not read it.
         lost_bits: how many bits a channel the file has, where Pillow reads 8 of more; else 0.
         pages: of one size, or frames.
+        stacks: whether its pages can be the channels of one image.
     """
 
     mode: str
     lost_bits: int = 0
     pages: int = 1
+    stacks: bool = False
 
 
 def kind_of(value) -> FileKind:
@@ -197,7 +200,8 @@ def kind_of(value) -> FileKind:
     try:
         with PIL.Image.open(io.BytesIO(file)) as image:
             mode = "RGBA" if is_transparent(image) else image.mode
-            return FileKind(mode, _lost_bits(file), _count_pages(image))
+            stacks = image.format == "TIFF" and mode in GREY
+            return FileKind(mode, _lost_bits(file), _count_pages(image), stacks)
     except Exception:  # as in `read_image`, which says so
         return FileKind("array")
 

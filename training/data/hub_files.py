@@ -4,6 +4,7 @@ without a word, so these are read by the rules of this project, in the splits th
 import glob
 import os
 import posixpath
+from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 import datasets
@@ -46,7 +47,7 @@ def open_hub(data: DataArguments) -> Opened:
     root = str(builder.base_path)
     listing, left = choose_files(list_place(root), root, splits, kind)
     if not data.streaming and root.startswith(HUB):
-        local = download(root, listing, splits)
+        local = download(root, listing, splits, left)
         listing.files, listing.tables = (
             [move(file, root, local) for file in f] for f in (listing.files, listing.tables)
         )
@@ -106,18 +107,29 @@ def root_of(root: str, name: str, files: list[str]) -> str:
     return "/".join([root, *parts[:named]])
 
 
-def download(root: str, listing: Listing, splits: dict[str, list[str]]) -> str:
-    """The local copy of the splits of a data set at a URL of the Hub, in the Hub's cache. A pattern stands for the
-    files of one type in a split's folder: with one for each file, each would be compared with all."""
+def download(root: str, listing: Listing, splits: dict[str, list[str]], left: list[str]) -> str:
+    """The local copy of the splits of a data set at a URL of the Hub, in the Hub's cache, without what is `left`. A
+    pattern stands for the files of one type in a split's folder, or for a folder that is left as a whole: with one for
+    each file, each would be compared with all."""
     repo, _, revision = root.removeprefix(HUB).partition("@")
     patterns = {glob.escape(table[len(root) + 1 :]) for table in listing.tables}
     for name, files in splits.items():
         folder = root_of(root, name, files)[len(root) + 1 :]
         inside = f"{glob.escape(folder)}/*" if folder else "*"
         patterns |= {inside + os.path.splitext(file)[1] for file in files}
+    needed = [file[len(root) + 1 :] for file in (*listing.files, *listing.tables)]
+    used = {str(folder) for name in needed for folder in PurePosixPath(name).parents}
+    ignored = set()
+    for name in (file[len(root) + 1 :] for file in left):
+        folder = posixpath.dirname(name)
+        ignored.add(glob.escape(name) if (folder or ".") in used else f"{glob.escape(folder)}/*")
     try:
         return snapshot_download(
-            repo, repo_type="dataset", revision=unquote(revision) or None, allow_patterns=sorted(patterns)
+            repo,
+            repo_type="dataset",
+            revision=unquote(revision) or None,
+            allow_patterns=sorted(patterns),
+            ignore_patterns=sorted(ignored),
         )
     except Exception as error:
         raise urls.failed(root, error) from None

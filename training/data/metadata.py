@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,10 +16,11 @@ import pyarrow.parquet
 from hf_mim.training.common.errors import DataError
 from hf_mim.training.data import urls
 from hf_mim.training.data.decoding import read_file
+from hf_mim.training.data.files import ARRAYS, EXTENSIONS
 
 
-# The column that names the image, relative to the table. `mask_file_name` names another file, which becomes a column
-# `mask` and is no image of its own.
+# The column that names the image, relative to the table. `mask_file_name` names another image or array, which becomes a
+# column `mask` and is no image of its own; columns that name files of other types stay text.
 FILE_NAME = "file_name"
 
 
@@ -28,11 +31,13 @@ class Metadata:
     Args:
         rows: by file, its values by column.
         companions: files that belong to images, as masks do.
+        companion_columns: that name them.
         notes: which rows could not be used, for people.
     """
 
     rows: dict[str, dict] = field(default_factory=dict)
     companions: set[str] = field(default_factory=set)
+    companion_columns: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def columns(self, files: list[str]) -> dict[str, tuple[list, object]]:
@@ -42,7 +47,7 @@ class Metadata:
         found = {}
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row.get(name) for row in rows]
-            if name.endswith(f"_{FILE_NAME}"):
+            if name in self.companion_columns:
                 found[name.removesuffix(f"_{FILE_NAME}")] = values, datasets.Image(decode=False)
             elif (feature := _feature(values)) is not None:
                 text = feature == datasets.Value("string")
@@ -61,17 +66,24 @@ def read_metadata(tables: Iterable[str], files: list[str]) -> Metadata:
         DataError, OSError: one cannot be read, or says two things of one image.
     """
     metadata, known = Metadata(), set(files)
-    for table in tables:
-        rows, missing, lost = _read_rows(table), 0, 0
+    rows_of = {table: _read_rows(table) for table in tables}
+    metadata.companion_columns = {
+        column
+        for row in itertools.chain.from_iterable(rows_of.values())
+        for column, value in row.items()
+        if str(column).endswith(f"_{FILE_NAME}") and os.path.splitext(str(value))[1].lower() in EXTENSIONS | ARRAYS
+    }
+    for table, rows in rows_of.items():
+        missing = lost = 0
         if rows and not any(FILE_NAME in row for row in rows):
             columns = ", ".join(map(str, rows[0]))
             metadata.notes.append(f"{table} is not used: it has no column {FILE_NAME}; its columns are {columns}")
             continue
         for row in rows:
             file = _beside(table, row.pop(FILE_NAME, None))
-            for column in [column for column in row if str(column).endswith(f"_{FILE_NAME}")]:
+            for column in metadata.companion_columns & row.keys():
                 companion = _beside(table, row[column])
-                lost += companion not in known
+                lost += companion is not None and companion not in known
                 row[column] = companion if companion in known else None
                 metadata.companions |= {row[column]} - {None}
             if file not in known:
@@ -81,7 +93,7 @@ def read_metadata(tables: Iterable[str], files: list[str]) -> Metadata:
         if missing:
             metadata.notes.append(f"{missing:,} of {len(rows):,} rows of {table} name no image that is there")
         if lost:
-            metadata.notes.append(f"{lost:,} masks or other files that {table} names are not there")
+            metadata.notes.append(f"{lost:,} masks or other files that {table} names are no images that are there")
     metadata.companions -= metadata.rows.keys()
     return metadata
 

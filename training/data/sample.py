@@ -37,6 +37,7 @@ class PixelSample:
         modes: what Pillow calls the kinds of files, `array` for .npy and what Pillow does not read.
         lost_bits: how many bits a channel files have of which Pillow reads 8; 0 where there are no such.
         lost_pages: how many pages or frames files have beside the one that is read.
+        stackable: whether these can be channels of one image.
         sizes: (height, width) of the images.
         low, high: of each channel, nodata left out.
         levels: how many different values each channel has when it is made 8 bits.
@@ -51,6 +52,7 @@ class PixelSample:
     modes: set[str] = field(default_factory=set)
     lost_bits: int = 0
     lost_pages: int = 0
+    stackable: bool = True
     sizes: set[tuple[int, int]] = field(default_factory=set)
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
@@ -85,16 +87,17 @@ class PixelSample:
 
     @property
     def warning(self) -> str | None:
-        """Where bits or pages of the files are lost, or levels, and few are left."""
+        """Where bits, pages or most levels of the files are lost: what is lost, and after ": " the remedy."""
         if self.lost_pages:
+            channels = f"if they are channels of one image, set model.num_channels={self.lost_pages + 1}; else "
             return (
-                f"warning: of files with {self.lost_pages + 1} pages or frames, only the first is read. If they are "
-                f"channels of one image, set model.num_channels={self.lost_pages + 1}; else write a file for each"
+                f"warning: of files with {self.lost_pages + 1} pages or frames, only the first is read: "
+                f"{channels if self.stackable else ''}write a file for each"
             )
         if self.lost_bits:
             return (
                 f"warning: of files with {self.lost_bits} bits a channel (JPEG 2000 in colours, AVIF), Pillow reads 8 "
-                "bits. To keep the others, save them as PNG, TIFF or .npy"
+                "bits: to keep the others, save them as PNG, TIFF or .npy"
             )
         if not self.lost:
             return None
@@ -149,8 +152,9 @@ def look_at(
         sample.values[str(values.dtype.newbyteorder("="))] += 1
         sample.modes.add(kind.mode)
         sample.lost_bits = max(sample.lost_bits, kind.lost_bits)
-        if kind.pages != (values.shape[2] if values.ndim == 3 else 1):
+        if kind.pages > 1 and not (kind.stacks and values.shape[2:] == (kind.pages,)):
             sample.lost_pages = max(sample.lost_pages, kind.pages - 1)
+            sample.stackable &= kind.stacks
         sample.sizes.add(tuple(values.shape[:2]))
         raw, known = _known(values, decoder)
         raw, pixels = np.broadcast_to(raw, pixels.shape), pixels
