@@ -188,8 +188,13 @@ class CrossAttentionDecoder(TransformerDecoder):
 
     def _check_ratio(self, config: MIMConfigBase, encoder: Encoder, ratio: float):
         hidden = num_hidden_tokens(config, self.base_grid) / math.prod(self.base_grid)
-        if not 0 < ratio <= 1 or not encoder.drops_tokens:
-            message = f"prediction_ratio {ratio} must be in (0, 1], with an encoder of mask_style 'drop'"
+        if not encoder.drops_tokens:
+            message = (
+                f"prediction_ratio {ratio} needs an encoder that drops hidden tokens, which this one does not: set "
+                "model.decoder_config.prediction_ratio=null to predict all of them"
+            )
+        elif not 0 < ratio <= 1:
+            message = f"prediction_ratio {ratio} must be in (0, 1]"
         elif ratio > hidden + 1e-9:
             message = f"prediction_ratio {ratio} is more than the {hidden:.0%} of the tokens that are hidden"
         else:

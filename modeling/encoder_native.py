@@ -88,6 +88,8 @@ class NativeEncoder(Encoder):
         self.takes = set(inspect.signature(self.network.forward).parameters)
         self._check_inputs(model_type)
         self.has_mask_token = use_mask_token
+        if isinstance(head := getattr(self.network, "head", None), nn.Module):
+            head.requires_grad_(False)  # it pools, and its output is not used
         self._add_mask_token(config, model_type)
         self.map_cell: Grid | None = None  # pixels per position, of networks whose output is a map
         self.hidden_size = getattr(self.native, "hidden_size", None) or getattr(self.native, "hidden_sizes", [None])[-1]
@@ -122,11 +124,7 @@ class NativeEncoder(Encoder):
             self.map_cell = down, right
 
     def _add_mask_token(self, config: MIMConfigBase, model_type: str):
-        """Our own, where one is asked for and the wrapped model has none. Its pooling head, which pretraining does not
-        run, is left as it is."""
-        head = getattr(self.network, "head", None)
-        if self.has_mask_token and isinstance(head, nn.Module):
-            head.requires_grad_(False)
+        """Our own, where one is asked for and the wrapped model has none."""
         self.mask_token: nn.Parameter | None = None
         self.hidden: Tensor | None = None  # the mask of the forward pass that runs
         self.std = config.initializer_range

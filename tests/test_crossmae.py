@@ -141,7 +141,11 @@ CONVNET = {"encoder": "convnet", "encoder_config": CONVNEXT, "image_size": 64}
     ("options", "changes", "message"),
     [
         ({"prediction_ratio": 1.5}, {}, "must be in"),
-        ({"prediction_ratio": 0.5}, {"encoder_config": {"mask_style": "token"}}, "mask_style 'drop'"),
+        (
+            {"prediction_ratio": 0.5},
+            {"encoder_config": {"mask_style": "token"}},
+            "drops hidden tokens.*prediction_ratio=null",
+        ),
         ({"mix_blocks": True}, CONVNET, "same width"),
         ({"prediction_ratio": 0.9}, {}, "more than the 75%"),
     ],
