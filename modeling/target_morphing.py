@@ -9,7 +9,7 @@ from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, image_size
 from .layers import take_tokens
 from .morphing import Groups, draw_schedule, even_schedule, match_tokens
-from .options import check_part
+from .options import OptionError, check_part
 from .target_base import TARGETS, Target, code_colours, feature_colours
 from .target_teacher import FEATURE_DISTANCES, normalise_features
 
@@ -144,7 +144,7 @@ def wrap_features(kind: str, config: MIMConfigBase, encoder: Encoder, features: 
     """The target that a wrapping target `kind` is made around.
 
     Raises:
-        ValueError: none or an unknown one is named, or it is not one of token features.
+        ValueError: none or an unknown one is named, or it is not one of token features, or of several teachers.
     """
     options = dict(features or {})
     name = options.pop("name", None)
@@ -156,4 +156,6 @@ def wrap_features(kind: str, config: MIMConfigBase, encoder: Encoder, features: 
     wrapped = TARGETS[name](config, encoder, **options)
     if not wrapped.token_features:
         raise ValueError(f"target {kind!r} needs token features, which target {name!r} does not have")
+    if wrapped.head_dims is not None:  # whose weights are of losses, and the wrapped target's is not asked for
+        raise OptionError(f"target {kind!r} takes one teacher: set features.name=teacher_feature", "features", name)
     return wrapped

@@ -150,7 +150,7 @@ def teacher_weights(entries: list[dict[str, Any]], weights: list[float] | None) 
 
     Raises:
         OptionError: there is no teacher, one has no name or is named twice with the same options, or the weights are
-            not as many, are negative or all zero.
+            given twice, are not as many, are negative or all zero.
     """
     if not entries:
         message = "target 'teacher_features' needs target_config.teachers, a list of Hub ids or local folders"
@@ -158,8 +158,11 @@ def teacher_weights(entries: list[dict[str, Any]], weights: list[float] | None) 
     for i, entry in enumerate(entries):
         if not isinstance(entry.get("teacher"), str):
             raise OptionError(f"teachers[{i}] has no name: {shorten(entry)}; say teacher: NAME", "teachers", entry)
-        if entry in entries[:i]:
+        if any({**entry, "weight": 0} == {**other, "weight": 0} for other in entries[:i]):
             raise OptionError(f"teacher {entry['teacher']} is there twice: give it a weight instead", "teachers", entry)
+    if weights is not None and any("weight" in entry for entry in entries):
+        message = "weights are given by the teachers' entries and by `weights`: leave one of them out"
+        raise OptionError(message, "weights", weights)
     given = [entry.get("weight", 1.0) for entry in entries] if weights is None else list(weights)
     if len(given) != len(entries):
         raise OptionError(f"{len(given)} weights are given for {len(entries)} teachers", "weights", weights)

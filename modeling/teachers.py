@@ -2,7 +2,7 @@
 neither trained nor saved nor wrapped for several GPUs, and are loaded on first use."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class TeacherModel(nn.Module):
         super().__init__()
         self.encoder, self.config, self.projection = encoder, config, projection
         self.strides: list[Grid] | None = None
+        self.used: set[int] = set()  # the stages that have been asked for
+        self.last: tuple[tuple, dict[int, Tensor], Tensor] | None = None  # a call's key, these stages, and its images
 
     @torch.no_grad()
     def stage_strides(self) -> list[Grid]:
@@ -44,6 +46,29 @@ class TeacherModel(nn.Module):
             stages = self.encoder.stage_maps(self.encoder(empty, output_hidden_states=True), height, width)
             self.strides = [(height // stage.shape[2], width // stage.shape[3]) for stage in stages]
         return self.strides
+
+    def stages(
+        self, indices: list[int], prepare: Callable[[Tensor], Tensor], pixel_values: Tensor, *key: object
+    ) -> list[Tensor]:
+        """The maps of some stages for the student's images. The network does not run again for the batch of the last
+        call, whichever of several targets asks.
+
+        Args:
+            prepare: the student's pixels -> this model's, which `key` decides.
+        """
+        self.used.update(indices)
+        if pixel_values.is_inference():  # these do not count their changes
+            maps = self._run(prepare(pixel_values))
+        else:
+            key = (id(pixel_values), pixel_values._version, *key)
+            if self.last is None or self.last[0] != key or not self.last[1].keys() >= {*indices}:
+                self.last = (key, self._run(prepare(pixel_values)), pixel_values)  # kept, so that its id stays its own
+            maps = self.last[1]
+        return [maps[i] for i in indices]
+
+    def _run(self, pixels: Tensor) -> dict[int, Tensor]:
+        maps = self.encoder.stage_maps(self.encoder(pixels, output_hidden_states=True), *image_size(pixels))
+        return {i: maps[i] for i in self.used}
 
 
 # name, dilation -> the loaded model; two targets with one teacher share it.
@@ -84,7 +109,6 @@ class Teacher:
             raise unknown_choice("match of the teacher's grid", match, MATCHES)
         self.source, self.layers, self.match, self.input_size = source, layers, match, input_size
         self.image_mean, self.image_std, self.project = image_mean, image_std, project
-        self.last: tuple[tuple, list[Tensor], Tensor] | None = None  # a call's key, result and images
 
     def feature_dims(self) -> list[int]:
         """The channels of each chosen layer."""
@@ -127,24 +151,19 @@ class Teacher:
     def maps(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
         """Student's pixels (batch, channels, height, width) -> one (batch, dim, rows, cols) per layer, float32, on
         `grid`. The batch of the last call is not run again."""
-        if pixel_values.is_inference():  # these do not count their changes
-            return self._maps(pixel_values, grid)
-        key = (id(pixel_values), pixel_values._version, grid)
-        if self.last is None or self.last[0] != key:
-            self.last = (key, self._maps(pixel_values, grid), pixel_values)  # kept, so that its id stays its own
-        return self.last[1]
-
-    def _maps(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
         model = self.model(pixel_values.shape[2] // grid[0])
         dtype = torch.bfloat16 if pixel_values.is_cuda else torch.float32
         model.to(device=pixel_values.device, dtype=dtype)
         indices = [self._index(model.encoder, layer) for layer in self.layers]
-        pixels = self._renormalise(pixel_values.float(), model.config)
         size = self._input_size(model, indices, image_size(pixel_values), grid)
-        if tuple(pixels.shape[2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-        encoded = model.encoder(pixels.to(dtype), output_hidden_states=True)
-        stages = [model.encoder.stage_maps(encoded, *size)[i] for i in indices]
+
+        def prepare(pixel_values: Tensor) -> Tensor:
+            pixels = self._renormalise(pixel_values.float(), model.config)
+            if image_size(pixels) != size:
+                pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+            return pixels.to(dtype)
+
+        stages = model.stages(indices, prepare, pixel_values, size, (*self.image_mean, *self.image_std))
         if self.project:
             stages = [self._projection(model)(stage.movedim(1, -1)).movedim(-1, 1) for stage in stages]
         return [self._on_grid(stage.float(), grid, i) for stage, i in zip(stages, indices)]

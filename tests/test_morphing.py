@@ -162,8 +162,10 @@ def test_draws_follow_the_generator():
 def test_what_is_refused(tmp_path):
     config = {"image_size": 32, "encoder_config": {"patch_size": 8}, "target": "token_morphing"}
     discrete = {"name": "discrete_token", **target_options("discrete_token", tmp_path)}
+    several = {"name": "teacher_features", **target_options("teacher_features", tmp_path)}
     for options, message in (
         ({"features": discrete}, "needs token features"),
+        ({"features": several}, "takes one teacher: set features.name=teacher_feature"),
         ({}, "needs target_config.features"),
         ({"features": {"name": "hogg"}}, "did you mean 'hog'"),
         ({"features": {"name": "hog"}, "num_merged": 3}, "set both or neither"),

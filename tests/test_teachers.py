@@ -137,6 +137,32 @@ def test_values_loss_and_weights_by_hand(sources):
     assert target.log_metrics() == {}
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_two_entries_of_one_teacher_run_it_once_for_a_batch(sources, inference):
+    """All have said which layers they need when they were made. In inference mode, which does not count changes of
+    images, each runs it."""
+    vit = sources[0]
+    entries = [vit, {"teacher": vit, "layers": [0], "loss": "l1"}, {"teacher": vit, "layers": [-1], "norm": "none"}]
+    teachers.LOADED.clear()
+    target, alone = student(entries, norm="layer").target, [student([e], norm="layer").target for e in entries]
+    runs: list[torch.Tensor] = []
+    hook = target.teachers[0].model().encoder.register_forward_pre_hook(lambda module, given: runs.append(given[0]))
+    for seed in range(3):
+        with torch.inference_mode(inference):
+            pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            values = target.targets(pixels, (8, 8))["patches"]
+            singles = [single.targets(pixels, (8, 8))["patches"] for single in alone]
+        assert len(runs) == (6 if inference else 1)
+        assert torch.equal(values, torch.cat(singles, dim=-1))
+        runs.clear()
+        if not inference:
+            assert torch.equal(target.targets(pixels, (8, 8))["patches"], values) and not runs
+            pixels.mul_(2)  # other images in the same memory
+            assert not torch.equal(target.targets(pixels, (8, 8))["patches"], values) and len(runs) == 1
+            runs.clear()
+    hook.remove()
+
+
 def test_each_teacher_has_a_head_of_its_own(sources):
     model = fitted(sources, global_weight=1.0).train()
     assert len(model.decoder.heads) == len(model.global_head.heads) == 2
@@ -187,6 +213,11 @@ def test_what_cannot_be_is_refused(sources, tmp_path):
         ({"sources": []}, "needs target_config.teachers"),
         ({"sources": [vit, {"weight": 1}]}, r"teachers\[1\] has no name"),
         ({"sources": [vit, vit]}, "is there twice"),
+        ({"sources": [vit, {"teacher": vit, "weight": 2}]}, "is there twice"),
+        (
+            {"sources": [vit, {"teacher": resnet, "weight": 2}], "weights": [1.0, 1.0]},
+            "by the teachers' entries and by",
+        ),
         ({"sources": [vit, resnet], "weights": [1.0]}, "1 weights are given for 2 teachers"),
         ({"sources": [vit, resnet], "weights": [1.0, -1.0]}, "at least 0, got -1"),
         ({"sources": [vit], "weights": [0.0]}, "nothing to learn"),
