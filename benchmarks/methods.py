@@ -24,7 +24,7 @@ import torch
 from measure import add_cell_options, machine, parser, write_json
 from methods_report import report, write_page
 from rich.console import Console
-from stored_teacher import StoredMaps
+from stored_teacher import store_maps
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_mim import MIMConfig, MIMForImageClassification, MIMForPreTraining, MIMModel
@@ -102,6 +102,7 @@ LATER = {
     "vit": {
         "img2vec, a quarter blended": Method("img2vec_small", blend=0.25),
         "img2vec, three quarters blended": Method("img2vec_small", blend=0.75),
+        "img2vec, spread by a half": Method("img2vec_small", blend=-0.5),  # away from the mean: more diversity
         "moving average, token-wise": Method("maskfeat_small", (MORPHING, *morphed(TOKEN_WISE, OWN_AVERAGE))),
         "moving average, dtm": Method("maskfeat_small", (MORPHING, *morphed(features=OWN_AVERAGE))),
         "a2mim, vit": Method("a2mim_vit_small", (NO_FREQUENCY,)),
@@ -190,11 +191,8 @@ def pretrain_method(method: Method, folder: Path, seed: int, steps: int, args) -
     settings = [*method.overrides, f"training.seed={seed}", f"training.max_steps={steps}"]
     settings += [f"training.output_dir={folder}", "training.save_strategy='no'", "training.watch_every=0"]
     started, run = time.process_time(), set_up(method.recipe, [*settings, "data.max_eval_images=0"], QUIET)
-    stored = None
     if method.blend is not None:
-        target = getattr(run.model.target, "wrapped", run.model.target)
-        stored = StoredMaps(target.teacher.maps, args.out / "lite0", method.blend)
-        target.teacher.maps = stored
+        store_maps(run.model, args.out / "lite0", method.blend)
     if not method.token:
         run.model.mim.encoder.mask_token.requires_grad_(False).zero_()
     with run.owning_folder():
@@ -202,10 +200,7 @@ def pretrain_method(method: Method, folder: Path, seed: int, steps: int, args) -
         write_results(run, trainer, time.process_time() - started)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
-    found = {"loss": last, **look(run.model, args.images)}
-    if stored:
-        stored.save()
-    return found
+    return {"loss": last, **look(run.model, args.images)}
 
 
 def finetuned_accuracy(folder: Path, seed: int, args) -> float:

@@ -1,51 +1,26 @@
-"""A frozen teacher whose maps are computed once per image and kept in a file."""
+"""A teacher whose maps are computed once per image, for runs without random crops, and blended afterwards."""
 
-import hashlib
-import json
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from hf_mim import MIMForPreTraining
+from hf_mim.modeling.options import pair
+from hf_mim.training.evaluation.feature_statistics import teachers_of
+from hf_mim.training.trainer.teacher_cache import TeacherCache
 
-class StoredMaps:
-    """Takes the place of `Teacher.maps`. An image is known by its pixels, so that runs without random crops read what
-    earlier ones computed; float16.
 
-    Args:
-        maps: of the teacher: (pixels (batch, channels, height, width), grid) -> one map per layer; one layer here.
-        folder: where "maps.bin" and "rows.json" are kept.
-        blend: the share by which every token is moved towards the mean token of its image.
-        capacity: images that the file has room for.
-    """
+CAPACITY = 64_000  # images: the shipped ones, mirrored too
 
-    def __init__(self, maps, folder: Path, blend: float = 0.0, capacity: int = 64_000):
-        self.compute, self.folder, self.blend, self.capacity = maps, folder, blend, capacity
-        folder.mkdir(parents=True, exist_ok=True)
-        self.index = folder / "rows.json"
-        self.rows: dict[str, int] = json.loads(self.index.read_text()) if self.index.exists() else {}
-        self.file: np.memmap | None = None
 
-    def __call__(self, pixels: Tensor, grid) -> list[Tensor]:
-        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=12).hexdigest() for image in pixels.cpu()]
-        missing = [place for place, key in enumerate(keys) if key not in self.rows]
-        computed = self.compute(pixels[missing].clone(), grid)[0] if missing else None
-        if self.file is None:
-            self.file = self._open(computed, pixels, grid)
-        for place, values in zip(missing, computed if computed is not None else ()):
-            row = self.rows.setdefault(keys[place], len(self.rows))
-            self.file[row] = values.cpu().numpy()
-        maps = torch.from_numpy(self.file[[self.rows[key] for key in keys]]).float().to(pixels.device)
-        return [maps.lerp(maps.mean((2, 3), keepdim=True), self.blend)]
+def store_maps(model: MIMForPreTraining, folder: Path, blend: float = 0.0) -> None:
+    """Has the teachers of a model's target keep their maps in `folder`, and moves every token by the share `blend`
+    towards the mean token of its image; below 0, away from it."""
+    size = pair(model.config.image_size)
+    for teacher in teachers_of(model.target):
+        cache = TeacherCache(teacher, folder, size, model.mim.encoder.target_grid(*size), CAPACITY)
 
-    def _open(self, computed: Tensor | None, pixels: Tensor, grid) -> np.memmap:
-        like = computed if computed is not None else self.compute(pixels[:1], grid)[0]
-        file, shape = self.folder / "maps.bin", (self.capacity, *like.shape[1:])
-        return np.memmap(file, np.float16, "r+" if file.exists() else "w+", shape=shape)
+        def maps(pixel_values: Tensor, grid, cache=cache) -> list[Tensor]:
+            return [stage.lerp(stage.mean((2, 3), keepdim=True), blend) for stage in cache(pixel_values, grid)]
 
-    def save(self) -> None:
-        """Keeps what was computed for the next run."""
-        if self.file is not None:
-            self.file.flush()
-            self.index.write_text(json.dumps(self.rows))
+        teacher.maps = maps  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measure import add_cell_options, machine, markdown_table, over_seeds, parser, write_json, write_section
 from rich.console import Console
-from stored_teacher import StoredMaps
+from stored_teacher import store_maps
 
 from hf_mim.training.commands.pretrain import finish, pretrain, set_up, train
 
@@ -60,14 +60,8 @@ def run_cell(overrides: list[str], seed: int, steps: int, out: Path, store: Path
     words += ["training.save_strategy=no", "data.horizontal_flip=false", f"training.output_dir={folder}"]
     started = time.process_time()
     run = set_up("distill_small", [*overrides, *words], QUIET)
-    stores = []
-    for teacher in run.model.target.teachers:
-        if teacher.source == "lite0":
-            teacher.maps = StoredMaps(teacher.maps, store)
-            stores.append(teacher.maps)
+    store_maps(run.model, store)
     run.execute(lambda: train(run), lambda trainer, seconds: finish(run, trainer, seconds))
-    for maps in stores:
-        maps.save()
     scores = json.loads((folder / "metrics.json").read_text())
     shutil.rmtree(folder)
     kept = ("trained", "untrained", "raw_pixels", "final_loss", "steps")

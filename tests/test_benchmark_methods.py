@@ -5,11 +5,12 @@ import json
 
 import methods
 import methods_report
-import numpy as np
 import pytest
 import torch
-from stored_teacher import StoredMaps
+from helpers import target_options, tiny_config
+from stored_teacher import store_maps
 
+from hf_mim import MIMForPreTraining
 from hf_mim.modeling.targets import TARGETS
 from hf_mim.training import recipe as recipes
 
@@ -56,50 +57,18 @@ def test_whole_tables_of_a_seed_come_first():
     assert methods.cells(args) == [("vit", "mae", 1), ("vit", "mae", 0)]
 
 
-def test_maps_are_computed_once_per_image_and_blended_towards_their_mean(tmp_path):
-    calls = []
-
-    def maps(pixels, grid):
-        calls.append(len(pixels))
-        return [pixels.flatten(2)[:, :, :4].reshape(len(pixels), -1, *grid) * 2]
-
-    images = torch.randn(6, 3, 4, 4)
-    stored = StoredMaps(maps, tmp_path, capacity=10)
-    want = maps(images, (2, 2))[0]
-    calls.clear()
-    assert torch.allclose(stored(images[:4], (2, 2))[0], want[:4], atol=4e-3)  # float16 of values below 8
-    assert torch.allclose(stored(images[[5, 1, 4, 3]], (2, 2))[0], want[[5, 1, 4, 3]], atol=4e-3)
-    assert calls == [4, 2]
-    stored.save()
-    half = StoredMaps(lambda *call: pytest.fail("computed again"), tmp_path, blend=0.5, capacity=10)
-    half.compute = maps  # only for the shape
-    blended = half(images, (2, 2))[0]
-    assert torch.allclose(blended, (want + want.mean((2, 3), keepdim=True)) / 2, atol=4e-3)
-    assert sum(calls) == 7
+def test_stored_maps_are_blended_towards_their_mean(tmp_path):
+    pixels = torch.randn(3, 3, 32, 32)
+    want = pretrained_with_teacher(tmp_path).target.teacher.maps(pixels, (8, 8))[0]
+    for blend in (0.5, -0.5):
+        model = pretrained_with_teacher(tmp_path)
+        store_maps(model, tmp_path, blend)
+        blended = model.target.teacher.maps(pixels, (8, 8))[0]
+        mean = want.mean((2, 3), keepdim=True)
+        assert torch.allclose(blended, want * (1 - blend) + mean * blend, atol=4e-3)  # float16 of values below 8
 
 
-def test_differences_are_those_of_the_same_seed():
-    better = [{"seed": seed, "knn": 70.0 + 10 * seed} for seed in range(3)]
-    other = [{"seed": seed, "knn": 69.0 + 10 * seed} for seed in (1, 2)]  # the first is not there yet
-    table = methods_report.claim_table({"resnet": {"a2mim": better, "untrained": other}})
-    assert "| a2mim less untrained | +1.0 ± 0.0 (++) |" in table
-
-
-def test_a_difference_has_its_sign_in_every_seed():
-    assert (
-        methods_report.difference([(3.0, 1.0), (1.0, 2.0), (2.0, 2.0)])
-        == f"+0.3 ± {np.std([2, -1, 0], ddof=1):.1f} (+-0)"
+def pretrained_with_teacher(folder) -> MIMForPreTraining:
+    return MIMForPreTraining(
+        tiny_config(image_size=32, target="teacher_feature", target_config=target_options("teacher_feature", folder))
     )
-
-
-def test_means_and_deviations_are_over_the_seeds_that_are_there():
-    cells = [{"knn": 70.0, "target": {"raw": 0.5}}, {"knn": 74.0}, {}]
-    assert methods_report.of(cells, "knn") == f"72.0 ± {np.std([70, 74], ddof=1):.1f}"
-    assert methods_report.of(cells, "target", "raw", digits=2) == "0.50" and methods_report.of(cells, "loss") == ""
-
-
-def test_draws_are_of_every_class():
-    labels = torch.arange(10).repeat_interleave(200)
-    chosen = methods.draw(labels, 0.1, seed=0)
-    assert labels[chosen].bincount().tolist() == [20] * 10 and len(chosen.unique()) == 200
-    assert labels[methods.draw(labels, 0.01, seed=0)].bincount().tolist() == [5] * 10

@@ -46,6 +46,7 @@ from hf_mim.training.trainer.lora import merge_lora
 from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.start import check_start, describe_keeping
+from hf_mim.training.trainer.teacher_cache import cache_teachers
 from hf_mim.training.trainer.throughput import mean_throughput
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -193,6 +194,8 @@ def describe_masks(model: MIMForPreTraining) -> str:
 # ---- training ------------------------------------------------------------------------------------------------------
 def make_trainer(run: PretrainRun) -> MIMTrainer:
     config = run.config
+    if run.arguments.cache_teacher:
+        cache_teachers(run.model, run.splits.train, run.data, run.console)
     if run.checkpoint is None:  # a checkpoint brings what was estimated
         fit_target(run.model, run.splits.train, run.arguments.device, run.console)
     return MIMTrainer(

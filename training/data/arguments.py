@@ -69,7 +69,8 @@ class DataArguments:
         display_bands: numbers of the three channels, or the one, that pictures show, counted from 0.
         memory_limit_mb: images of one size that fit into this much memory are decoded once, and kept.
         cache_decoded: decode every image once, into a file that is much larger than the images; see `DecodedCache`.
-        cache_dir: where that file lies; None is `hf_mim` in the cache folder of `datasets`.
+        cache_dir: where that file lies, and those of `training.cache_teacher`; None is `hf_mim` in the cache folder
+            of `datasets`.
         cache_size: pixels to which the shorter side is shrunk for it; null keeps the size, and the crops exact.
     """
 

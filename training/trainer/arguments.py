@@ -30,6 +30,8 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
         watch_every: steps, or a share of the training below 1, between checks (see `TrainingMonitor`); 0 makes none.
         activation_checkpointing, gradient_checkpointing: one option under two names: transformers renamed it in 5.24
             and drops the older name in version 6. Either works here with every version.
+        cache_teacher: keep what a frozen teacher makes of every image on disk (float16, in `data.cache_dir`), for runs
+            whose crops are the same at each epoch; the size is said first. See `TeacherCache`. For pretraining.
         profile: record a few steps, and write where their time goes (see `ProfileCallback`).
         figures: png; or svg or pdf, for papers: charts are written in that format too, beside the PNG.
     """
@@ -50,6 +52,7 @@ class MIMTrainingArguments(AdaptationArguments, OptimizationArguments):
     freeze_layers: int = field(default=0, metadata={"help": "The first blocks, and the embedding, that stay."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     watch_every: float = field(default=0.25, metadata={"help": "Steps or a share of the training; 0 is never."})
+    cache_teacher: bool = field(default=False, metadata={"help": "Keep the features of frozen teachers on disk."})
     profile: bool = field(default=False, metadata={"help": "Write where the time of a few steps goes."})
     figures: str = field(default="png", metadata={"help": "png, svg or pdf: charts are written so too."})
     per_device_train_batch_size: int = 64
