@@ -189,7 +189,12 @@ def run_cell(student: str, name: str, seed: int, args) -> dict:
 
 def pretrain_method(method: Method, folder: Path, seed: int, steps: int, args) -> dict:
     settings = [*method.overrides, f"training.seed={seed}", f"training.max_steps={steps}"]
-    settings += [f"training.output_dir={folder}", "training.save_strategy='no'", "training.watch_every=0"]
+    settings += [
+        f"training.output_dir={folder}",
+        "training.save_strategy='no'",
+        "training.watch_every=0",
+        "training.cache_teacher=false",
+    ]
     started, run = time.process_time(), set_up(method.recipe, [*settings, "data.max_eval_images=0"], QUIET)
     if method.blend is not None:
         store_maps(run.model, args.out / "lite0", method.blend)

@@ -7,7 +7,7 @@ Says first how long it will take, from what each script took when it last ran. W
 the beginning. A script that fails is named at the end, with exit code 1, and runs again the next time.
 
 Not among them, because they compare with no peer or take hours: adapting.py, crops.py, long_run.py, methods.py,
-model_sizes.py, own_images.py, poolers.py, stream_reading.py, teachers.py, training_cost.py.
+model_sizes.py, own_images.py, poolers.py, stream_reading.py, teacher_cost.py, teachers.py, training_cost.py.
 """
 
 import json

@@ -57,7 +57,12 @@ def run_cell(overrides: list[str], seed: int, steps: int, out: Path, store: Path
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     words = [f"training.seed={seed}", f"training.max_steps={steps}", *IMAGES, "training.watch_every=0"]
-    words += ["training.save_strategy=no", "data.horizontal_flip=false", f"training.output_dir={folder}"]
+    words += [
+        "training.save_strategy=no",
+        "data.horizontal_flip=false",
+        "training.cache_teacher=false",
+        f"training.output_dir={folder}",
+    ]
     started = time.process_time()
     run = set_up("distill_small", [*overrides, *words], QUIET)
     store_maps(run.model, store)

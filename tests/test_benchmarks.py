@@ -10,6 +10,7 @@ import peers
 import pretraining_run
 import pretraining_step
 import pytest
+import teacher_cost
 import torch
 import training_cost
 
@@ -67,6 +68,13 @@ def test_crops(tmp_path):
     rows = crops.main(["--batch", "4", "--rounds", "1", "--out", str(tmp_path / "page.md")])
     assert [row[0] for row in rows] == ["28x28x1", "32x32x3", "64x64x3", "96x96x3", "224x224x3"]
     assert "<!-- crops -->" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.slow
+def test_teacher_cost(tmp_path):
+    page = tmp_path / "page.md"
+    rows = teacher_cost.main(["--batch", "2", "--rounds", "1", "--out", str(page)])
+    assert [row[0] for row in rows] == ["img2vec_small", "dtm_small"] and "<!-- teacher_cost -->" in page.read_text()
 
 
 def test_pretraining_run(tmp_path):

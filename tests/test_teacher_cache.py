@@ -85,7 +85,7 @@ def test_a_full_file_other_sizes_and_other_questions(source, tmp_path, monkeypat
 
 def test_what_float16_cannot_hold_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "_maps", lambda self, x, grid: [torch.full((len(x), 12, *grid), 1e6)] * 2)
-    with pytest.raises(RecipeError, match="not finite in float16: leave out training.cache_teacher"):
+    with pytest.raises(RecipeError, match="not finite in float16: set training.cache_teacher=false"):
         make_cache(source, tmp_path)(torch.randn(2, 1, *SIZE), GRID)
 
 
@@ -120,19 +120,24 @@ def test_a_run_with_a_full_cache_is_the_run_with_an_empty_one(source, tmp_path, 
         ("data.crop_scale=[0.5, 1]", "random crops are others at each epoch"),
         ("data.color_jitter=0.5", "random colours"),
         ("data.streaming=true", "streamed images"),
-        ("model.target=pixel", "has no frozen teacher"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(source, tmp_path, word, message):
-    options = words(source, tmp_path, "run", "training.cache_teacher=true", word)
-    if word == "model.target=pixel":
-        options = [option for option in options if "target_config" not in option] + ["model.target_config={}"]
     with pytest.raises(RecipeError, match=message):
-        pretrain("img2vec_small", options)
+        pretrain("img2vec_small", words(source, tmp_path, "run", "training.cache_teacher=true", word))
+
+
+def test_without_a_teacher_it_is_said_to_have_no_effect(tmp_path, capsys):
+    options = words("none", tmp_path, "run", "training.cache_teacher=true", "training.max_steps=1")
+    options = [*(word for word in options if "target_config" not in word), "model.target=pixel"]
+    pretrain("img2vec_small", [*options, "model.target_config=null"])
+    assert "cache_teacher has no effect: target pixel has no frozen teacher" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_small_disk_is_named_before_training(source, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "free_bytes", lambda folder: 1000)
-    with pytest.raises(DataError, match="where 0.0 GB are free: set data.cache_dir, or leave out training.cache_teach"):
+    with pytest.raises(DataError, match="where 0.0 GB are free: set data.cache_dir, or training.cache_teacher=false"):
         pretrain("img2vec_small", words(source, tmp_path, "run", "training.cache_teacher=true"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

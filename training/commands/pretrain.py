@@ -87,6 +87,8 @@ def pretrain(
     """
     run = set_up(name, overrides, console)
     if preview:
+        if run.arguments.cache_teacher and teachers_of(run.model.target):
+            run.console.log("the teacher is in every step below; training.cache_teacher asks it once for each image")
         return dry_run(run, partial(make_trainer, run))
     return run.execute(lambda: train(run), partial(finish, run))
 
@@ -194,8 +196,6 @@ def describe_masks(model: MIMForPreTraining) -> str:
 # ---- training ------------------------------------------------------------------------------------------------------
 def make_trainer(run: PretrainRun) -> MIMTrainer:
     config = run.config
-    if run.arguments.cache_teacher:
-        cache_teachers(run.model, run.splits.train, run.data, run.console)
     if run.checkpoint is None:  # a checkpoint brings what was estimated
         fit_target(run.model, run.splits.train, run.arguments.device, run.console)
     return MIMTrainer(
@@ -212,6 +212,8 @@ def make_trainer(run: PretrainRun) -> MIMTrainer:
 
 def train(run: PretrainRun) -> MIMTrainer:
     """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
+    if run.arguments.cache_teacher:
+        cache_teachers(run.model, run.splits.train, run.data, run.console)
     trainer = make_trainer(run)
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a check needs whole weights
     if run.arguments.watch_every and whole:

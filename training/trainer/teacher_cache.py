@@ -107,7 +107,7 @@ class TeacherCache:
 
     def _check(self, rows: Tensor) -> None:
         if not rows.isfinite().all():
-            message = f"teacher {self.teacher.source} has features that are not finite in float16: leave out {KEY}"
+            message = f"teacher {self.teacher.source} has features that are not finite in float16: set {KEY}=false"
             raise RecipeError(message, KEY)
 
     def _read(self, row: int, out: np.ndarray) -> None:
@@ -136,19 +136,21 @@ def cache_teachers(
     """Has the teachers of a target keep their maps, where `training.cache_teacher` says so; prints the size first.
 
     Raises:
-        RecipeError: there is no teacher, or the images are others at each epoch.
+        RecipeError: the images are others at each epoch.
         DataError: the disk is too small.
     """
     teachers = teachers_of(model.target)
+    if not teachers:
+        console.warn(f"warning: {KEY} has no effect: target {model.config.target} has no frozen teacher")
+        return
     reasons = {
-        f"target {model.config.target} has no frozen teacher": not teachers,
         "streamed images are not counted": not isinstance(dataset, MIMDataset),
-        "random crops are others at each epoch (data.crop_scale=null leaves them out)": data.crop_scale is not None,
-        "random colours are others at each epoch (data.color_jitter=0)": data.color_jitter > 0,
+        "random crops are others at each epoch (data.crop_scale)": data.crop_scale is not None,
+        "random colours are others at each epoch (data.color_jitter)": data.color_jitter > 0,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise RecipeError(f"{KEY} cannot be used: {reason}", KEY)
+            raise RecipeError(f"{KEY} cannot be used: {reason}; set {KEY}=false", KEY)
     size, images = pair(model.config.image_size), len(dataset)  # type: ignore[arg-type]
     folder = Path(data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim").expanduser()
     forms, mirrored = (2, ", as they are and mirrored") if data.horizontal_flip else (1, "")
@@ -159,6 +161,6 @@ def cache_teachers(
         what = f"features of {teacher.source} for {images:,} images{mirrored}: {there:,} are kept already, up to "
         what += f"{cache.missing_bytes / 1e9:,.2f} GB more in {folder}, where {free}"
         if cache.missing_bytes > free_bytes(folder):
-            raise DataError(f"{what}: set data.cache_dir, or leave out {KEY}")
+            raise DataError(f"{what}: set data.cache_dir, or {KEY}=false")
         console.log(what)
         teacher.maps = cache  # type: ignore[method-assign]
