@@ -265,6 +265,7 @@ def evaluate(run: FinetuneRun, splits: LabelledSplits, trainer: FinetuneTrainer)
     for name, dataset in {"validation": splits.validation, "test": splits.test}.items():
         if dataset is None:
             continue
+        run.console.log(f"evaluating on {len(dataset):,} {name} images")
         predictions, labels = trainer.predict_arrays(dataset)
         rounded = {key: round(value, 5) for key, value in score_classes(predictions, labels).items()}
         results[name] = {"images": len(dataset), "from": splits.notes[name], **rounded}

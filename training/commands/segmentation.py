@@ -258,6 +258,7 @@ def write_results(run: FinetuneRun, splits: MaskedSplits, trainer: SegmentationT
     """
     trained_on, model = cast(MaskedDataset, trainer.train_dataset), cast(MIMUperNet, trainer.model)
     dataset = MaskedDataset(splits.test, trained_on.config, trained_on.size, False)
+    run.console.log(f"evaluating on {len(dataset):,} test images")
     results, failure = run.try_evaluation(lambda: evaluate(splits, dataset, trainer))
     if not trainer.is_world_process_zero():
         return

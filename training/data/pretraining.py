@@ -96,7 +96,7 @@ def _load(opened: Opened, data: DataArguments, config: MIMConfig, seed: int) -> 
         note = note if test is None else "data.max_eval_images is 0"
         return Splits(training, None, None, note, [*report, f"Not evaluated: {note}"])
     testing = MIMDataset(test, config, data, False, seed, training.classes)
-    report.append(describe_part("test", len(testing), testing.label_info, note))
+    report.append(describe_part("test", len(testing), testing.label_info, note, data.max_eval_images))
     if test_name is not None and len(testing) < len(opened[test_name]):
         report.append(f"{len(opened[test_name]) - len(testing):,} test images without a label are left out")
     return Splits(training, training.without_augmentation(), testing, note, report)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from hf_mim.training.data.labels import Labels
-from hf_mim.training.data.splits import Opened
+from hf_mim.training.data.splits import Opened, draw_labelled
 
 
 CLASSES_NAMED = 8  # with their counts
@@ -22,12 +22,20 @@ def describe_classes(classes: list[str]) -> str:
     return f"classes: {len(classes)} ({names})"
 
 
-def describe_part(name: str, count: int, labels: Labels | None = None, note: str = "") -> str:
-    """How many images of which classes a split or a part of one has."""
-    line = f"{name}: {count:,} images" + (f" ({note})" if note else "")
+def describe_part(
+    name: str, count: int, labels: Labels | None = None, note: str = "", drawn: int | None = None
+) -> str:
+    """How many images of which classes a split or a part of one has.
+
+    Args:
+        drawn: how many of those with a label are used at most, as of `draw_labelled`; None is all.
+    """
+    part = "" if drawn is None or drawn >= count else f"{drawn:,} of "
+    line = f"{name}: {part}{count:,} images" + (f" ({note})" if note else "")
     if labels is None:
         return line
     numbers = labels.numbers.numpy()
+    numbers = numbers[draw_labelled(numbers, drawn)] if part else numbers
     counts = np.bincount(numbers[numbers >= 0], minlength=len(labels.classes))
     if len(counts) <= CLASSES_NAMED:
         parts = [f"{name} {number:,}" for name, number in zip(labels.classes, counts)]

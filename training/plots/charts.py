@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
+MARKED = 10  # logged losses below which each is drawn as a point
 NAMED = 40  # classes whose names, and
 NUMBERED = 20  # classes whose counts are still legible in a confusion matrix
 COLUMNS = {  # of the chart of accuracies: colours and names
@@ -53,7 +54,8 @@ def save_figure(figure: "Figure", path: Path, figures: str = "png") -> None:
 
 
 def draw_loss(history: list[dict], path: Path, figures: str = "png") -> None:
-    """Writes the curve of the loss: as logged, and its running mean over a twentieth of the run.
+    """Writes the curve of the loss: as logged, and its running mean over a twentieth of the run; points where there
+    are too few for a line.
 
     Args:
         history: the Trainer's `state.log_history`; entries without "loss" are left out.
@@ -61,8 +63,10 @@ def draw_loss(history: list[dict], path: Path, figures: str = "png") -> None:
     logged = [(entry["step"], entry["loss"], entry.get("learning_rate")) for entry in history if "loss" in entry]
     steps, losses, rates = (np.array(column, dtype=float) for column in zip(*logged, strict=True))
     figure, axes = make_axes(8, 4.5)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="loss, as logged")
+    mark = "o" if len(steps) < MARKED else ""
+    axes.plot(steps, losses, marker=mark, color="tab:blue", alpha=0.35, linewidth=0.8, label="loss, as logged")
     axes.plot(steps, running_mean(losses, len(losses) // 20), color="tab:blue", linewidth=2, label="loss, running mean")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set(xlabel="optimizer step", ylabel="loss on the training images")
     # The first steps are far above the rest and would flatten the part that matters.
     settled = losses[len(losses) // 20 :]
@@ -70,7 +74,7 @@ def draw_loss(history: list[dict], path: Path, figures: str = "png") -> None:
     axes.set_ylim(settled.min() - 0.05 * span, min(losses.max(), settled.max() + 0.5 * span) + 0.05 * span)
     axes.grid(alpha=0.3)
     other = axes.twinx()
-    other.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
+    other.plot(steps, rates, marker=mark, markersize=3, color="tab:gray", linestyle=":", label="learning rate")
     other.set(ylabel="learning rate", ylim=(0, None))
     lines = axes.get_lines() + other.get_lines()
     axes.legend(handles=lines, loc="upper right")
