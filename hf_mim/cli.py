@@ -4,12 +4,22 @@ function that runs it, whose module is imported when it is called."""
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from hf_mim.command_table import TUNED, DryRun, Force, License, Overrides, app, command, completing, recipe_words
-from hf_mim.command_words import check_command, check_demo, check_words, is_heavy, part_words, split, take_plugins
+from hf_mim.command_words import (
+    check_command,
+    check_demo,
+    check_installed,
+    check_parts,
+    check_words,
+    is_heavy,
+    part_words,
+    split,
+    take_plugins,
+)
 from hf_mim.cpu import tune_for_cpu
 from hf_mim.error_lines import describe
 
@@ -171,6 +181,7 @@ def embed(
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
 ):
     """Write a vector of every image, with file names and labels, as parquet. Run it again to go on where it stopped."""
+    check_parts({"model": {"pooler": pooler}})
     from hf_mim.training.commands.embed import embed as run
 
     folders, overrides = part_words(words)
@@ -336,13 +347,14 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="The output folder of a run, or a model on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
-        str | None,
-        typer.Option(help="transformers, timm, onnx, or official (FCMAE); by default the library it came from."),
+        Literal["transformers", "timm", "onnx", "official"] | None,
+        typer.Option(help="official is for FCMAE; by default the library it came from."),
     ] = None,
     force: Force = False,
 ):
     """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim; or a
     whole FCMAE as its official file."""
+    check_installed(to)
     from hf_mim.conversion import export as run
 
     for line in run(checkpoint, out, to, force):
@@ -364,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
         plugins, arguments = take_plugins(arguments)
         check_command(arguments)
         if is_heavy(arguments):
-            check_words(*arguments)
+            check_words(*arguments, plugins=bool(plugins))
             if arguments[0] in TUNED:
                 tune_for_cpu()
             silence_libraries()

@@ -1,8 +1,17 @@
 """What is wrong with the words of a command line, found before anything heavy is imported."""
 
+from itertools import takewhile
+
 import typer
 
 from hf_mim.command_table import HELP, LIGHT, SECTIONS
+
+
+# Commands whose first word is a checkpoint; those that take a folder alone, and several of them.
+ONE = ("finetune", "reconstruct", "probe", "embed", "teacher", "codebook", "demo", "doctor", "export", "convert")
+FOLDER = ("push", "card")
+SEVERAL = ("analyze", "distill")
+MEASUREMENTS = ("hf_mim.analysis.__init__", "MEASUREMENTS")
 
 
 def split(words: list[str] | None) -> tuple[str | None, list[str]]:
@@ -48,12 +57,17 @@ def check_command(arguments: list[str]) -> None:
         raise unknown_choice("command", arguments[0], SECTIONS)
 
 
-def check_words(name: str, *words: str) -> None:
-    """Finds what is wrong with recipe and overrides before torch is imported, which takes seconds.
+def check_words(name: str, *words: str, plugins: bool = False) -> None:
+    """Finds what is wrong with checkpoint, recipe and overrides before torch is imported, which takes seconds.
+
+    Args:
+        plugins: whether the command line names any.
 
     Raises:
-        RecipeError: an unknown recipe, section or key, or a value of another type.
+        CheckpointError: there is no folder where one must be.
+        RecipeError: an unknown recipe, section or key, or a value of another type or not among its choices.
     """
+    check_places(name, *words)
     words = tuple(word for word in words if word != "--dry-run")
     if not SECTIONS.get(name) or any(word.startswith("-") for word in words):
         return
@@ -62,11 +76,61 @@ def check_words(name: str, *words: str) -> None:
     if name in ("pretrain", "finetune"):
         recipe, overrides = split(list(words[1:] if name == "finetune" else words))
         if recipe is not None or name == "pretrain":
-            recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
+            read, changes = recipes.read_words(recipe or "quick", recipes.expand_task(overrides, name), name)
+            check_parts(changes, plugins or bool(read.get("plugins")))
             return
     else:
         overrides = [word for word in words if recipes.is_override(word)]
     recipes.check_names(overrides, name, SECTIONS[name])
+    check_parts(recipes.parse_overrides(overrides), plugins)
+
+
+def check_places(name: str, *words: str) -> None:
+    """Raises:
+    CheckpointError: a checkpoint that the command takes must be a folder, and is not there.
+    """
+    from hf_mim.training.common.checkpoint_path import check_path
+
+    plain = list(takewhile(lambda word: not word.startswith("-"), words))
+    for source in part_words(plain)[0] if name in SEVERAL else plain[:1] if name in (*ONE, *FOLDER) else []:
+        check_path(source, local=name in FOLDER)
+
+
+def check_parts(changes: dict, plugins: bool = False) -> None:
+    """Raises:
+    RecipeError: an unknown part or measurement, where no plug-in could bring it.
+    """
+    from importlib.metadata import entry_points
+
+    from hf_mim.modeling.options import unknown_choice
+    from hf_mim.reference.options import PARTS, names_of
+    from hf_mim.training.common.choices import words_of
+    from hf_mim.training.common.errors import RecipeError
+    from hf_mim.training.common.plugins import GROUP
+
+    if plugins or entry_points(group=GROUP):
+        return
+    names = [(kind, f"model.{kind}", changes.get("model", {}).get(kind)) for kind in PARTS]
+    names += [("pooler", "probe.poolers", name) for name in changes.get("probe", {}).get("poolers") or []]
+    names += [("measurement", "analyze", name) for name in changes.get("analyze", {}).get("measurements") or []]
+    for kind, key, name in names:
+        choices = words_of(*MEASUREMENTS) if kind == "measurement" else names_of(kind)
+        if isinstance(name, str) and name not in choices:
+            raise RecipeError(str(unknown_choice(kind, name, choices)), key)
+
+
+def check_installed(to: str | None = None, demo: bool = False, page: bool = False) -> None:
+    """Raises:
+    UserError: a package is not installed that an export to a format, a demo or its page needs.
+    """
+    from hf_mim.training.common.choices import ONNX, ONNX_RUN, check_packages
+
+    if to == "onnx":
+        check_packages("ONNX", ONNX_RUN, "onnx")
+    if page:
+        check_packages("a page", ONNX, "onnx")
+    elif demo:
+        check_packages("the demo", ("gradio",), "demo")
 
 
 # What each form of `demo` uses, beside the model.
@@ -89,3 +153,4 @@ def check_demo(**given: object) -> None:
             users = " and ".join(shown[other] for other, names in DEMO_OPTIONS.items() if name in names)
             remedy = f"it is for {users}" if users else "choose one of the two"
             raise typer.BadParameter(f"{shown[form]} does not use {option}: {remedy}")
+    check_installed(demo=True, page=form == "page")

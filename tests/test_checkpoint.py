@@ -6,6 +6,7 @@ from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEForPreTraini
 
 from hf_mim import MIMConfig, MIMForPreTraining
 from hf_mim.training.checkpoint import checkpoint_errors, load_encoder, resolve, untrained_twin
+from hf_mim.training.common.checkpoint_path import check_path
 from hf_mim.training.common.errors import CheckpointError
 
 
@@ -74,3 +75,24 @@ def test_the_untrained_twin_differs_and_leaves_the_random_state(tmp_path):
     ]
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[1], weights[3])
+
+
+def test_what_must_be_a_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "pretrain-quick").mkdir(parents=True)
+    check_path("runs/pretrain-quick")
+    check_path("someone/model")  # perhaps of the Hub, as is the next
+    check_path("model")
+    check_path("hf://someone/model")
+    for source, reason in {
+        "./nowhere": "there is no such folder$",
+        "a/b/c": "there is no such folder, nor a folder a/b$",
+        "outputs/x": "there is no such folder, nor a folder outputs$",
+        "runs/pretrian-quick": r"no such folder; did you mean runs/pretrain-quick\?; a model .* is hf://runs/pretrian-quick",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"no checkpoint at {source}: .*{reason}"):
+            check_path(source)
+    with pytest.raises(CheckpointError, match="no checkpoint at model: there is no such folder"):
+        check_path("model", local=True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    check_path("runs/model")  # in the cache

@@ -51,8 +51,10 @@ def test_recipes_lists_every_recipe_with_its_paper(capsys, monkeypatch):
         (("pretrain", "model.encoder=vti"), "did you mean 'vit'"),
         (("pretrain", "--fast"), "--fast"),
         (("reconstruct",), "checkpoint"),
+        (("export", ".", "out", "--to", "keras"), "'keras' is not one of 'transformers', 'timm', 'onnx', 'official'"),
+        (("embed", ".", "out", "--pooler", "mena"), "unknown pooler 'mena': did you mean 'mean'"),
         (("reconstruct", "./nowhere", "setup.py"), "no checkpoint at ./nowhere"),
-        (("reconstruct", "./nowhere", "none.png"), "there is no image none.png"),
+        (("reconstruct", ".", "none.png"), "there is no image none.png"),
     ],
 )
 def test_an_error_is_one_line_and_a_code(capsys, tmp_path, monkeypatch, arguments, words):
@@ -77,12 +79,12 @@ def test_the_first_word_is_a_recipe_only_if_it_is_no_override(monkeypatch):
     seen = []
     monkeypatch.setattr(hub, "push_run", lambda folder: None)
     monkeypatch.setattr(pretrain, "pretrain", lambda *arguments, preview: seen.append(arguments))
-    for words in ([], ["mae"], ["data.split=1", "model.decoder=2"], ["mae", "data.split=1"]):
+    for words in ([], ["mae"], ["data.split=1", "model.decoder=unet"], ["mae", "data.split=1"]):
         assert cli.main(["pretrain", *words]) == 0
     assert seen == [
         ("quick", []),
         ("mae", []),
-        ("quick", ["data.split=1", "model.decoder=2"]),
+        ("quick", ["data.split=1", "model.decoder=unet"]),
         ("mae", ["data.split=1"]),
     ]
 
@@ -198,6 +200,16 @@ for words, message in {
     ("analyze", "somewhere", "analyze.image=1"): "did you mean 'images'",
     ("doctor", "somewhere", "model.encoder=vit"): "unknown section 'model'",
     ("teacher", "somewhere", "data.dataste=x"): "Unknown key data.dataste",
+    ("finetune", "somewhere", "task=segmentatoin"): "unknown finetune.task 'segmentatoin': did you mean 'segmentation'",
+    ("probe", "somewhere", "task=dens"): "did you mean 'dense'",
+    ("probe", "somewhere", "probe.poolers=[mena]"): "unknown pooler 'mena': did you mean 'mean'",
+    ("pretrain", "model.target=hgo"): "unknown target 'hgo': did you mean 'hog'",
+    ("pretrain", "training.figures=jpg"): "unknown training.figures 'jpg': did you mean 'png'",
+    ("analyze", "somewhere", "analyze.measurements=[heath]"): "did you mean 'health'",
+    ("doctor", "outputs/nowhere"): "no checkpoint at outputs/nowhere: there is no such folder, nor a folder outputs",
+    ("push", "somewhere", "me/x"): "no checkpoint at somewhere: there is no such folder",
+    ("analyze", "somewhere", "./nowhere"): "no checkpoint at ./nowhere: there is no such folder",
+    ("distill", "lite0", "some/model/here"): "no checkpoint at some/model/here",
 }.items():
     sys.argv, sys.stderr = ["hf-mim", *words], io.StringIO()
     code, printed, sys.stderr = cli.main(), sys.stderr.getvalue(), sys.__stderr__

@@ -14,6 +14,7 @@ from hf_mim import MIMConfig, MIMForPreTraining, cli
 from hf_mim.demo import app, looks, page
 from hf_mim.demo.looks import Demo
 from hf_mim.demo.painted import PaintedModel, to_onnx
+from hf_mim.training.common import choices
 
 
 SMALL = ("data.split=test", "data.max_eval_images=20")
@@ -83,7 +84,11 @@ def test_the_graph_computes_the_same():
     np.testing.assert_allclose(prediction, expected.numpy(), atol=1e-5)
 
 
-def test_what_a_page_cannot_show_is_said(checkpoint, tmp_path, capsys):
+def test_what_a_page_cannot_show_is_said(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choices, "find_spec", lambda name: None)
+    assert cli.main(["demo", str(checkpoint), "--page", str(tmp_path / "page")]) == 2
+    assert "a page needs onnx, onnxscript: pip install 'hf-mim[onnx]'" in capsys.readouterr().err
+    monkeypatch.setattr(choices, "find_spec", lambda name: name)
     assert cli.main(["demo", str(checkpoint), "--page", str(tmp_path / "page"), "--runtime", str(tmp_path)]) == 2
     assert "is no onnxruntime-web: there is no ort.wasm.min.js" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a ViT with decoder transformer"):
@@ -199,7 +204,7 @@ def test_the_whole_model_is_where_the_images_are(checkpoint, monkeypatch):
 
 
 def test_without_gradio_it_says_what_to_install(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choices, "find_spec", lambda name: None)
     assert cli.main(["demo", str(checkpoint)]) == 2
     assert "pip install 'hf-mim[demo]'" in capsys.readouterr().err
 
@@ -207,7 +212,7 @@ def test_without_gradio_it_says_what_to_install(checkpoint, monkeypatch, capsys)
 @pytest.fixture
 def written_for(monkeypatch):
     """`write_space` where gradio seems to be installed: it is not imported."""
-    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(choices, "find_spec", lambda name: name)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "6.0")
     return app.write_space
 

@@ -17,7 +17,9 @@ from hf_mim import MIMConfig, cli
 from hf_mim.hub.errors import HubError, explain
 from hf_mim.hub.files import weight_files
 from hf_mim.hub.push import hub_errors, push
+from hf_mim.modeling.options import OptionError
 from hf_mim.training.checkpoint import load_model
+from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 
@@ -48,6 +50,18 @@ def test_without_network_it_says_what_the_cache_holds(monkeypatch):
     for off, words in ((True, "is switched off (HF_HUB_OFFLINE=1)"), (False, "cannot be reached")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", off)
         assert cli.describe(wrapped(missing)).endswith(f"{words}; in the cache: me/kept")
+
+
+def test_of_a_name_that_is_no_folder_both_places_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_mim.hub.errors.in_cache", lambda: "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for outer in (CheckpointError("no", "me/model"), OptionError("no", "teacher", "me/model")):
+        outer.__cause__ = errors.LocalEntryNotFoundError("not there")
+        expected = f"there is no folder me/model, and the Hub at {constants.ENDPOINT} cannot be reached"
+        assert cli.describe(outer) == expected
+    (tmp_path / "me" / "model").mkdir(parents=True)  # a folder that needs something else of the Hub
+    assert cli.describe(outer).startswith("the Hub at ")
 
 
 def test_the_models_of_a_cache_are_listed(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hf_mim.modeling.encoder_base import MASK_PARAMETERS
 from hf_mim.modeling.loading import config_fields, load_whole
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
 from hf_mim.modeling.options import shorten, shorten_text
+from hf_mim.training.common.checkpoint_path import check_path
 from hf_mim.training.common.errors import CheckpointError, RecipeError, UserError
 from hf_mim.training.common.foreign_errors import field_reason
 from hf_mim.training.conversion.starting import (
@@ -80,12 +81,10 @@ def first_line(error: Exception) -> str:
 
 def check_source(source: str) -> None:
     """Raises:
-    CheckpointError: it is written as a path, and there is nothing there: the Hub would only say that it is no name. Or
-        its weights are in shards, whose table of contents is a pickle: only the user may say that it is to be trusted.
+    CheckpointError: as of `check_path`. Or its weights are in shards, whose table of contents is a pickle: only the
+        user may say that it is to be trusted.
     """
-    written_as_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if written_as_path and not Path(source).exists():
-        raise CheckpointError(f"no checkpoint at {source}: there is no such folder", source)
+    check_path(source)
     shards = Path(source) / SHARDS
     if shards.is_dir() and not any(Path(source).glob("model*.safetensors")):
         raise CheckpointError(

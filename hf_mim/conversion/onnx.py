@@ -1,7 +1,6 @@
 """A checkpoint's encoder and pooler as ONNX, by the exporter of transformers."""
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
+from hf_mim.training.common.choices import ONNX_RUN, check_packages
 
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4
 OUTPUTS = ("last_hidden_state", "pooler_output")
 
@@ -26,9 +25,7 @@ def to_onnx(model: MIMModel, out: Path) -> list[str]:
     Raises:
         ValueError: onnx, onnxscript or onnxruntime is not installed, or the outputs of the two differ.
     """
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ValueError(f"ONNX needs {', '.join(absent)}: pip install 'hf-mim[onnx]'")
+    check_packages("ONNX", ONNX_RUN, "onnx")
     # The plain attention is written out in operators that every runtime has.
     model.set_attn_implementation("eager")
     size = pair(model.config.image_size)

@@ -1,6 +1,5 @@
 """The demo as an app of Gradio, and as a Space of the Hub."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from hf_mim.hub.files import read_json, weight_files, write_json
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.loading import INDEX
 from hf_mim.training.checkpoint import read_config
+from hf_mim.training.common.choices import check_packages
 from hf_mim.training.common.console import RunConsole
-from hf_mim.training.common.errors import FolderError, UserError
+from hf_mim.training.common.errors import FolderError
 from hf_mim.training.common.output_folder import check_new_folder
 from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.common.titles import name_of
 
 
-ABSENT = "the demo needs gradio: pip install 'hf-mim[demo]'"
 COPIED = ("config.json", "preprocessor_config.json")
 SPACE_CARD = """---
 title: {title}
@@ -53,8 +52,7 @@ def make_app(source: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         UserError: gradio is not installed.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError(ABSENT)
+    check_packages("the demo", ("gradio",), "demo")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what is looked at is nobody's business
     import gradio
 
@@ -95,8 +93,7 @@ def write_space(source: str, out: Path, force: bool = False) -> list[Path]:
         FolderError: `out` holds something, or the checkpoint itself.
         UserError: gradio is not installed: its version is a part of the card.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError(ABSENT)
+    check_packages("the demo", ("gradio",), "demo")
     from importlib.metadata import version
 
     check_new_folder(out, force)

@@ -49,15 +49,14 @@ def write_page(
         FolderError: the folder holds something, or the package is not to be had.
     """
     check_new_folder(out, force)
-    console = RunConsole()
+    parts, console = None if runtime is None else read_runtime(runtime), RunConsole()
     base = {"data": own_data([source], chosen_data(overrides), console)}
     (data,) = recipes.read_sections(overrides, base, data=DataArguments)
     model = load_model(source).float()
     if model.config.num_channels not in (1, 3):
         message = f"a page shows images of one or three channels, and {source} has {model.config.num_channels}"
         raise CheckpointError(message, source)
-    painted = PaintedModel(model)
-    parts = read_runtime(runtime)
+    painted, parts = PaintedModel(model), parts or read_runtime(None)
     with console.status("writing the graph"):
         graph = to_onnx(painted)
     page = TEMPLATE.read_text(encoding="utf-8").replace("TITLE", name_of(source).replace("<", "&lt;"))

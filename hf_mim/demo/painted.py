@@ -8,6 +8,7 @@ from hf_mim.modeling.decoders import TransformerDecoder
 from hf_mim.modeling.encoder_vit import ViTEncoder
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
+from hf_mim.training.common.choices import ONNX, check_packages
 from hf_mim.training.common.errors import CheckpointError
 
 
@@ -75,18 +76,16 @@ def to_onnx(model: PaintedModel) -> bytes:
     """The graph with its weights, inputs `pixel_values` and `hidden`, output `prediction`.
 
     Raises:
-        CheckpointError: a package is not installed.
+        UserError: a package is not installed.
     """
     import contextlib
-    import importlib.util
     import io
     import logging
     import tempfile
     import warnings
     from pathlib import Path
 
-    if absent := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise CheckpointError(f"a page needs {', '.join(absent)}: pip install 'hf-mim[onnx]'")
+    check_packages("a page", ONNX, "onnx")
     pixel_values = torch.zeros(1, model.model.config.num_channels, *model.size)
     hidden = torch.arange(model.grid[0] * model.grid[1])[None] % 2 == 0
     logger = logging.getLogger("torch.onnx")

@@ -8,7 +8,7 @@ import shutil
 from huggingface_hub import constants, errors, get_token, scan_cache_dir
 
 from hf_mim.modeling.foreign import OWN_CODE
-from hf_mim.training.common.errors import UserError
+from hf_mim.training.common.errors import CheckpointError, UserError
 from hf_mim.training.common.sharing import masked
 
 
@@ -34,8 +34,24 @@ def explain(error: BaseException) -> str | None:
     for inner in chain(error):
         message = explain_one(inner)
         if message is not None:
-            return message
+            unknown = isinstance(inner, errors.RepositoryNotFoundError) or is_unreached(inner)
+            return (missing_folder(error) if unknown else "") + message
     return None
+
+
+def missing_folder(error: BaseException) -> str:
+    """That there is no folder either, for what could have been the name of one: the beginning of a message, or ""."""
+    for outer in chain(error):
+        source = outer.source if isinstance(outer, CheckpointError) else getattr(outer, "value", None)
+        if isinstance(source, str) and source and "://" not in source and not os.path.exists(source):
+            return f"there is no folder {source}, and "
+    return ""
+
+
+def is_unreached(error: BaseException) -> bool:
+    """Whether the Hub gave no answer. The client's base class of what goes wrong on the way has no response."""
+    on_the_way = isinstance(error, errors.HTTPError) and not hasattr(error, "response")
+    return on_the_way or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
 
 
 def chain(error: BaseException) -> list[BaseException]:
@@ -56,9 +72,7 @@ def explain_one(error: BaseException) -> str | None:
         return f"this needs a token of the Hub: {LOG_IN}"
     if isinstance(error, errors.HfHubHTTPError):
         return explain_answer(error)
-    # The client's base class of what goes wrong on the way; an answer of the server has a response.
-    on_the_way = isinstance(error, errors.HTTPError) and not hasattr(error, "response")
-    if on_the_way or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    if is_unreached(error):
         if constants.HF_HUB_OFFLINE:
             return f"the Hub is switched off (HF_HUB_OFFLINE=1){in_cache()}"
         return f"the Hub at {constants.ENDPOINT} cannot be reached{in_cache()}"

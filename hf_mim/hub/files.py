@@ -7,6 +7,7 @@ from hf_mim.modeling.loading import INDEX, WHOLE, shard_names
 from hf_mim.modeling.options import shorten
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import checkpoint_errors
+from hf_mim.training.common.checkpoint_path import check_path
 from hf_mim.training.common.errors import CheckpointError
 from hf_mim.training.common.sharing import file_inside, shareable
 from hf_mim.training.recipe import PLUGINS
@@ -58,6 +59,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         CheckpointError: there are none, or the index names something that is no file of this folder.
         FolderError: one is a symbolic link out of the folder.
     """
+    check_path(str(folder), local=True)
     if file_inside(folder, "config.json") is None:
         raise CheckpointError(f"no checkpoint at {folder}: there is no config.json", str(folder))
     whole, index = file_inside(folder, WHOLE), file_inside(folder, INDEX)

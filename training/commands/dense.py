@@ -31,6 +31,9 @@ from hf_mim.training.plots.pictures import draw_masks
 from hf_mim.training.run import Run, versions
 
 
+TASKS = ("dense",)
+
+
 @dataclass
 class DenseArguments:
     """The section `probe` where its task is dense.
@@ -143,8 +146,8 @@ def asks_for_dense(overrides: Sequence[str]) -> bool:
     """
     tasks = [word.partition("=")[2] for word in overrides if word.partition("=")[0] in ("task", "probe.task")]
     for task in tasks:
-        if task != "dense":
-            raise unknown_choice("probe.task", task, ["dense"])
+        if task not in TASKS:
+            raise unknown_choice("probe.task", task, TASKS)
     return bool(tasks)
 
 

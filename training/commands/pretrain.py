@@ -362,7 +362,9 @@ def evaluate(run: PretrainRun) -> dict:
     set_seed(run.arguments.seed)
     untrained = on_device(MIMForPreTraining(run.config).mim, run.model.device)
     images = f"{len(train[1]):,} training and {len(test[1]):,} test images"
-    run.console.log(f"evaluating on {images}: k-NN and linear probe of the encoder, trained and untrained, and raw pixels")
+    run.console.log(
+        f"evaluating on {images}: k-NN and linear probe of the encoder, trained and untrained, and raw pixels"
+    )
     with run.console.progress(IMAGES_DONE) as bar:
         task = bar.add_task("evaluating", total=3 * (len(train[1]) + len(test[1])))
         loader = {"workers": run.arguments.dataloader_num_workers, "advance": partial(bar.advance, task)}

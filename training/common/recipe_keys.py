@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 
 from hf_mim.modeling.options import Size, is_of, shorten, unknown_choice
+from hf_mim.training.common.choices import check_choices
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.sharing import check_secrets
 from hf_mim.training.common.source import fields_of_class
@@ -166,4 +167,5 @@ def check_keys(
                 hint = str(unknown_choice("key", key, keys)).partition(repr(key))[2]
                 raise RecipeError(f"Unknown key {section}.{key}{place}{hint}", f"{section}.{key}")
             check_value(f"{section}.{key}", value, keys[key])
+    check_choices(recipe)
     check_secrets(recipe)

@@ -22,9 +22,7 @@ def describe_classes(classes: list[str]) -> str:
     return f"classes: {len(classes)} ({names})"
 
 
-def describe_part(
-    name: str, count: int, labels: Labels | None = None, note: str = "", drawn: int | None = None
-) -> str:
+def describe_part(name: str, count: int, labels: Labels | None = None, note: str = "", drawn: int | None = None) -> str:
     """How many images of which classes a split or a part of one has.
 
     Args:
