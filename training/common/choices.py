@@ -38,7 +38,7 @@ def words_of(module: str, name: str) -> tuple[str, ...]:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             value = getattr(node, "value", None)
             items = value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", [])
-            return tuple(item.value for item in items if isinstance(item, ast.Constant))
+            return tuple(str(item.value) for item in items if isinstance(item, ast.Constant))
     raise LookupError(f"no {name} in {module}")
 
 

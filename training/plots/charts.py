@@ -66,7 +66,7 @@ def draw_loss(history: list[dict], path: Path, figures: str = "png") -> None:
     mark = "o" if len(steps) < MARKED else ""
     axes.plot(steps, losses, marker=mark, color="tab:blue", alpha=0.35, linewidth=0.8, label="loss, as logged")
     axes.plot(steps, running_mean(losses, len(losses) // 20), color="tab:blue", linewidth=2, label="loss, running mean")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(xlabel="optimizer step", ylabel="loss on the training images")
     # The first steps are far above the rest and would flatten the part that matters.
     settled = losses[len(losses) // 20 :]
