@@ -8,18 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from hf_mim import command_words
 from hf_mim.command_table import TUNED, DryRun, Force, License, Overrides, app, command, completing, recipe_words
-from hf_mim.command_words import (
-    check_command,
-    check_demo,
-    check_installed,
-    check_parts,
-    check_words,
-    is_heavy,
-    part_words,
-    split,
-    take_plugins,
-)
+from hf_mim.command_words import Pooler, part_words, split
 from hf_mim.cpu import tune_for_cpu
 from hf_mim.error_lines import describe
 
@@ -176,12 +167,11 @@ def embed(
     words: Annotated[
         list[str], typer.Argument(metavar="OUT SECTION.KEY=VALUE", help="The folder to write, and what to embed.")
     ],
-    pooler: Annotated[str, typer.Option(help="What makes one vector of the tokens: mean, cls, max, ...")] = "mean",
+    pooler: Pooler = "mean",
     layer: Annotated[int, typer.Option(help="Whose tokens; -1 is the last, 0 the embedding.")] = -1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
 ):
     """Write a vector of every image, with file names and labels, as parquet. Run it again to go on where it stopped."""
-    check_parts({"model": {"pooler": pooler}})
     from hf_mim.training.commands.embed import embed as run
 
     folders, overrides = part_words(words)
@@ -243,7 +233,7 @@ def demo(
     force: Force = False,
 ):
     """Show a model in the browser: reconstruction at any mask ratio, attention, nearest neighbours."""
-    check_demo(page=page, space=space, overrides=overrides, runtime=runtime, port=port, force=force)
+    command_words.check_demo(page=page, space=space, overrides=overrides, runtime=runtime, port=port, force=force)
     if page is not None:
         from hf_mim.demo.page import write_page
 
@@ -354,7 +344,7 @@ def export(
 ):
     """Write a checkpoint's encoder as a model of transformers or timm, or as ONNX, that needs nothing of hf_mim; or a
     whole FCMAE as its official file."""
-    check_installed(to)
+    command_words.check_installed(to)
     from hf_mim.conversion import export as run
 
     for line in run(checkpoint, out, to, force):
@@ -373,10 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("HF_MIM_DEBUG", "0") not in ("", "0")
     try:
-        plugins, arguments = take_plugins(arguments)
-        check_command(arguments)
-        if is_heavy(arguments):
-            check_words(*arguments, plugins=bool(plugins))
+        plugins, arguments = command_words.take_plugins(arguments)
+        command_words.check_command(arguments)
+        if command_words.is_heavy(arguments):
+            command_words.check_words(*arguments, plugins=bool(plugins))
             if arguments[0] in TUNED:
                 tune_for_cpu()
             silence_libraries()

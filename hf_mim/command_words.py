@@ -1,6 +1,7 @@
 """What is wrong with the words of a command line, found before anything heavy is imported."""
 
 from itertools import takewhile
+from typing import Annotated
 
 import typer
 
@@ -117,6 +118,15 @@ def check_parts(changes: dict, plugins: bool = False) -> None:
         choices = words_of(*MEASUREMENTS) if kind == "measurement" else names_of(kind)
         if isinstance(name, str) and name not in choices:
             raise RecipeError(str(unknown_choice(kind, name, choices)), key)
+
+
+def check_pooler(name: str) -> str:
+    """As a callback of an option. -> the name, which a pooler has."""
+    check_parts({"model": {"pooler": name}})
+    return name
+
+
+Pooler = Annotated[str, typer.Option(help="What makes one vector of the tokens.", callback=check_pooler)]
 
 
 def check_installed(to: str | None = None, demo: bool = False, page: bool = False) -> None:

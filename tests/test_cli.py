@@ -239,7 +239,7 @@ def test_an_error_stays_a_line_that_can_be_read(monkeypatch, capsys):
     def fail(*_):
         raise ValueError("x" * 100_000)
 
-    monkeypatch.setattr(cli, "check_command", fail)
+    monkeypatch.setattr(cli.command_words, "check_command", fail)
     assert cli.main(["doctor", "x"]) == 2
     printed = capsys.readouterr().err
     assert len(printed) < 2100 and printed.count("\n") == 1
