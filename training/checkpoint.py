@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
@@ -19,6 +20,9 @@ from hf_mim.modeling.options import shorten, shorten_text
 from hf_mim.training.common.checkpoint_path import check_path
 from hf_mim.training.common.errors import CheckpointError, RecipeError, UserError
 from hf_mim.training.common.foreign_errors import field_reason
+from hf_mim.training.common.hub_reach import is_out_of_reach
+from hf_mim.training.common.sharing import masked
+from hf_mim.training.conversion.reading import SUFFIXES
 from hf_mim.training.conversion.starting import (
     DESCRIBES,
     METHOD,
@@ -35,6 +39,7 @@ from hf_mim.training.data.urls import LOCAL, is_url
 
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+TIMM_PREFIXES = ("timm:", "hf-hub:", "hf_hub:", "local-dir:")  # which timm has before its names
 SHARDS = "pytorch_model_fsdp_0"  # what accelerate calls the folder of a checkpoint's shards
 
 
@@ -79,11 +84,37 @@ def first_line(error: Exception) -> str:
     return shorten_text((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
+def check_timm_name(source: str) -> None:
+    """Raises:
+    CheckpointError: it is written as timm names models, whose weights have other names on the Hub.
+    """
+    prefix = next((prefix for prefix in TIMM_PREFIXES if source.startswith(prefix)), "")
+    name = source.removeprefix(prefix)
+    if "/" not in name and (known := timm_config(name)) is not None:
+        hint = f"its weights are {known.hf_hub_id} on the Hub" if known.hf_hub_id else "it has no weights"
+        raise CheckpointError(f"no checkpoint at {source}: this is a name of timm: {hint}", source)
+    if prefix:
+        raise CheckpointError(f"no checkpoint at {source}: leave out {prefix!r} and write {name}", source)
+
+
+def timm_config(name: str) -> Any:
+    """What timm knows of the weights of a model; None where there is none of this name."""
+    try:
+        import timm  # slow to import, and not everybody has it
+    except ImportError:
+        return None
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+
+
 def check_source(source: str) -> None:
     """Raises:
-    CheckpointError: as of `check_path`. Or its weights are in shards, whose table of contents is a pickle: only the
-        user may say that it is to be trusted.
+    CheckpointError: as of `check_path`, or it is written as timm names its models. Or its weights are in shards, whose
+        table of contents is a pickle: only the user may say that it is to be trusted.
     """
+    if not Path(source).exists():
+        check_timm_name(source)
+        if Path(source).suffix in SUFFIXES and source.count("/") != 1:  # with one it may be an id
+            raise CheckpointError(f"no checkpoint at {source}: there is no such file", source)
     check_path(source)
     shards = Path(source) / SHARDS
     if shards.is_dir() and not any(Path(source).glob("model*.safetensors")):
@@ -104,6 +135,12 @@ def resolve(source: str | Path) -> str:
     location = str(source)
     if is_url(location):
         protocol, _, path = location.partition("://")
+        if protocol not in LOCAL and Path(path.partition("?")[0]).suffix in SUFFIXES:
+            raise CheckpointError(
+                f"{masked(location)} is a single file, and folders alone are fetched: download it, and name the file "
+                "on this machine",
+                masked(location),
+            )
         location = path if protocol in LOCAL else str(fetch_model(location))
     location = os.path.expanduser(location)
     check_source(location)
@@ -117,6 +154,9 @@ def read_config(source: str) -> dict[str, Any]:
         CheckpointError: there is none, or it cannot be read.
     """
     location = resolve(source)
+    if not Path(location).is_dir() and is_out_of_reach(location):
+        reason = f"there is nothing of this name here, and the Hub at {constants.ENDPOINT} cannot be reached"
+        raise CheckpointError(f"no checkpoint at {source}: {reason}", source)
     try:
         fields = config_fields(location)
     except OSError as error:  # stays as the cause: the command explains what the Hub said from there
@@ -218,6 +258,24 @@ def load_checkpoint(model_class: type[ModelT], source: str, config: MIMConfig | 
 
 
 # ---- encoders to start from ----------------------------------------------------------------------------------------
+CONVERT_FIRST = "options with -- are those of hf-mim convert: convert the file with them, and start from that folder"
+
+
+@contextmanager
+def convert_options() -> Iterator[None]:
+    """Around the conversion of a file that nobody gave options for.
+
+    Raises:
+        ValueError: as inside; it says of which command an option is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if " --" not in str(error):
+            raise
+        raise ValueError(f"convert it first, by hf-mim convert: {error}") from error
+
+
 def starting_encoder(source: str) -> StartingEncoder:
     """The encoder of a checkpoint of this project, of a vision model of transformers or timm, or of an official file.
     It becomes one of our own encoders where its weights fit exactly, else `native`, the class of transformers.
@@ -232,8 +290,10 @@ def starting_encoder(source: str) -> StartingEncoder:
 
     path = Path(source).expanduser()
     if path.is_file():
-        with checkpoint_errors(source):
-            return libraries.start_from(source, libraries.convert_file(path, libraries.Hints()))
+        with checkpoint_errors(source), convert_options():
+            start = libraries.start_from(source, libraries.convert_file(path, libraries.Hints()))
+        start.notes += [CONVERT_FIRST] if any(" --" in note for note in start.notes) else []
+        return start
     fields, location = read_config(source), resolve(source)
     if fields.get("model_type") == MIMConfig.model_type:
         return own_start(source, location)
