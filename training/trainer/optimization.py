@@ -4,15 +4,18 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from timm.optim import Lamb
+from timm.optim import Lamb, Muon
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_mim.modeling.decoder_base import Decoder
+from hf_mim.modeling.encoder_base import Encoder
 from hf_mim.modeling.options import unknown_choice
 
 
 # What wrappers put before a parameter's name.
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-OPTIMIZERS = ("lamb",)
+OPTIMIZERS = ("lamb", "muon")
 SCALINGS = {"linear": lambda share: share, "sqrt": math.sqrt}
 
 
@@ -25,7 +28,8 @@ class OptimizationArguments(TrainingArguments):
         base_batch_size: images.
         lr_scaling: how the learning rate follows the total batch, which is that of one device times devices,
             processes and accumulation steps: linear, or sqrt (DTM).
-        optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips), or None for that of `optim`.
+        optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips); muon (timm's, with steps
+            of AdamW's size) for the matrices of blocks and AdamW for the rest; or None for that of `optim`.
         lr_scales: factors of the learning rate by the last name of a parameter, such as {"mask_token": 0.1} (A2MIM).
         weight_decay_end: where `weight_decay` moves to along half a cosine over the whole training (SparK); None: it
             stays.
@@ -36,7 +40,7 @@ class OptimizationArguments(TrainingArguments):
     )
     base_batch_size: int = field(default=256, metadata={"help": "Images that base_learning_rate is for."})
     lr_scaling: str = field(default="linear", metadata={"help": "How the rate follows the batch: linear or sqrt."})
-    optimizer: str | None = field(default=None, metadata={"help": "lamb, or None for that of optim."})
+    optimizer: str | None = field(default=None, metadata={"help": "lamb, muon, or None for that of optim."})
     lr_scales: dict | None = field(default=None, metadata={"help": "Factors of the learning rate by parameter name."})
     weight_decay_end: float | None = field(default=None, metadata={"help": "What weight_decay moves to."})
 
@@ -50,6 +54,8 @@ class OptimizationArguments(TrainingArguments):
             raise ValueError(f"training.base_batch_size must be at least 1, not {self.base_batch_size}")
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise unknown_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "muon" and self.fsdp:
+            raise ValueError("training.optimizer=muon needs whole matrices, which training.fsdp cuts: leave one out")
         for name, scale in (self.lr_scales or {}).items():
             if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
                 raise ValueError(f"training.lr_scales.{name} must be a number of at least 0, not {scale!r}")
@@ -69,10 +75,26 @@ def unwrapped_name(name: str) -> str:
     return WRAPPERS.sub("", name)
 
 
-def lamb(args: TrainingArguments) -> tuple[type, dict]:
-    """-> the class and its settings."""
-    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "max_grad_norm": None}
-    return Lamb, settings
+def named_optimizer(args: OptimizationArguments) -> tuple[type, dict]:
+    """-> the class and settings of `args.optimizer`."""
+    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if args.optimizer == "lamb":
+        return Lamb, {**settings, "max_grad_norm": None}
+    return Muon, settings
+
+
+def leave_to_adamw(optimizer: Muon, model: nn.Module) -> None:
+    """Has Muon step the matrices of the blocks of encoder and decoder only. AdamW takes vectors, and embeddings and
+    heads, whose inputs or outputs are not features."""
+    parts = list(model.modules())
+    blocks = [module for part in parts if isinstance(part, Encoder) for block in part.blocks() for module in block]
+    blocks += [part.layers for part in parts if isinstance(part, Decoder) and hasattr(part, "layers")]
+    matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
+    for group in list(optimizer.param_groups):
+        rest = [p for p in group["params"] if id(p) not in matrices]
+        group["params"] = [p for p in group["params"] if id(p) in matrices]
+        if rest:
+            optimizer.add_param_group({**group, "params": rest, "use_fallback": True})
 
 
 def scale_rates(optimizer, parameters: dict, scales: dict[str, float]) -> None:

@@ -25,7 +25,13 @@ from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.trainer.callbacks import DamagedShardsCallback, EpochCallback, EpochSampler, TargetCallback
 from hf_mim.training.trainer.layer_decay import freeze_layers, layer_of_parameters, parameter_groups
 from hf_mim.training.trainer.lora import inject_lora
-from hf_mim.training.trainer.optimization import WeightDecayCallback, lamb, scale_rates, unwrapped_name
+from hf_mim.training.trainer.optimization import (
+    WeightDecayCallback,
+    leave_to_adamw,
+    named_optimizer,
+    scale_rates,
+    unwrapped_name,
+)
 from hf_mim.training.trainer.progress import TrainingProgress
 from hf_mim.training.trainer.saving import CheckpointingTrainer
 from hf_mim.training.trainer.start import DISTANCES, Distance, WeightDistance
@@ -266,6 +272,8 @@ class MIMTrainer(CheckpointingTrainer):
             else:
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
                 self.optimizer = kind(self._layered_groups(model, self.layers, self.args.layer_decay), **settings)
+            if self.args.optimizer == "muon":
+                leave_to_adamw(self.optimizer, self.bare_model)
             self._scale_rates(self.optimizer, model)
         return self.optimizer
 
@@ -281,7 +289,7 @@ class MIMTrainer(CheckpointingTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        return lamb(args) if args.optimizer == "lamb" else Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return named_optimizer(args) if args.optimizer else Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         bare = self.bare_model

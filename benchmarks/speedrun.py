@@ -1,0 +1,169 @@
+"""How long until a frozen encoder knows the shipped images as well as their pixels do?
+
+    python benchmarks/speedrun.py [--entries "quick" "quick, Muon" ...] [--seeds 0 1 2] [--minutes 55]
+                                  [--out outputs/speedrun]
+    python benchmarks/speedrun.py --table [--page docs/speedrun.md]
+
+The rules stand in docs/speedrun.md. An entry (`ENTRIES`) is a recipe with settings, its number of steps among them; a
+cell is one run of it with one seed, and one file. What is done is skipped, and after `--minutes` the script stops: run
+it again to go on. The test images are never looked at: 3,000 of the 20,000 training images are left out of training,
+and scores are taken on them.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from measure import add_cell_options, machine, markdown_table, over_seeds, parser, write_json, write_section
+from methods import refresh_statistics
+from rich.console import Console
+from torch.utils.data import Subset
+
+from hf_mim.training.commands.pretrain import set_up, train
+from hf_mim.training.evaluation import frozen
+from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
+
+
+HELD_OUT, LABELLED = 3000, 10_000
+HALF = "training.max_steps=3000"
+QUICK = ("quick", HALF)
+SPARSE = "model.decoder=cross_attention"
+# name: recipe, settings
+ENTRIES = {
+    "quick": QUICK,
+    "quick, Muon": (*QUICK, "training.optimizer=muon"),
+    "quick, Muon, half the steps": ("quick", "training.max_steps=1500", "training.optimizer=muon"),
+    "quick, half the steps": ("quick", "training.max_steps=1500"),
+    "quick, cross-attention decoder": (*QUICK, SPARSE),
+    "quick, two masks of half the images": (
+        *QUICK,
+        "model.masks_per_image=2",
+        "training.per_device_train_batch_size=32",
+        "training.learning_rate=2e-3",
+    ),
+    "quick, half of the tokens hidden": ("quick", "training.max_steps=2000", "model.masking_config.ratio=0.5"),
+    "quick, short cooldown": (
+        *QUICK,
+        "training.lr_scheduler_type=warmup_stable_decay",
+        "training.lr_scheduler_kwargs={num_decay_steps: 600, min_lr_ratio: 0.01}",
+    ),
+    "quick, deeper decoder": (
+        *QUICK,
+        "model.decoder_config.num_hidden_layers=2",
+        "model.decoder_config.hidden_size=128",
+    ),
+    "quick, random crops": (*QUICK, "data.crop_scale=[0.6, 1.0]"),
+    "quick, patches of 7 pixels": ("quick", "training.max_steps=5000", "model.encoder_config.patch_size=7"),
+    "quick, HOG as target": (*QUICK, "model.target=hog", "model.target_config={}"),
+    "maskfeat_small": ("maskfeat_small", "training.max_steps=1500"),
+    "data2vec_small": ("data2vec_small", "training.max_steps=800"),
+    "spark_small": ("spark_small", "training.max_steps=800"),
+    "crossmae_small": ("crossmae_small", HALF),
+}
+
+
+@dataclass
+class Part:
+    """The images of a data set at `indices`, in the way that `MIMTrainer` wants them."""
+
+    dataset: object
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.dataset[int(self.indices[index])]
+
+    def __getitems__(self, indices: list[int]) -> list:
+        return self.dataset.__getitems__(self.indices[indices].tolist())
+
+    def __getattr__(self, name: str):
+        return getattr(self.dataset, name)
+
+
+def run_cell(entry: str, seed: int, args) -> dict:
+    """Trains one encoder: seconds and images of its training, and its scores on the images left out, percent."""
+    recipe, *words = ENTRIES[entry]
+    folder = args.out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    words += [f"training.seed={seed}", f"training.output_dir={folder}", "training.save_strategy=no"]
+    words += [f"training.max_steps={args.steps}"] if args.steps else []
+    run = set_up(recipe, [*words, "training.watch_every=0"], Console(quiet=True))
+    order = np.random.default_rng(0).permutation(len(run.splits.train))
+    whole, run.splits.train = run.splits.train_eval, Part(run.splits.train, np.sort(order[HELD_OUT:]))
+    started = time.process_time()
+    with run.owning_folder():
+        trainer = train(run)
+    seconds = time.process_time() - started
+    shutil.rmtree(folder)
+    encoder = run.model.mim.eval()
+    refresh_statistics(encoder)
+    sides = [Subset(whole, part.tolist()) for part in (order[HELD_OUT:][:LABELLED], order[:HELD_OUT])]
+    scores = accuracies(
+        [frozen.extract_features(encoder, frozen.pixel_loader(side, run.config))["mean"] for side in sides], sides
+    )
+    pixels = accuracies([frozen.raw_pixels(frozen.pixel_loader(side, run.config)) for side in sides], sides)
+    images = trainer.state.max_steps * run.arguments.total_batch_size
+    return {**scores, "raw_pixels": pixels, "seconds": round(seconds, 1), "images": images}
+
+
+def accuracies(features: list[torch.Tensor], sides: list[Subset]) -> dict[str, float]:
+    labels = [side.dataset.labels[side.indices] for side in sides]
+    readouts = {"knn": NearestNeighbours, "linear": LinearProbe}
+    return {
+        name: frozen.readout_accuracy(fit, features[0], labels[0], features[1], labels[1])
+        for name, fit in readouts.items()
+    }
+
+
+def report(cells: dict[str, list[dict]]) -> str:
+    """Markdown: the entries with the linear probe's goal reached first, the quickest first."""
+    pixels = next(iter(cells.values()))[0]["raw_pixels"]
+
+    def rank(entry: str) -> tuple[bool, float]:
+        reached = np.mean([cell["linear"] for cell in cells[entry]]) >= pixels["linear"]
+        return not reached, np.mean([cell["seconds"] for cell in cells[entry]]) if reached else 0
+
+    rows = []
+    for entry in sorted(cells, key=rank):
+        found = cells[entry]
+        scores = [over_seeds([cell[name] for cell in found]) for name in ("knn", "linear")]
+        seconds = over_seeds([cell["seconds"] for cell in found], digits=0)
+        reached = "no" if rank(entry)[0] else "yes"
+        rows.append([entry, f"{found[0]['images']:,}", seconds, *scores, reached, len(found)])
+    rows.append(["raw pixels", "", "", f"{pixels['knn']:.1f}", f"{pixels['linear']:.1f}", "", ""])
+    header = ["entry", "images seen", "processor seconds", "k-NN", "linear probe", "reached", "seeds"]
+    machines = " ".join(sorted({cell["machine"] for found in cells.values() for cell in found}))
+    return f"{machines}\n\n{markdown_table(header, rows)}"
+
+
+def main(arguments: list[str] | None = None) -> str:
+    options = parser(__doc__, out=None, steps=(None, "in place of the entries' own"), minutes=55.0)
+    options.add_argument("--entries", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
+    add_cell_options(options, "outputs/speedrun", "docs/speedrun.md")
+    args = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline, cells = time.monotonic() + 60 * args.minutes, {}
+    for seed in args.seeds:
+        for entry in args.entries:
+            name = "-".join("".join(c if c.isalnum() else " " for c in entry).split())
+            file = args.out / f"{name}-{args.steps or 'own'}-seed{seed}.json"
+            if not file.exists() and not args.table and time.monotonic() < deadline:
+                write_json(file, {**run_cell(entry, seed, args), "machine": machine()})
+                print(entry, seed, file.read_text(), flush=True)
+            if file.exists():
+                cells.setdefault(entry, []).append(json.loads(file.read_text()))
+    text = report(cells)
+    print(text)
+    if args.table:
+        write_section(args.page, "speedrun", text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
