@@ -6,10 +6,11 @@ import signal
 
 import pytest
 import torch
+import torchvision
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_mim import MIMConfig
-from hf_mim.training.common.foreign_errors import field_reason, is_lost_worker, is_torch_write_error
+from hf_mim.training.common.foreign_errors import decoder_reason, field_reason, is_lost_worker, is_torch_write_error
 
 
 def test_a_field_of_a_wrong_type():
@@ -31,6 +32,17 @@ def test_a_killed_worker_of_a_loader():
     with pytest.raises(RuntimeError) as caught:
         list(torch.utils.data.DataLoader(Deadly(), num_workers=1))
     assert is_lost_worker(caught.value) and not is_lost_worker(RuntimeError("CUDA out of memory"))
+
+
+def test_a_broken_file_under_torchvision():
+    jpeg = torch.frombuffer(bytearray(b"\xff\xd8\xff\xe0" + b"x" * 100), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"\.cpp:\d+") as caught:
+        torchvision.io.decode_jpeg(jpeg)
+    assert decoder_reason(caught.value) == "Image is incomplete or truncated"
+    assert decoder_reason(OSError("image file is truncated (3 bytes, 4 left)\nmore")) == (
+        "image file is truncated (3 bytes, 4 left)"
+    )
+    assert decoder_reason(MemoryError()) == "MemoryError"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

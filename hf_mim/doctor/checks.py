@@ -355,10 +355,9 @@ def compare_with_twin(trained: float, untrained: float, images: int) -> Check:
     """Better beyond the 95 percent interval of chance, at fault below three of its deviations, else unclear."""
     deviation, verdict = chance(trained, untrained, images), compare(trained, untrained, images)
     low, high = untrained - WORSE * deviation, untrained + BETTER * deviation
-    seen = (
-        f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images "
-        f"(at fault below {low:.1f}, better above {high:.1f})"
-    )
+    verdicts = [f"at fault below {low:.1f}"] if low > 0 else []
+    verdicts.append(f"better above {high:.1f}" if high < 100 else "no accuracy would tell it better")
+    seen = f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images ({', '.join(verdicts)})"
     if verdict == "better":
         return Check("better than untrained", "ok", seen)
     if verdict == "unclear":

@@ -22,6 +22,7 @@ from hf_mim.training.common.console import IMAGES_DONE, RunConsole
 from hf_mim.training.common.device import best_device, on_device
 from hf_mim.training.common.errors import FolderError, RecipeError
 from hf_mim.training.data.arguments import DataArguments
+from hf_mim.training.data.bad_images import BadImageReport
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.sample import look_at
@@ -108,9 +109,10 @@ def embed(
         with console.progress(IMAGES_DONE) as bar:
             task = bar.add_task("embedding", total=sum(map(len, splits.values())))
             advance = partial(bar.advance, task)
-            bad = sum(write_split(out, name, split, embedder, workers, advance) for name, split in splits.items())
-    if bad:
-        console.warn(f"{bad} images cannot be used and are left out")
+            for name, split in splits.items():
+                write_split(out, name, split, embedder, workers, advance)
+    if (bad := sum((split.bad_images() for split in splits.values()), BadImageReport())).count:
+        console.warn(str(bad))
     console.log(f"{sum(map(count_rows, out.glob('*.parquet'))):,} vectors in {out}")
     return out
 
@@ -196,9 +198,8 @@ def count_rows(path: Path) -> int:
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
-def write_split(out: Path, name: str, images: MIMDataset, embedder: Embedder, workers: int, advance) -> int:
-    """Writes the parts that are missing, each at once or not at all. -> how many images were left out of them."""
-    bad = 0
+def write_split(out: Path, name: str, images: MIMDataset, embedder: Embedder, workers: int, advance) -> None:
+    """Writes the parts that are missing, each at once or not at all."""
     for number, start in enumerate(range(0, len(images), PART)):
         path, end = out / f"{name}-{number:05d}.parquet", min(start + PART, len(images))
         if not path.is_file():
@@ -206,9 +207,7 @@ def write_split(out: Path, name: str, images: MIMDataset, embedder: Embedder, wo
             unfinished = path.with_suffix(".unfinished")
             pq.write_table(table, unfinished)
             os.replace(unfinished, path)
-            bad += end - start - len(table)
         advance(end - start)
-    return bad
 
 
 def embed_rows(images: MIMDataset, rows: range, embedder: Embedder, workers: int) -> pa.Table:

@@ -17,7 +17,7 @@ from hf_mim.training.common.errors import DataError, FolderError, RecipeError
 from hf_mim.training.common.output_folder import check_new_file
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import ImageBatch, MIMCollator
-from hf_mim.training.data.decoding import Decoder, Undecodable
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.files import EXTENSIONS
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.pretraining import load_splits
@@ -102,10 +102,7 @@ def reconstruct_file(
     check_picture(out, force)
     model = load_model(checkpoint, {} if bands is None else {"display_bands": bands}).eval()
     size = pair(model.config.image_size)
-    try:
-        pixels = torch.from_numpy(Decoder(model.config, DataArguments())(str(image)))[None]
-    except Undecodable as error:
-        raise DataError(f"{image} cannot be read as an image: {error}", str(image)) from None
+    pixels = torch.from_numpy(Decoder(model.config, DataArguments())(str(image)))[None]
     batch = ImageBatch(fit_whole(pixels, size, model.config.eval_crop), [sample_rng(seed, 0, 0)])
     inputs = MIMCollator(model.config, model.mask_grid(*size))([batch])
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from hf_mim.training.common.console import RunConsole, make_table
 from hf_mim.training.common.errors import DataError, FolderError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import ImageBatch, MIMCollator
-from hf_mim.training.data.decoding import Decoder, Undecodable
+from hf_mim.training.data.decoding import Decoder
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.transforms import sample_rng
 from hf_mim.training.evaluation.feature_store import weights_hash
@@ -92,10 +92,7 @@ def search(
 def read_pixels(image: Path, embedder: Embedder, data: DataArguments) -> torch.Tensor:
     """(1, channels, height, width), uint8, of the size that the model sees."""
     config = embedder.model.config
-    try:
-        pixels = torch.from_numpy(Decoder(config, data)(str(image)))[None]
-    except Undecodable as error:
-        raise DataError(f"{image} cannot be read as an image: {error}", str(image)) from None
+    pixels = torch.from_numpy(Decoder(config, data)(str(image)))[None]
     return fit_whole(pixels, pair(config.image_size), config.eval_crop if data.eval_crop is None else data.eval_crop)
 
 

@@ -16,6 +16,12 @@ def field_reason(error: StrictDataclassError) -> str:
     return shorten_text(re.sub(r"^Validation error for field '\w+': \w+: ", "", text).partition(" Errors: ")[0])
 
 
+def decoder_reason(error: Exception) -> str:
+    """What a decoder finds wrong with a file; torchvision's put the function, file and line of its source before it."""
+    text = str(error).partition("\n")[0]
+    return re.sub(r"^\S[^,]*, \S+\.(cpp|cc|cu|h):\d+, ", "", text) or type(error).__name__
+
+
 def is_lost_worker(error: RuntimeError) -> bool:
     """Whether torch's DataLoader has lost a worker process."""
     return "DataLoader worker" in str(error)

@@ -23,6 +23,7 @@ from hf_mim.modeling.pixels import (
 )
 from hf_mim.modeling.pixels import read_file as read_values
 from hf_mim.training.common.errors import DataError
+from hf_mim.training.common.foreign_errors import decoder_reason
 from hf_mim.training.data import urls
 from hf_mim.training.data.arguments import DataArguments
 
@@ -123,8 +124,7 @@ def read_image(value, num_channels: int, max_pixels: int = MAX_PIXELS) -> tuple[
     except MissingDecoder as error:
         raise DataError(f"{name} {error}", name) from None
     except Exception as error:  # whatever a decoder makes of a file that is broken, also more memory than there is
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise Undecodable(f"cannot decode {name}: {reason}", name) from None
+        raise Undecodable(f"cannot decode {name}: {decoder_reason(error)}", name) from None
     if 0 in values.shape:
         raise Undecodable(f"{name} has no pixels", name)
     return values, name

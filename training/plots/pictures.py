@@ -55,14 +55,18 @@ def to_tiles(images: Tensor) -> list[PIL.Image.Image]:
 
 # ---- reconstructions -----------------------------------------------------------------------------------------------
 def draw_reconstructions(reconstruction, blocks: int = 2) -> PIL.Image.Image:
-    """`COLUMNS` side by side, with the extra pictures in their middle.
+    """`COLUMNS` side by side, with the extra pictures in their middle; where nothing is hidden, without what the model
+    sees and what it leaves visible, which are the original and the prediction.
 
     Args:
         reconstruction: of `MIMForPreTraining.reconstruct`.
     """
-    columns = {COLUMNS[name]: reconstruction[name] for name in ("original", "masked")}
+    before, after = ("original", "masked"), ("prediction", "combined")
+    if not reconstruction.bool_masked_pos.any():
+        before, after = before[:1], after[:1]
+    columns = {COLUMNS[name]: reconstruction[name] for name in before}
     columns |= reconstruction.extra or {}
-    columns |= {COLUMNS[name]: reconstruction[name] for name in ("prediction", "combined")}
+    columns |= {COLUMNS[name]: reconstruction[name] for name in after}
     tiles = {caption: to_tiles(images) for caption, images in columns.items()}
     return draw_grid(tiles, blocks, note=reconstruction.note or "")
 
