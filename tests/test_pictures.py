@@ -89,6 +89,16 @@ def test_the_running_mean_is_symmetric(window):
     np.testing.assert_allclose(charts.running_mean(values, window), expected)
 
 
+def test_where_nothing_is_hidden_no_column_is_shown_twice(monkeypatch):
+    columns = []
+    monkeypatch.setattr(pictures, "draw_grid", lambda tiles, *_, **__: columns.append(list(tiles)))
+    whole = MIMForPreTraining(tiny_config(masking="none", encoder_config={"mask_style": "token"})).eval()
+    pictures.draw_reconstructions(whole.reconstruct(torch.randn(2, 3, 16, 16)))
+    pictures.draw_reconstructions(reconstruction())
+    assert columns[0] == ["original", "prediction"]
+    assert columns[1] == ["original", "what the model sees", "prediction", "prediction with the visible patches"]
+
+
 def test_the_loss_curve_is_drawn(tmp_path):
     history = [{"step": 10 * i, "loss": 1 / (i + 1), "learning_rate": 1e-3} for i in range(30)] + [{"train_loss": 1}]
     charts.draw_loss(history, tmp_path / "loss.png")

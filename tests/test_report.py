@@ -11,6 +11,9 @@ import subprocess
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from hf_mim.analysis import figures
 from hf_mim.analysis.report import by_twin, headline_cell, write_report
@@ -318,3 +321,34 @@ def test_the_browser_test_would_notice(report, tmp_path):
     found, log = browse(report[0].read_text().replace("</main>", wide), tmp_path)
     assert all(entry["scroll"] > entry["client"] for entry in found.values()) and found["360"]["scripts"] == 2
     assert "said" in log and "Content Security Policy" in log
+
+
+def test_no_text_of_a_figure_is_cut_however_long_the_names_are():
+    names = ["pretrain-a2mim_convnext_small-2026-11-28-on-my-flowers", "w" * 90, "short"]
+    styles = {name: figures.Style(i, "o", bool(i)) for i, name in enumerate(names)}
+    curve = {"x": [0, 1, 2], "mean": [-0.000125, -0.000175, -0.00015], "low": None, "high": None, "unit": ""}
+    curve |= {"x_label": f"block of {names[0]}", "y_label": f"what differs from the mean token of {names[0]}, a share"}
+    heat = {"values": [[1.0, 0.5], [0.5, 1.0]], "x": [0, 1], "y": [0, 1], "title": "between the blocks"}
+    heat |= {"x_label": f"block of {names[0]}", "y_label": f"block of untrained {names[1]}"}
+    scalar = {"value": 0.7, "low": 0.6, "high": 0.8, "unit": ""}
+    rows = {f"last blocks of {name} and untrained {names[0]}": {name: scalar} for name in names}
+    drawings = {
+        f"Of {names[0]}: between the blocks of this encoder": figures.heat_chart(heat),
+        f"Norm of what differs from the mean token, over the norm of all, of {names[1]}": figures.line_chart(
+            "norm", dict.fromkeys(names, curve), styles
+        ),
+        "Between encoders": figures.interval_chart("between", rows, styles, ""),
+        "A title that is short": figures.heat_chart(heat),
+    }
+    with rc_context(figures.STYLE):
+        sheet = figures.draw_sheet(drawings, styles)
+        FigureCanvasAgg(sheet).draw()
+        drawn, (width, height) = sheet.get_tightbbox(), sheet.get_size_inches()
+        texts = [text for text in sheet.findobj(Text) if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height, drawn
+    titles = [(text, box) for text, box in zip(texts, boxes) if text in sheet.texts]
+    assert len(titles) == 4
+    for title, box in titles:
+        assert not [text for text, other in zip(texts, boxes) if text is not title and box.overlaps(other)], title
+    assert all("…" not in text.get_text() for text in texts)

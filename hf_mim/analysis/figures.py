@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hf_mim.analysis.lettering import LINE, SIZE, fold, width_of
 from hf_mim.analysis.numbers import SHARE, readable, with_interval
 
 
@@ -39,6 +40,7 @@ VARIABLES = {light: f"var(--c{i})" for i, (light, _) in enumerate(PALETTE)}
 VARIABLES |= {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--grid)", CARD: "var(--card)"}
 MARKERS = ("o", "s", "^", "D")
 DASH = (0, (4, 2.5))  # of untrained encoders
+INNER = 280.0  # points that the words above and below a chart may be wide
 WIDTH, HEIGHT = 360, 230  # of a chart, in points, which are about pixels on a telephone
 LOG_FROM = 300  # the ratio of the largest and the smallest positive value from which an axis is logarithmic
 STYLE: dict[Any, Any] = {
@@ -87,13 +89,19 @@ class Drawing:
     description: str
     margins: tuple[float, float, float, float] = (56, 12, 24, 42)
 
-    def place(self, figure: Figure, x: float, y: float) -> Axes:
-        """Axes in a figure for the chart whose upper left corner is `x`, `y`, in points from the figure's own."""
+    def draw_at(self, figure: Figure, x: float, y: float) -> dict[str, str]:
+        """Draws it into a figure, its upper left corner `x`, `y` points from the figure's own; returns as `draw`. The
+        labels of the y axis get the room that they need."""
         width, height = (72 * side for side in figure.get_size_inches())
         left, right, top, bottom = self.margins
         inner = self.height - top - bottom
-        bounds = ((x + left) / width, 1 - (y + top + inner) / height, (WIDTH - left - right) / width, inner / height)
-        return figure.add_axes(bounds)
+        axes = figure.add_axes((0, 1 - (y + top + inner) / height, 1, inner / height))
+        titles = self.draw(axes)
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        left = max(left, 1.15 * max(map(width_of, labels), default=0) + 8)  # a browser has letters of its own
+        place = axes.get_position()
+        axes.set_position(((x + left) / width, place.y0, (WIDTH - left - right) / width, place.height))
+        return titles
 
 
 def styles_of(encoders: dict[str, dict]) -> dict[str, Style]:
@@ -115,7 +123,7 @@ def to_svg(drawing: Drawing) -> Markup:
     """For a page: no outside reference, no style of its own, colours by variables, tooltips; everything escaped."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 72, drawing.height / 72))
-        titles = drawing.draw(drawing.place(figure, 0, 0))
+        titles = drawing.draw_at(figure, 0, 0)
         return inline(figure, titles, f'role="img" aria-label="{escape(drawing.description)}"')
 
 
@@ -140,19 +148,22 @@ def inline(figure: Figure, titles: dict[str, str], attributes: str) -> Markup:
 def draw_sheet(drawings: dict[str, Drawing], styles: dict[str, Style]) -> Figure:
     """Charts with their titles side by side, and a legend below."""
     cols = min(3, len(drawings))
-    rows = [list(drawings.items())[i : i + cols] for i in range(0, len(drawings), cols)]
-    heights = [max(drawing.height for _, drawing in row) + 22 for row in rows]
-    legend = 20 * -(-len(styles) // cols) + 8
+    titled = [(fold(title, WIDTH - 16, "bold"), drawing) for title, drawing in drawings.items()]
+    rows = [titled[i : i + cols] for i in range(0, len(titled), cols)]
+    heads = [LINE * max(len(title) for title, _ in row) + 7 for row in rows]
+    heights = [head + max(drawing.height for _, drawing in row) for head, row in zip(heads, rows)]
+    labels = {"\n".join(fold(label, WIDTH - 60)): style for label, style in styles.items()}
+    legend = -(-len(labels) // cols) * (LINE * max(1 + label.count("\n") for label in labels) + 5) + 8
     with rc_context(STYLE):
         size = (WIDTH * cols, sum(heights) + legend)
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=150, facecolor="white")
         for i, row in enumerate(rows):
             top = sum(heights[:i])
             for j, (title, drawing) in enumerate(row):
-                drawing.draw(drawing.place(figure, WIDTH * j, top + 22))
-                at = (WIDTH * j + 4) / size[0], 1 - (top + 16) / size[1]
-                figure.text(*at, shorten(title, 50), weight="bold", fontsize=12)
-        lines = [Line2D([], [], label=shorten(label, 40), **style.line) for label, style in styles.items()]
+                drawing.draw_at(figure, WIDTH * j, top + heads[i])
+                at = (WIDTH * j + 4) / size[0], 1 - (top + 4) / size[1]
+                figure.text(*at, "\n".join(title), weight="bold", fontsize=SIZE, va="top", linespacing=LINE / SIZE)
+        lines = [Line2D([], [], label=label, **style.line) for label, style in labels.items()]
         figure.legend(handles=lines, loc="lower left", ncols=cols, frameon=False)
     return figure
 
@@ -169,6 +180,20 @@ def line_sample(style: Style) -> Markup:
         return inline(figure, {}, 'class="sample" width="30" height="12" aria-hidden="true"')
 
 
+def fitted(
+    height: float,
+    draw: Callable[[Axes], dict[str, str]],
+    description: str,
+    above: list[str],
+    below: list[str],
+    margins: tuple[float, float, float, float] = (56, 12, 24, 42),
+) -> Drawing:
+    """A chart that is as much higher as the lines above and below it need, beyond one of each."""
+    left, right, top, bottom = margins
+    top, bottom = top + LINE * (len(above) - 1), bottom + LINE * (len(below) - 1)
+    return Drawing(height + top + bottom - margins[2] - margins[3], draw, description, (left, right, top, bottom))
+
+
 # ---- charts --------------------------------------------------------------------------------------------------------
 def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) -> Drawing:
     """Curves of several encoders, with bands where they have a confidence interval.
@@ -178,14 +203,17 @@ def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) ->
     """
     first = next(iter(curves.values()))
     values = [v for c in curves.values() for name in ("mean", "low", "high") for v in c[name] or [] if v is not None]
+    below = fold(first["x_label"], INNER)
+    above = fold(y_label(first) + ", logarithmic", INNER)  # as much as it may become
 
     def draw(axes: Axes) -> dict[str, str]:
         whole = all(x == int(x) for curve in curves.values() for x in curve["x"])
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=whole, min_n_ticks=1))
-        axes.set_xlabel(shorten(first["x_label"], 56))
+        axes.set_xlabel("\n".join(below))
         axes.grid(axis="y")
         log = scale_values(axes, values, first["unit"])
-        axes.set_title(shorten(y_label(first) + (", logarithmic" if log else ""), 56), loc="left", fontsize=12)
+        title = "\n".join(fold(y_label(first) + (", logarithmic" if log else ""), INNER))
+        axes.set_title(title, loc="left", fontsize=SIZE)
         titles: dict[str, str] = {}
         # Untrained first: the trained ones are what is looked at, and lie above.
         for label in sorted(curves, key=lambda label: not styles[label].untrained):
@@ -193,7 +221,7 @@ def line_chart(title: str, curves: dict[str, dict], styles: dict[str, Style]) ->
         return titles
 
     spoken = "; ".join(f"{label}: {trend(curve)}" for label, curve in curves.items())
-    return Drawing(HEIGHT, draw, f"Line chart, {title}, by {first['x_label']}. {spoken}")
+    return fitted(HEIGHT, draw, f"Line chart, {title}, by {first['x_label']}. {spoken}", above, below)
 
 
 def scale_values(axes: Axes, values: list[float], unit: str) -> bool:
@@ -254,7 +282,12 @@ def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[st
     # Numbers called "a, x" and "a, y" share the heading "a".
     groups = [name.rpartition(", ")[0] for name in rows]
     headings = [group if i == 0 or group != groups[i - 1] else "" for i, group in enumerate(groups)]
-    inner = sum(GROUP * bool(heading) + LABEL + BAR * len(row) + GAP for heading, row in zip(headings, rows.values()))
+    names = [fold(name.rpartition(", ")[2], INNER) for name in rows]
+    tops = [fold(heading, INNER, "bold") if heading else [] for heading in headings]
+    inner = sum(
+        (GROUP + LINE * (len(top) - 1) if top else 0) + LABEL + LINE * (len(name) - 1) + BAR * len(row) + GAP
+        for top, name, row in zip(tops, names, rows.values())
+    )
 
     def draw(axes: Axes) -> dict[str, str]:
         titles: dict[str, str] = {}
@@ -264,12 +297,12 @@ def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[st
         if unit == SHARE:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
         axes.grid(axis="x")
-        for heading, (name, row) in zip(headings, rows.items()):
-            if heading:
-                y += GROUP
-                write(axes, y, heading, "bold")
-            y += LABEL
-            write(axes, y, name.rpartition(", ")[2])
+        for top, lines, (name, row) in zip(tops, names, rows.items()):
+            if top:
+                y += GROUP + LINE * (len(top) - 1)
+                write(axes, y, top, "bold")
+            y += LABEL + LINE * (len(lines) - 1)
+            write(axes, y, lines)
             for label, scalar in row.items():
                 titles |= draw_interval(axes, y + BAR / 2, label, name, scalar, styles[label])
                 y += BAR
@@ -283,10 +316,11 @@ def interval_chart(title: str, rows: dict[str, dict[str, dict]], styles: dict[st
     return Drawing(inner + 48, draw, f"Chart of numbers with intervals, {title}. {spoken}", (12, 12, 6, 42))
 
 
-def write(axes: Axes, y: float, text: str, weight: str = "normal") -> None:
-    """A line of text from the left edge, its baseline a little above `y`; the grid does not run through it."""
+def write(axes: Axes, y: float, lines: list[str], weight: str = "normal") -> None:
+    """Lines of text from the left edge, the last a little above `y`; the grid does not run through them."""
     box = {"facecolor": CARD, "edgecolor": "none", "pad": 1}
-    line = axes.text(0, y - 3, shorten(text, 52), transform=axes.get_yaxis_transform(), va="bottom", weight=weight)
+    text, place = "\n".join(lines), axes.get_yaxis_transform()
+    line = axes.text(0, y - 3, text, transform=place, va="bottom", weight=weight, linespacing=LINE / SIZE)
     line.set(bbox=box, in_layout=False)
 
 
@@ -308,12 +342,13 @@ def heat_chart(heatmap: dict) -> Drawing:
     known = values[np.isfinite(values)].tolist()
     low, high = min([0.0, *known]), max([1.0, *known])
     colours = colormaps["viridis"].with_extremes(bad="#808080")
+    above, below = fold(heatmap["y_label"], WIDTH - 60), fold(heatmap["x_label"], WIDTH - 120)
 
     def draw(axes: Axes) -> dict[str, str]:
         look = {"cmap": colours, "vmin": low, "vmax": high, "origin": "lower", "interpolation": "none"}
         axes.imshow(values, aspect="auto", clip_on=False, **look)
-        axes.set_title(shorten(heatmap["y_label"], 52), loc="left", fontsize=12)
-        axes.set_xlabel(shorten(heatmap["x_label"], 44))
+        axes.set_title("\n".join(above), loc="left", fontsize=SIZE)
+        axes.set_xlabel("\n".join(below))
         for axis, names in ((axes.xaxis, heatmap["x"]), (axes.yaxis, heatmap["y"])):
             shown = range(0, len(names), -(-len(names) // 9))
             axis.set_ticks(shown, [f"{names[i]:g}" for i in shown])
@@ -330,8 +365,8 @@ def heat_chart(heatmap: dict) -> Drawing:
     corners = (readable(values[i, i].item() if np.isfinite(values[i, i]) else None) for i in (0, -1))
     first, last = corners
     spoken = f"from {first} between the first layers to {last} between the last"
-    margins = (50.0, 70.0, 24.0, 42.0)
-    return Drawing(WIDTH - 56, draw, f"Heat map, {heatmap['title']}: {spoken}", margins)
+    description = f"Heat map, {heatmap['title']}: {spoken}"
+    return fitted(WIDTH - 56, draw, description, above, below, (50.0, 70.0, 24.0, 42.0))
 
 
 # ---- pictures of numbers -------------------------------------------------------------------------------------------

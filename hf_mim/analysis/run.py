@@ -139,7 +139,7 @@ def analyze(sources: list[str], overrides: Sequence[str] = (), console: Console 
     command = shlex.join(["hf-mim", "analyze", *sources, *overrides])
     with run.owning_folder():
         measure_and_write(run, command, started)
-    run.log_next_steps()
+    run.log_next_steps(f"the report: {shlex.quote(str(run.folder / 'report.html'))}")
     return run.folder
 
 

@@ -45,7 +45,8 @@ class Neighbour:
 
     @property
     def name(self) -> str:
-        return Path(self.file).name if self.file else f"{self.split} {self.index}"
+        """Its file and folder, which is often the class; a row that has no file by its number."""
+        return "/".join(Path(self.file).parts[-2:]) if self.file else f"{self.split} {self.index}"
 
 
 def search(
