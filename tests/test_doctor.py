@@ -293,3 +293,10 @@ def test_an_error_is_one_line_and_code_2(quick, capsys, arguments, words):
     assert cli.main(["doctor", *(str(quick) if word == "QUICK" else word for word in arguments)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_no_limit_is_below_0_or_above_100_percent():
+    assert "(at fault below 31.7, better above 62.0)" in compare_with_twin(50.0, 50.0, 150).seen
+    few = compare_with_twin(40.0, 30.0, 5).seen
+    assert "on 5 images (better above 88.9)" in few and "below" not in few
+    assert "(at fault below 94.0, no accuracy would tell it better)" in compare_with_twin(100.0, 100.0, 30).seen
