@@ -7,6 +7,7 @@ and only brought to the bounds.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def lower_bounds() -> list[str]:
     """["torch==2.11", ...] of all that the package and its tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    requirements = list(project["dependencies"])
+    for requirement in extras["test"]:
+        others = re.fullmatch(r"hf-mim\[(.+)]", requirement)  # of which it holds all
+        requirements += [r for name in others[1].split(",") for r in extras[name]] if others else [requirement]
     return [requirement.replace(">=", "==") for requirement in requirements]
 
 
