@@ -1,6 +1,6 @@
 """Which pooler reads which encoder best, and where the encoder's attention goes.
 
-    python benchmarks/poolers.py [--seeds 0 1 2] [--images 2000] [--steps 2000] [--minutes 50] [--out outputs/poolers]
+    python benchmarks/poolers.py [--encoders mae ...] [--seeds 0 1 2] [--images 2000] [--steps 2000] [--minutes 50] [--out outputs/poolers]
 
 The encoders are ViTs of one size, trained on the shipped images for the same number of steps of 64 images: those of
 `benchmarks/methods.py`, which runs what is missing of them (MAE; features of the teacher lite0, token by token; and the
@@ -123,6 +123,7 @@ def arguments(argv: list[str] | None):
     }
     options = parser(__doc__, out=None, **numbers)
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
     options.add_argument("--out", type=Path, default=Path("outputs/poolers"))
     options.add_argument(
         "--methods", type=Path, default=Path("outputs/methods"), help="where methods.py keeps its runs"
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> str:
     args.out.mkdir(parents=True, exist_ok=True)
     deadline, results = time.monotonic() + 60 * args.minutes, {}
     for seed in args.seeds:  # a whole table of one seed first
-        for name in ENCODERS:
+        for name in args.encoders:
             if time.monotonic() > deadline:
                 print("out of time: run it again to go on", flush=True)
                 break
