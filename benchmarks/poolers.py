@@ -1,6 +1,7 @@
 """Which pooler reads which encoder best, and where the encoder's attention goes.
 
-    python benchmarks/poolers.py [--encoders mae ...] [--seeds 0 1 2] [--images 2000] [--steps 2000] [--minutes 50] [--out outputs/poolers]
+    python benchmarks/poolers.py [--encoders mae ...] [--seeds 0 1 2] [--images 2000] [--steps 2000] [--minutes 50]
+                                 [--out outputs/poolers]
 
 The encoders are ViTs of one size, trained on the shipped images for the same number of steps of 64 images: those of
 `benchmarks/methods.py`, which runs what is missing of them (MAE; features of the teacher lite0, token by token; and the
