@@ -11,12 +11,20 @@ from hf_mim.training.common.errors import RecipeError, UserError
 from hf_mim.training.common.source import parse_module
 
 
-# key -> the module and the tuple or dict that names its choices
+TRAINER = "transformers.trainer_utils"
+# key -> the module and the tuple, dict or enumeration that names its choices
 CHOICES = {
+    "data.interpolation": ("hf_mim.training.data.arguments", "INTERPOLATIONS"),
     "model.keep": ("hf_mim.training.trainer.start", "DISTANCES"),
     "model.init_channels": ("hf_mim.training.conversion.starting", "CHANNELS"),
     "training.optimizer": ("hf_mim.training.trainer.optimization", "OPTIMIZERS"),
     "training.lr_scaling": ("hf_mim.training.trainer.optimization", "SCALINGS"),
+    "training.optim": ("transformers.training_args", "OptimizerNames"),
+    "training.lr_scheduler_type": (TRAINER, "SchedulerType"),
+    "training.save_strategy": (TRAINER, "SaveStrategy"),
+    "training.eval_strategy": (TRAINER, "IntervalStrategy"),
+    "training.logging_strategy": (TRAINER, "IntervalStrategy"),
+    "training.hub_strategy": (TRAINER, "HubStrategy"),
     "finetune.task": ("hf_mim.training.trainer.finetune_arguments", "TASKS"),
     "finetune.optimizer": ("hf_mim.training.trainer.optimization", "OPTIMIZERS"),
     "probe.task": ("hf_mim.training.commands.dense", "TASKS"),
@@ -32,8 +40,12 @@ ONNX_RUN = (*ONNX, "onnxruntime")  # what runs it too
 
 @cache
 def words_of(module: str, name: str) -> tuple[str, ...]:
-    """The strings of a tuple, or the keys of a dict, as they stand in the source of a module."""
+    """The strings of a tuple, the keys of a dict, or the values of an enumeration, as they stand in the source of a
+    module."""
     for node in parse_module(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            values = [line.value for line in node.body if isinstance(line, ast.Assign)]
+            return tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             value = getattr(node, "value", None)

@@ -18,6 +18,7 @@ MINIMUM = {
     "cache_size": 1,
     "shuffle_buffer": 0,
 }
+INTERPOLATIONS = ("bicubic", "bilinear")  # of random crops
 MAGNITUDES = 11  # strengths of RandAugment, 0 to 10 as in timm's `rand-m9`
 
 
@@ -113,7 +114,7 @@ class DataArguments:
                 "data.crop_on_device needs images that are held in memory: leave out data.streaming",
                 "data.crop_on_device",
             )
-        if self.interpolation not in ("bicubic", "bilinear"):
+        if self.interpolation not in INTERPOLATIONS:
             message = f"data.interpolation must be bicubic or bilinear, not {self.interpolation!r}"
             raise RecipeError(message, "data.interpolation")
         if self.interpolation != "bicubic" and self.crop_on_device:

@@ -61,12 +61,10 @@ def draw_reconstructions(reconstruction, blocks: int = 2) -> PIL.Image.Image:
     Args:
         reconstruction: of `MIMForPreTraining.reconstruct`.
     """
-    before, after = ("original", "masked"), ("prediction", "combined")
-    if not reconstruction.bool_masked_pos.any():
-        before, after = before[:1], after[:1]
-    columns = {COLUMNS[name]: reconstruction[name] for name in before}
+    count = 2 if reconstruction.bool_masked_pos.any() else 1
+    columns = {COLUMNS[name]: reconstruction[name] for name in ("original", "masked")[:count]}
     columns |= reconstruction.extra or {}
-    columns |= {COLUMNS[name]: reconstruction[name] for name in after}
+    columns |= {COLUMNS[name]: reconstruction[name] for name in ("prediction", "combined")[:count]}
     tiles = {caption: to_tiles(images) for caption, images in columns.items()}
     return draw_grid(tiles, blocks, note=reconstruction.note or "")
 
