@@ -10,11 +10,10 @@ import transformers
 from helpers import DECODER_OPTIONS, perturb, tiny_config
 from safetensors.torch import save_file
 
-from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
+from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.conversion import export
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import start_model, starting_encoder
-from hf_mim.training.common.errors import UserError
 
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -342,64 +341,3 @@ def test_repeat_takes_the_channels_in_turn_and_average_their_mean(sources):
         model, _ = start_model(section(sources("vit"), "quick", *words))
         weight = model.mim.encoder.patch_embedding.weight.unflatten(1, (16, 16, 5)).permute(0, 3, 1, 2)
         torch.testing.assert_close(weight, expected * 3 / 5, rtol=1e-6, atol=1e-7)
-
-
-# ---- bad input -----------------------------------------------------------------------------------------------------
-def bert(folder):
-    sizes = {name: WIDE[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder)
-
-
-def unknown(folder):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "visionary"}))
-
-
-def untyped(folder):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"hidden_size": 8}))
-
-
-def classifier(folder):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architecture": "no_such_net"}))
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (bert, "'bert' model, which takes no images: it has no vision tower"),
-        (unknown, "'visionary', which transformers does not know"),
-        (untyped, "names no model type"),
-        (classifier, "no_such_net"),
-        (lambda folder: None, "no checkpoint at"),
-    ],
-)
-def test_what_is_no_vision_model_is_refused_in_a_line(make, words, tmp_path):
-    make(tmp_path / "source")
-    with pytest.raises((UserError, ValueError), match=words) as caught:
-        start_model(section(str(tmp_path / "source"), "quick"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_patch_that_does_not_fit_and_a_size_that_a_class_does_not_take(sources):
-    with pytest.raises(ValueError, match="28x28 is not divisible by the patch 16x16.*model.image_size=64"):
-        start_model(section(sources("vit"), "quick", "model.image_size=28"))
-    with pytest.raises(ValueError, match="its class does not take images of 96x96.*model.image_size=64"):
-        start_model(section(sources("aimv2"), "quick", "model.image_size=96"))
-
-
-def test_other_weights_than_the_config_says_are_refused(sources, tmp_path):
-    model = library_model("vit")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="which the config asks for"):
-        start_model(section(str(tmp_path), "quick"))
-
-
-def test_origin_is_not_an_option_of_recipes():
-    with pytest.raises(ValueError, match="origin"):
-        recipes.resolve("quick", ["model.origin={}"])
-    assert MIMConfig().origin is None

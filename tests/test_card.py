@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import ResNetConfig
 
 from hf_mim import cli
-from hf_mim.hub.card import dataset_of, license_of, make_card
+from hf_mim.hub.card import license_of, make_card
 from hf_mim.hub.files import PICTURES, read_recipe, weight_files
 from hf_mim.hub.push import stage, write_card
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
-from hf_mim.training.common.errors import FolderError, RecipeError
-from hf_mim.training.common.sharing import check_secrets, has_secret, masked, shareable
+from hf_mim.training.common.errors import FolderError
+from hf_mim.training.common.sharing import shareable
 from hf_mim.training.trainer.pushing import published_files
 
 
@@ -167,13 +167,6 @@ def test_what_leaves_this_machine_holds_no_paths_and_no_tokens(full, tmp_path, m
     assert "`photos`, a local data set" in make_card(full, "me/tiny").text
 
 
-def test_of_urls_only_those_of_the_web_are_published():
-    urls = ["s3://secret-bucket/team/photos", "file:///home/me/photos", "hf://datasets/me/photos", "https://host/x.tar"]
-    found = [shareable({"dataset": url}) for url in urls]
-    assert [entry["dataset"] for entry in found] == ["photos", "photos", "photos", "https://host/x.tar"]
-    assert [dataset_of(entry)["id"] for entry in found] == [None] * 4 and "secret" not in str(found)
-
-
 HOSTILE = "a` | <img src=//evil.example/x.png>\n\n# H ![p](//evil.example/p.png) [l](evil.example) "
 HOSTILE += "https://evil.example www.evil.example me@evil.example \\[x](evil.example)"
 
@@ -245,48 +238,6 @@ def test_a_commit_during_training_holds_no_paths(full):
     files = published_files(full)
     assert json.loads(files["config.json"])["target_config"]["teacher"] == "dino"
     assert set(files) == {"config.json", "model.safetensors"} | ({"preprocessor_config.json"} & set(files))
-
-
-URLS = {
-    "https://me:pw@host/x": True,
-    "https://me@host/x": True,
-    "simplecache::https://me:pw@host/x.tar": True,
-    "zip://a.png::https://me:pw@host/x.zip": True,
-    "zip://a.png::s3://bucket/x.zip?sig=abc": True,
-    "https://host/x#token=abc": True,
-    "https://host/x#/page?jwt=abc": True,
-    **{
-        f"https://host/x?a=1&{name}=abc": True for name in ("sig", "sas", "token", "access_key", "pwd", "jwt", "apiKey")
-    },
-    **{f"https://host/x?{name}=abc": True for name in ("X-Amz-Signature", "AWSAccessKeyId", "SharedAccessKey", "auth")},
-    "https://host/x?page=2&size=224": False,
-    "https://host/x?monkey=1&tokens=3": False,
-    "s3://bucket/photos": False,
-    "hf://datasets/me/photos@main/x": False,
-    "me/photos": False,
-}
-
-
-@pytest.mark.parametrize(("url", "secret"), URLS.items())
-def test_secrets_in_urls_are_refused_masked_and_not_published(url, secret):
-    assert has_secret(url) == secret
-    recipe = {"data": {"dataset": "me/photos", "nested": {"files": ["x", url]}}}
-    if not secret:
-        return check_secrets(recipe)
-    for private in ("pw", "abc"):
-        assert private not in masked(url) and private not in str(shareable(recipe))
-    with pytest.raises(RecipeError, match="holds a password or token") as caught:
-        check_secrets(recipe)
-    assert caught.value.key == "data.nested.files" and "abc" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["hub_token", "password", "api_key", "secretKey", "aws_access_key_id", "pwd", "auth"])
-def test_keys_are_judged_by_name_wherever_they_stand(key):
-    recipe = {"training": {"a": [{"b": {key: "s3cret"}}], "mask_token": True, "num_register_tokens": 4}}
-    with pytest.raises(RecipeError, match="is refused") as caught:
-        check_secrets(recipe)
-    assert caught.value.key == f"training.a.b.{key}" and "s3cret" not in str(caught.value)
-    assert shareable(recipe) == {"training": {"a": [{"b": {}}], "mask_token": True, "num_register_tokens": 4}}
 
 
 def test_the_command_writes_a_card(full, tmp_path, capsys, monkeypatch):

@@ -17,9 +17,6 @@ from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.augment import ClassificationCollator, LabelledImages
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.labels import balanced_weights
-from hf_mim.training.data.splits import hold_out
-from hf_mim.training.evaluation import classification as evaluation
-from hf_mim.training.evaluation.metrics import score_classes
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 from hf_mim.training.trainer.finetune_arguments import FinetuneArguments
 from hf_mim.training.trainer.finetune_trainer import FinetuneTrainer
@@ -357,48 +354,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path, options):
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
 
 
-# ---- metrics and splits --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("classes", [2, 5, 9])
-def test_metrics_are_their_definitions(classes):
-    rng = np.random.default_rng(classes)
-    logits, labels = rng.normal(size=(200, classes)).astype(np.float32), rng.integers(0, max(2, classes - 2), 200)
-    predictions = logits.argmax(1)
-    counts = np.zeros((classes, classes), dtype=int)
-    for label, prediction in zip(labels, predictions):
-        counts[label, prediction] += 1
-    present = [c for c in range(classes) if counts[c].any() or counts[:, c].any()]
-    expected = {
-        "accuracy": 100 * np.trace(counts) / 200,
-        "f1_macro": 100 * np.mean([2 * counts[c, c] / (counts[c].sum() + counts[:, c].sum()) for c in present]),
-    }
-    if classes > 5:
-        ranks = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1)
-        expected["top5_accuracy"] = 100 * np.mean(ranks < 5)
-    shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
-    expected["loss"] = -np.mean([np.log(row[label]) for row, label in zip(shares, labels)])
-    assert score_classes(logits, labels) == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_array_equal(evaluation.confusion_matrix(logits, labels), counts)
-
-
-def test_metrics_refuse_what_they_do_not_measure():
-    with pytest.raises(ValueError):
-        evaluation.Accuracy().compute(predictions=[1, 2], references=[1])
-
-
 def test_balanced_weights_are_scikit_learns():
     labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 3)
     expected = sklearn.utils.class_weight.compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
     np.testing.assert_allclose(balanced_weights(labels, 3), expected, rtol=1e-6)
     weights = balanced_weights(labels, 4)
     assert weights[3] == 1 and weights[labels].mean().item() == pytest.approx(1, rel=1e-6)
-
-
-def test_every_class_keeps_an_image_to_train_on():
-    labels = np.array([0] * 50 + [1] * 45 + [2] * 4 + [3])
-    train, held = hold_out(labels)
-    assert len(held) == 10 and sorted([*train, *held]) == list(range(100))
-    assert set(labels[train]) == {0, 1, 2, 3} and 99 in train
-    again = hold_out(labels)[1]
-    assert held.tolist() == again.tolist()
-    with pytest.raises(ValueError, match="none can be held out"):
-        hold_out(np.arange(5))

@@ -16,6 +16,7 @@ from hf_mim import MIMModel
 from hf_mim.hub import card_results
 from hf_mim.training.commands.pretrain import results_table
 from hf_mim.training.data.splits import hold_out
+from hf_mim.training.evaluation import classification as evaluation
 from hf_mim.training.evaluation import frozen, readouts
 from hf_mim.training.evaluation.dense import dense_protocol
 from hf_mim.training.evaluation.metrics import CLASSIFICATION, READOUTS, Metric, score_classes
@@ -187,3 +188,31 @@ def test_a_subset_keeps_images_and_labels_together():
     again, _ = frozen.subset(Numbers(), 30)
     assert list(again) == list(chosen) == sorted(set(chosen))
     assert len(frozen.subset(Numbers(), 1000)[0]) == 100
+
+
+# ---- of a classifier ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("classes", [2, 5, 9])
+def test_metrics_are_their_definitions(classes):
+    rng = np.random.default_rng(classes)
+    logits, labels = rng.normal(size=(200, classes)).astype(np.float32), rng.integers(0, max(2, classes - 2), 200)
+    predictions = logits.argmax(1)
+    counts = np.zeros((classes, classes), dtype=int)
+    for label, prediction in zip(labels, predictions):
+        counts[label, prediction] += 1
+    present = [c for c in range(classes) if counts[c].any() or counts[:, c].any()]
+    expected = {
+        "accuracy": 100 * np.trace(counts) / 200,
+        "f1_macro": 100 * np.mean([2 * counts[c, c] / (counts[c].sum() + counts[:, c].sum()) for c in present]),
+    }
+    if classes > 5:
+        ranks = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1)
+        expected["top5_accuracy"] = 100 * np.mean(ranks < 5)
+    shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
+    expected["loss"] = -np.mean([np.log(row[label]) for row, label in zip(shares, labels)])
+    assert score_classes(logits, labels) == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_array_equal(evaluation.confusion_matrix(logits, labels), counts)
+
+
+def test_metrics_refuse_what_they_do_not_measure():
+    with pytest.raises(ValueError):
+        evaluation.Accuracy().compute(predictions=[1, 2], references=[1])

@@ -83,3 +83,14 @@ def test_only_labelled_images_are_drawn():
     assert draw_labelled(labels).tolist() == [1, 2, 4, 5, 6]
     drawn = draw_labelled(labels, 2)
     assert set(labels[drawn].tolist()) == {0, 1}
+
+
+def test_every_class_keeps_an_image_to_train_on():
+    labels = np.array([0] * 50 + [1] * 45 + [2] * 4 + [3])
+    train, held = hold_out(labels)
+    assert len(held) == 10 and sorted([*train, *held]) == list(range(100))
+    assert set(labels[train]) == {0, 1, 2, 3} and 99 in train
+    again = hold_out(labels)[1]
+    assert held.tolist() == again.tolist()
+    with pytest.raises(ValueError, match="none can be held out"):
+        hold_out(np.arange(5))
