@@ -16,6 +16,7 @@ CLAIMS = {
         ("mae", "untrained"),
         ("mae", "raw pixels"),
         ("img2vec", "mae"),
+        ("img2vec, spread by a half", "img2vec"),
         ("img2vec", "img2vec, a quarter blended"),
         ("img2vec", "img2vec, half blended"),
         ("img2vec", "img2vec, three quarters blended"),
