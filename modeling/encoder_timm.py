@@ -155,6 +155,7 @@ class TimmEncoder(Encoder):
     """
 
     has_attentions = False
+    export_formats = ("timm", "onnx")
 
     def __init__(
         self,

@@ -25,7 +25,10 @@ def check_same(model: MIMModel, other: Callable[[Tensor], Tensor], what: str) ->
     with torch.no_grad():
         ours, theirs = model(images).last_hidden_state, other(images)
         theirs = theirs.flatten(2).transpose(1, 2) if theirs.ndim == 4 else theirs
-        difference = float(((ours - theirs).abs() / ours.abs().clamp(min=1)).max())
+    if ours.shape != theirs.shape:
+        shapes = f"{tuple(theirs.shape)}, not {tuple(ours.shape)}"
+        raise ValueError(f"cannot be exported as {what}: its tokens would be {shapes}")
+    difference = float(((ours - theirs).abs() / ours.abs().clamp(min=1)).max())
     if not difference <= LARGEST_DIFFERENCE:
         raise ValueError(f"cannot be exported as {what}: its outputs would differ by {difference:.1e}")
     return f"outputs differ by {difference:.0e} at most, on random images of the checkpoint's size"

@@ -1,13 +1,16 @@
 """A checkpoint's encoder as a model of timm: its weights, and the arguments to build it with."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_mim.modeling.encoder_timm import run_timm, timm_errors
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.options import pair
 from hf_mim.training.conversion.convnets import timm_name
@@ -22,28 +25,95 @@ def to_timm(model: MIMModel, out: Path) -> list[str]:
     Raises:
         ValueError: timm has no counterpart; the message says of what.
     """
-    origin = origin_of(model, "timm")
-    if origin is not None and model.config.encoder == "vit":
-        architecture, options, state = timm_model(model, origin)
-    elif model.config.encoder == "vit":
-        architecture, options, state = timm_vit(model)
-    else:
-        architecture, options, state = timm_convnet(model)
-    network: Any = timm.create_model(architecture, **options).eval()
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"timm's {architecture} has parts that this encoder does not fill: {reason}") from None
-    line = check_same(model, network.forward_features, f"timm's {architecture}")
+    architecture, options, state = describe(model)
+    with timm_errors(f"timm cannot make its {architecture} whole"):
+        network: Any = timm.create_model(architecture, **options).eval()
+    state, new = fill(network, state)
+    way, line = compare(model, network, architecture)
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in state.items()}, out / "model.safetensors")
     height, width = pair(model.config.image_size)
     saved = {"mean": model.config.image_mean, "std": model.config.image_std, "num_classes": 0}
     saved["input_size"] = [model.config.num_channels, height, width]
+    # Which layer is the classifier: without that, timm refuses to load the weights under another number of classes.
+    saved |= {key: network.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in network.pretrained_cfg}
     described = {"architecture": architecture, "num_classes": 0, "model_args": options, "pretrained_cfg": saved}
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    return [f'timm.create_model("local-dir:{out}", pretrained=True)', line]
+    lines = [f'timm.create_model("local-dir:{out}", pretrained=True)', f"{way}: {line}"]
+    if new:
+        lines.append(f"{', '.join(new)}: not part of the encoder, with new random weights, for fine-tuning to train")
+    return lines
+
+
+def describe(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+    """-> an architecture's name, the arguments that make it this encoder, and the weights."""
+    origin, kind = origin_of(model, "timm"), model.config.encoder
+    if kind == "timm":
+        return timm_whole(model)
+    if kind != "vit":
+        return timm_convnet(model)
+    return timm_vit(model) if origin is None else timm_model(model, origin)
+
+
+def fill(network: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Loads the weights of an encoder. -> the weights of the whole network, and its modules that keep their new ones.
+
+    Args:
+        state: names may have `_` for a point, as timm writes them where it cuts a network into stages.
+
+    Raises:
+        ValueError: a weight has no place in the network, or another shape.
+    """
+    places = {name.replace(".", "_"): name for name in network.state_dict()}
+    state = {places.get(name.replace(".", "_"), name): value for name, value in state.items()}
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"this encoder does not fill timm's network: {str(error).splitlines()[1].strip()}") from None
+    if unexpected:
+        raise ValueError(f"this encoder has parts that timm's network has not: {', '.join(unexpected[:4])}")
+    filled = {name[: i + 1] for name in state for i, letter in enumerate(name) if letter == "."}
+    new = set()
+    for name in missing:
+        ends = [i + 1 for i, letter in enumerate(name) if letter == "."]
+        new.add(next((name[: end - 1] for end in ends if name[:end] not in filled), name))
+    return network.state_dict(), sorted(new)
+
+
+def compare(model: MIMModel, network: Any, architecture: str) -> tuple[str, str]:
+    """-> what of timm's network gives the encoder's features, and how near they are. Behind its last stage a network
+    may have layers that belong to its classifier (EfficientNet), which `forward_features` runs too.
+
+    Raises:
+        ValueError: the outputs differ.
+    """
+    what, way = f"timm's {architecture}", "the last of forward_intermediates, as NCHW"
+    maps = partial(run_timm, network)
+    if model.config.encoder == "timm":
+        way = f"{way}, with norm=True where it takes that"
+    elif hasattr(network, "forward_intermediates"):
+        maps = partial(network.forward_intermediates, output_fmt="NCHW", intermediates_only=True)
+    try:
+        return "forward_features", check_same(model, network.forward_features, what)
+    except ValueError:
+        if model.config.encoder == "vit" or not hasattr(network, "forward_intermediates"):
+            raise
+    return way, check_same(model, lambda images: maps(images)[-1], what)
+
+
+def timm_whole(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
+    """Of encoder `timm`. Results as of `describe`."""
+    options, encoder = model.config.options("encoder"), cast(Any, model.encoder)
+    name = options.pop("model_name", "vit_tiny_patch16_224")
+    options.pop("pixel_fill", None)
+    options |= {"in_chans": model.config.num_channels, "num_classes": 0}
+    sized = {**options, "img_size": list(pair(model.config.image_size))}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **sized)
+    except TypeError:  # it does not depend on the size
+        sized = options
+    return name, sized, encoder.network.model.state_dict()
 
 
 def vit_arguments(model: MIMModel) -> dict:
@@ -104,11 +174,7 @@ def timm_convnet(model: MIMModel) -> tuple[str, dict, dict[str, Tensor]]:
     kind = options.get("model_type", "resnet")
     channels = {"in_chans": model.config.num_channels, "num_classes": 0}
     if kind == "timm":
-        state = {}
-        for name, value in encoder.network.state_dict().items():
-            flat, _, rest = name.split(".", 2)[2].partition(".")
-            head, _, number = flat.rpartition("_")  # timm writes stages.0 as stages_0 where it cuts a network
-            state[f"{head}.{number}.{rest}" if number.isdecimal() and head else f"{flat}.{rest}"] = value
+        state = {name.split(".", 2)[2]: value for name, value in encoder.network.state_dict().items()}
         own = {k: v for k, v in options.items() if k not in ("model_type", "model_name") and "mask" not in k}
         for ours in ("pixel_fill", "final_norm"):
             own.pop(ours, None)
