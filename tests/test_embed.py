@@ -82,6 +82,13 @@ def test_it_goes_on_where_it_stopped(checkpoint, photos, tmp_path, monkeypatch):
     assert sorted(row for _, rows in read_parts(tmp_path) for row in rows["index"]) == list(range(10))
 
 
+def test_an_image_that_is_left_out_is_named(checkpoint, photos, tmp_path, capsys):
+    words = ["embed", str(checkpoint), str(tmp_path), f"data.dataset={photos}", "data.split=test"]
+    assert cli.main([*words, "data.max_bad_images=1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "skipped 1 image that cannot be used; the first: " in printed and "test/dogs/dogs1.png" in printed
+
+
 def test_images_are_decoded_when_they_are_needed(checkpoint, photos):
     model = MIMModel.from_pretrained(checkpoint)
     splits, _ = commands.open_splits(commands.DataArguments(dataset=str(photos), max_bad_images=1), model)
@@ -138,7 +145,7 @@ def test_an_image_is_nearest_to_itself_and_the_others_are_in_order(vectors, phot
     words = ["search", str(vectors), str(photos / "train/dogs/dogs3.png"), "--out", str(out), "--count", "4"]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "dogs3.png" in printed and "1.000" in printed
+    assert "dogs/dogs3.png" in printed and "1.000" in printed
     assert PIL.Image.open(out).width > 4 * 128
     assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
     everything = np.concatenate([rows["features"] for _, rows in read_parts(vectors)])

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hf_mim.training.common.errors import DataError
+from hf_mim.training.data.labels import Labels
+from hf_mim.training.data.report import describe_part
 from hf_mim.training.data.splits import draw_labelled, draw_scenes, draw_subset, hold_out, hold_out_scenes, split_of
 
 
@@ -94,3 +97,10 @@ def test_every_class_keeps_an_image_to_train_on():
     assert held.tolist() == again.tolist()
     with pytest.raises(ValueError, match="none can be held out"):
         hold_out(np.arange(5))
+
+
+def test_what_is_said_of_a_part_is_what_is_used():
+    labels = Labels(torch.tensor([0] * 6 + [1] * 3), ["cat", "dog"])
+    assert describe_part("test", 9, labels, "split test") == "test: 9 images (split test): cat 6, dog 3"
+    assert describe_part("test", 9, labels, "split test", 3) == "test: 3 of 9 images (split test): cat 2, dog 1"
+    assert describe_part("test", 9, labels, drawn=20) == "test: 9 images: cat 6, dog 3"

@@ -229,6 +229,7 @@ class TrainingRun(Run, Generic[TrainerT]):
     def describe_length(self, dataset, least: int = SHORT, drop_last: bool | None = None) -> None:
         """Prints how long the run is, with a warning where it is shorter than `least` steps."""
         self.length = length_of(dataset, self.arguments, drop_last)
+        self.arguments.logging_steps = min(self.arguments.logging_steps, max(1, self.length.steps))  # log once at least
         super().describe(length=str(self.length))
         if (warning := warning_of_length(self.length, least)) is not None:
             self.console.warn(warning)
