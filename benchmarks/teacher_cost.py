@@ -52,9 +52,12 @@ class Steps:
 
     def step(self, arm: str) -> None:
         place, self.place = self.place // len(ARMS) % len(self.batches), self.place + 1
-        sources = {"student alone": lambda *call: self.at_hand[place], "kept features": self.cache}
-        self.teacher.maps = sources.get(arm, self.maps)
-        self.teacher.last = None  # the batch of the last call is not run again, and here it is to be
+        self.teacher.maps = {
+            "student alone": lambda *call: self.at_hand[place],
+            "kept features": self.cache,
+            # A copy, since a teacher keeps its last batch.
+            "teacher at each step": lambda pixel_values, grid: self.maps(pixel_values.clone(), grid),
+        }[arm]
         self.optimizer.zero_grad()
         self.model(**self.batches[place]).loss.backward()
         self.optimizer.step()

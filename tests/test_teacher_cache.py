@@ -31,9 +31,9 @@ def make_cache(source: str, folder, capacity: int = 10) -> TeacherCache:
 
 
 def count_images(monkeypatch) -> list[int]:
-    """How many images the network itself is run on, call by call."""
-    counts, compute = [], Teacher._maps
-    monkeypatch.setattr(Teacher, "_maps", lambda self, x, grid: counts.append(len(x)) or compute(self, x, grid))
+    """How many images the teacher itself is asked for, call by call."""
+    counts, compute = [], Teacher.maps
+    monkeypatch.setattr(Teacher, "maps", lambda self, x, grid: counts.append(len(x)) or compute(self, x, grid))
     return counts
 
 
@@ -84,7 +84,7 @@ def test_a_full_file_other_sizes_and_other_questions(source, tmp_path, monkeypat
 
 
 def test_what_float16_cannot_hold_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(Teacher, "_maps", lambda self, x, grid: [torch.full((len(x), 12, *grid), 1e6)] * 2)
+    monkeypatch.setattr(Teacher, "maps", lambda self, x, grid: [torch.full((len(x), 12, *grid), 1e6)] * 2)
     with pytest.raises(RecipeError, match="not finite in float16: set training.cache_teacher=false"):
         make_cache(source, tmp_path)(torch.randn(2, 1, *SIZE), GRID)
 
