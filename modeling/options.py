@@ -75,6 +75,12 @@ def pair(size: Size) -> Grid:
     return sides[0], sides[1]
 
 
+def size_title(size: Size) -> str:
+    """Such as 224x224, height first."""
+    height, width = pair(size)
+    return f"{height}x{width}"
+
+
 def at_least(least: int, section: str = "", /, **options: int) -> None:
     """Raises:
     OptionError: an option, given by its name, has a value below `least`. `section` is put before the name.

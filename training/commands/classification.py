@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForImageClassification
 from hf_mim.modeling.native_models import load_native
-from hf_mim.modeling.options import OptionError
+from hf_mim.modeling.options import OptionError, size_title
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import (
     checkpoint_errors,
@@ -28,7 +28,6 @@ from hf_mim.training.commands.dry_run import dry_run
 from hf_mim.training.commands.finetune_run import FinetuneRun
 from hf_mim.training.common.console import make_table
 from hf_mim.training.common.errors import RecipeError
-from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.augment import ClassificationCollator
 from hf_mim.training.data.labelled import LabelledSplits, load_labelled_splits
 from hf_mim.training.data.labels import balanced_weights

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_mim.modeling.modeling_mim import MIMModel
-from hf_mim.modeling.options import Size, unknown_choice
+from hf_mim.modeling.options import Size, size_title, unknown_choice
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import load_encoder, untrained_twin
 from hf_mim.training.commands.probe_setup import REMEDY
@@ -19,7 +19,7 @@ from hf_mim.training.common.console import RunConsole, make_table
 from hf_mim.training.common.device import best_device, has_bf16, on_device
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.output_folder import choose_folder
-from hf_mim.training.common.titles import name_of, size_title
+from hf_mim.training.common.titles import name_of
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.masked import load_masked_splits
 from hf_mim.training.data.urls import check_local

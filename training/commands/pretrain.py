@@ -14,7 +14,7 @@ from transformers import set_seed
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import num_hidden_tokens
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import pair, size_title
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import config_errors, load_model, start_model
 from hf_mim.training.commands.dry_run import dry_run
@@ -23,7 +23,6 @@ from hf_mim.training.common.console import IMAGES_DONE, RunConsole, make_table
 from hf_mim.training.common.device import on_device
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.recipe_keys import KEEP_KEYS, START_KEYS
-from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset

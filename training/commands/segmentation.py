@@ -15,13 +15,12 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.image_processing_mim import MIMImageProcessor
 from hf_mim.modeling.modeling_mim import MIMModel
 from hf_mim.modeling.modeling_upernet import MIMUperNet, MIMUperNetConfig
-from hf_mim.modeling.options import OptionError, Size, pair
+from hf_mim.modeling.options import OptionError, Size, pair, size_title
 from hf_mim.training.checkpoint import load_encoder
 from hf_mim.training.commands.dry_run import dry_run
 from hf_mim.training.commands.finetune_run import FinetuneRun, set_up
 from hf_mim.training.common.console import RunConsole, make_table
 from hf_mim.training.common.errors import CheckpointError, RecipeError
-from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.masked import MaskedSplits, load_masked_splits
 from hf_mim.training.data.masks import IGNORE
 from hf_mim.training.data.processors import BICUBIC, own_processor

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import pair, size_title
 from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_discrete import code_usage, nearest_code
 from hf_mim.modeling.target_teacher import TeacherFeatureTarget
@@ -23,7 +23,6 @@ from hf_mim.training import recipe as recipes
 from hf_mim.training.common.console import RunConsole, make_table
 from hf_mim.training.common.errors import RecipeError
 from hf_mim.training.common.output_folder import check_new_file
-from hf_mim.training.common.titles import size_title
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.pretraining import load_splits
 from hf_mim.training.data.report import without_evaluation

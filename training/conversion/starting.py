@@ -11,9 +11,8 @@ from transformers import CONFIG_MAPPING
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.encoder_base import Encoder, is_mask_parameter
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMModel
-from hf_mim.modeling.options import LEARNING_OPTIONS, OptionError, options_of, pair, unknown_choice
+from hf_mim.modeling.options import LEARNING_OPTIONS, OptionError, options_of, pair, size_title, unknown_choice
 from hf_mim.modeling.parts import ENCODERS, make_encoder
-from hf_mim.training.common.titles import size_title
 
 
 # Fields of a `MIMConfig` that describe an encoder.

@@ -87,7 +87,9 @@ def leave_to_adamw(optimizer: Muon, model: nn.Module) -> None:
     """Has Muon step the matrices of the blocks of encoder and decoder only. AdamW takes vectors, and embeddings and
     heads, whose inputs or outputs are not features."""
     parts = list(model.modules())
-    blocks = [module for part in parts if isinstance(part, Encoder) for block in part.blocks() for module in block]
+    blocks: list = [
+        module for part in parts if isinstance(part, Encoder) for block in part.blocks() for module in block
+    ]
     blocks += [part.layers for part in parts if isinstance(part, Decoder) and hasattr(part, "layers")]
     matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
     for group in list(optimizer.param_groups):
