@@ -6,8 +6,9 @@ import torch
 import transformers
 from helpers import perturb, tiny_config
 
-from hf_mim import MIMModel
+from hf_mim import MIMForPreTraining, MIMModel
 from hf_mim.conversion import convert, export
+from hf_mim.modeling.layers import sincos_2d
 from hf_mim.modeling.masking import MASK_GENERATORS
 from hf_mim.training import recipe as recipes
 from hf_mim.training.evaluation.frozen import extract_features
@@ -81,6 +82,72 @@ def test_the_attention_of_several_class_tokens_is_their_mean(pair):
     torch.testing.assert_close(found.pooler_weights, weights, **TOLERANCE)
     expected = (weights[:, None] @ out.last_hidden_state[:, 8:])[:, 0]
     torch.testing.assert_close(found.pooler_output, expected, **TOLERANCE)
+
+
+def timm_names(theirs: transformers.PixioModel) -> dict[str, torch.Tensor]:
+    """Its weights under the names of MAE's and timm's programs."""
+    state = theirs.state_dict()
+    names = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed"}
+    weights = {new: state[old] for old, new in names.items()}
+    parts = {"attention.o_proj": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    for end in ("weight", "bias"):
+        weights[f"patch_embed.proj.{end}"] = state[f"embeddings.patch_embeddings.projection.{end}"]
+        weights[f"norm.{end}"] = state[f"layernorm.{end}"]
+        for i in range(SIZES["num_hidden_layers"]):
+            qkv = [state[f"layers.{i}.attention.{part}_proj.{end}"] for part in "qkv"]
+            weights[f"blocks.{i}.attn.qkv.{end}"] = torch.cat(qkv)
+            for old, new in {**parts, "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}.items():
+                weights[f"blocks.{i}.{new}.{end}"] = state[f"layers.{i}.{old}.{end}"]
+    return weights
+
+
+def decoder_names(dim: int, class_tokens: int) -> dict[str, torch.Tensor]:
+    """A decoder of one block as MAE's program names it, for patches of 4x4."""
+    places = torch.cat([torch.zeros(class_tokens, dim), sincos_2d((8, 8), (8, 8), dim)])
+    weights = {"decoder_pos_embed": places[None], "mask_token": torch.randn(1, 1, dim)}
+    shapes = {"embed": (dim, 32), "pred": (48, dim), "blocks.0.attn.qkv": (3 * dim, dim)}
+    shapes |= {"blocks.0.attn.proj": (dim, dim), "blocks.0.mlp.fc1": (4 * dim, dim), "blocks.0.mlp.fc2": (dim, 4 * dim)}
+    shapes |= {"norm": (dim,), "blocks.0.norm1": (dim,), "blocks.0.norm2": (dim,)}
+    for name, shape in shapes.items():
+        weights |= {f"decoder_{name}.weight": torch.randn(shape), f"decoder_{name}.bias": torch.randn(shape[0])}
+    return weights
+
+
+@torch.no_grad()
+def test_a_file_with_the_names_of_mae(pair, tmp_path):
+    """How its authors name weights is not known here; these names are the likely ones."""
+    theirs, _ = pair
+    pixel_values = torch.randn(2, 3, 32, 32)
+    torch.save({"model": timm_names(theirs)}, tmp_path / "pixio.pth")
+    convert(str(tmp_path / "pixio.pth"), tmp_path / "encoder", heads=4)
+    found = MIMModel.from_pretrained(tmp_path / "encoder").eval()(pixel_values).last_hidden_state
+    torch.testing.assert_close(found, theirs(pixel_values).last_hidden_state, **TOLERANCE)
+    decoder = decoder_names(8, 8)
+    torch.save({"model": timm_names(theirs) | decoder}, tmp_path / "whole.pth")
+    convert(str(tmp_path / "whole.pth"), tmp_path / "whole", heads=4, decoder_heads=2)
+    whole = MIMForPreTraining.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(whole.mim(pixel_values).last_hidden_state, found, rtol=0, atol=0)
+    assert torch.equal(whole.decoder.head.weight, decoder["decoder_pred.weight"])
+    assert whole(pixel_values).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: {f"trunk.{name}": value for name, value in weights.items()}, "of no kind known here"),
+        (lambda weights: {name.replace("cls_token", "cls_tokens"): value for name, value in weights.items()}, "72 pos"),
+        (lambda weights: weights | {"blocks.0.attn.gate.weight": torch.ones(2)}, r"blocks\.0\.attn\.gate"),
+        (
+            lambda weights: weights | decoder_names(8, 1),
+            "the decoder has places for 1 tokens without a patch",
+        ),
+    ],
+)
+def test_a_file_with_other_names_is_refused(pair, change, message, tmp_path):
+    torch.save({"model": change(timm_names(pair[0]))}, tmp_path / "pixio.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(str(tmp_path / "pixio.pth"), tmp_path / "out", heads=4)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @torch.no_grad()

@@ -268,8 +268,16 @@ def mae_decoder(weights: Weights, fields: dict, heads: int | None, eps: float) -
     table = weights.take("decoder_pos_embed").flatten(0, -2)
     dim, patch = table.shape[1], pair(fields["encoder_config"]["patch_size"])
     grid = patch_grid(fields["image_size"], patch)
-    if not torch.allclose(table[1:], sincos_2d(grid, grid, dim), atol=1e-5) or table[0].any():
+    count = len(table) - math.prod(grid)  # class tokens: several in Pixio's
+    is_fixed = count > 0 and torch.allclose(table[count:], sincos_2d(grid, grid, dim), atol=1e-5)
+    if not is_fixed or table[:count].any():
         raise ValueError("the decoder's positions are not MAE's fixed ones")
+    encoder = fields["encoder_config"]
+    prefix = encoder.get("num_cls_tokens", int(encoder["use_cls_token"])) + encoder.get("num_register_tokens", 0)
+    if count != prefix:
+        raise ValueError(
+            f"the decoder has places for {count} tokens without a patch, and the encoder {prefix} such tokens"
+        )
     options: dict[str, Any] = {}
     depth = weights.count(r"decoder_blocks\.(\d+)\.")
     state = {"decoder.mask_token": weights.take("mask_token").flatten()}
