@@ -81,6 +81,7 @@ def test_what_is_no_student_or_no_distillation_is_refused(sources, tmp_path):
     for student, message in (
         ("resnt18", "did you mean 'resnet18'"),
         ("bert", "bert cannot be a student here: .*takes no images"),
+        ("levit", "levit cannot be a student here: .*levit_128s of timm"),
         ("vit_tiny_patch16_224", "image size 40x40 is not divisible by the last map's cell 16x16"),
     ):
         size = 40 if student.startswith("vit_") else 32

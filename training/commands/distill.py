@@ -19,6 +19,7 @@ from hf_mim.training.common.errors import RecipeError
 RECIPE, SMALL = "distill", "distill_small"  # for one's own images, and for the shipped ones
 OWN = "vit"  # the student that a recipe describes
 CUT = ("resnet", "convnext", "convnextv2")  # models of transformers that encoder `convnet` takes
+UNFIT = {"levit": "its class of transformers fails in training behind an evaluation; take levit_128s of timm"}
 STUDENTS = (
     "a student is 'vit' (that of the recipe), a model of timm (resnet18, efficientnet_b0, mobilenetv3_small_100), a "
     "model type of transformers (resnet, swin, mobilevit), or, to start from its weights, a folder, a URL or an id on "
@@ -98,6 +99,8 @@ def choose_encoder(student: str, fields: dict) -> tuple[str, dict]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
+    if student in UNFIT:
+        raise RecipeError(f"{student} cannot be a student here: {UNFIT[student]}", student)
     candidates: list[tuple[str, dict]] = []
     if student in CONFIG_MAPPING:
         candidates = [("convnet" if student in CUT else "native", {"model_type": student})]
