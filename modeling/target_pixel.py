@@ -7,6 +7,7 @@ from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
 from .options import pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, displayable
+from .target_hog import HOGTarget
 
 
 class PixelTarget(Target):
@@ -16,15 +17,28 @@ class PixelTarget(Target):
         normalize: whether each patch's pixels are brought to mean 0 and (unbiased) variance 1, as MAE recommends.
             Where most patches are blank, as in drawings on white, raw pixels learn better.
         loss: mse, l1 or smooth_l1 (beta 2).
+        hog_weight: of the same loss of the patch's HOG (`HOGTarget` with its defaults), predicted beside the pixels;
+            0 predicts pixels only.
     """
 
     needs_image_only = True
 
-    def __init__(self, config: MIMConfigBase, encoder: Encoder, *, normalize: bool = True, loss: str = "mse"):
+    def __init__(
+        self,
+        config: MIMConfigBase,
+        encoder: Encoder,
+        *,
+        normalize: bool = True,
+        loss: str = "mse",
+        hog_weight: float = 0.0,
+    ):
         super().__init__()
         height, width = pair(config.image_size)
         rows, cols = encoder.target_grid(height, width)
-        self.outputs = {"patches": (height // rows) * (width // cols) * config.num_channels}
+        self.num_values = (height // rows) * (width // cols) * config.num_channels
+        self.hog = HOGTarget(config, encoder) if hog_weight else None
+        self.hog_weight = hog_weight
+        self.outputs = {"patches": self.num_values + (self.hog.outputs["patches"] if self.hog else 0)}
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]
         self.image_mean, self.image_std = config.statistics()
@@ -41,9 +55,22 @@ class PixelTarget(Target):
         if self.normalize:
             mean, scale = patch_statistics(patches)
             patches = (patches - mean) / scale
+        if self.hog is not None:
+            patches = torch.cat([patches, self.hog.targets(pixel_values, grid)["patches"]], dim=-1)
         return {"patches": patches}
 
+    def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
+        if self.hog is None:
+            return super().loss(predictions, targets, bool_masked_pos, grid, generator)
+        parts = [values["patches"].tensor_split([self.num_values], dim=-1) for values in (predictions, targets)]
+        pixels, gradients = (
+            super(PixelTarget, self).loss({"patches": predicted}, {"patches": target}, bool_masked_pos, grid, generator)
+            for predicted, target in zip(*parts)
+        )
+        return pixels + self.hog_weight * gradients
+
     def to_image(self, values, pixel_values, grid, bool_masked_pos=None) -> Tensor:
+        values = values[..., : self.num_values]
         if self.normalize:
             mean, scale = patch_statistics(patchify(pixel_values, grid).float())
             if bool_masked_pos is not None:
