@@ -9,8 +9,10 @@ from helpers import tiny_config
 from skimage.feature import hog
 
 from hf_mim import MIMForPreTraining
+from hf_mim.modeling.options import pair
 from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_hog import HOGTarget, edge_glyphs, oriented_gradients, tiled_gaussian
+from hf_mim.modeling.target_pixel import PixelTarget
 
 
 def test_against_scikit_image():
@@ -95,3 +97,26 @@ def test_a_cell_that_does_not_fit():
     config = tiny_config(target="hog", target_config={"cell_size": 3})
     with pytest.raises(ValueError, match="cell_size 3x3 does not divide the patch 4x4"):
         HOGTarget(config, make_encoder(config), cell_size=3)
+
+
+@pytest.mark.parametrize("size, patch, channels", [(16, 8, 3), ((24, 16), (4, 8), 1)])
+def test_hog_beside_the_pixels(size, patch, channels):
+    """One head predicts both; the loss is that of either target alone, and the picture that of the pixels."""
+    encoder_config = {"patch_size": patch, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tiny_config(image_size=size, num_channels=channels, encoder_config=encoder_config)
+    encoder = make_encoder(config)
+    pixels, gradients = PixelTarget(config, encoder), HOGTarget(config, encoder)
+    both = PixelTarget(config, encoder, hog_weight=0.7)
+    grid, images = encoder.target_grid(*pair(size)), torch.randn(2, channels, *pair(size))
+    mask = torch.rand(2, grid[0] * grid[1]) < 0.5
+    count = pixels.outputs["patches"]
+    assert both.outputs["patches"] == count + gradients.outputs["patches"]
+    predicted = torch.randn(2, grid[0] * grid[1], both.outputs["patches"])
+    targets = both.targets(images, grid)
+    parts = [
+        target.loss({"patches": values}, target.targets(images, grid), mask, grid)
+        for target, values in ((pixels, predicted[..., :count]), (gradients, predicted[..., count:]))
+    ]
+    torch.testing.assert_close(both.loss({"patches": predicted}, targets, mask, grid), parts[0] + 0.7 * parts[1])
+    shown = both.to_image(predicted, images, grid, mask)
+    assert torch.equal(shown, pixels.to_image(predicted[..., :count], images, grid, mask))
