@@ -28,8 +28,10 @@ class OptimizationArguments(TrainingArguments):
         base_batch_size: images.
         lr_scaling: how the learning rate follows the total batch, which is that of one device times devices,
             processes and accumulation steps: linear, or sqrt (DTM).
-        optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips); muon (timm's, with steps
-            of AdamW's size) for the matrices of blocks and AdamW for the rest; or None for that of `optim`.
+        optimizer: lamb (timm's, without its own clipping: `max_grad_norm` clips); muon (timm's) for the matrices of
+            blocks, with AdamW's size of steps, and AdamW for the rest, both with Nesterov momentum; or None for that of
+            `optim`.
+        muon_scale: factor of the learning rate for what Muon steps.
         lr_scales: factors of the learning rate by the last name of a parameter, such as {"mask_token": 0.1} (A2MIM).
         weight_decay_end: where `weight_decay` moves to along half a cosine over the whole training (SparK); None: it
             stays.
@@ -41,6 +43,7 @@ class OptimizationArguments(TrainingArguments):
     base_batch_size: int = field(default=256, metadata={"help": "Images that base_learning_rate is for."})
     lr_scaling: str = field(default="linear", metadata={"help": "How the rate follows the batch: linear or sqrt."})
     optimizer: str | None = field(default=None, metadata={"help": "lamb, muon, or None for that of optim."})
+    muon_scale: float = field(default=1.0, metadata={"help": "Factor of the learning rate for what Muon steps."})
     lr_scales: dict | None = field(default=None, metadata={"help": "Factors of the learning rate by parameter name."})
     weight_decay_end: float | None = field(default=None, metadata={"help": "What weight_decay moves to."})
 
@@ -56,6 +59,8 @@ class OptimizationArguments(TrainingArguments):
             raise unknown_choice("training.optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "muon" and self.fsdp:
             raise ValueError("training.optimizer=muon needs whole matrices, which training.fsdp cuts: leave one out")
+        if not 0 < self.muon_scale < math.inf:
+            raise ValueError(f"training.muon_scale must be above 0, not {self.muon_scale}")
         for name, scale in (self.lr_scales or {}).items():
             if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
                 raise ValueError(f"training.lr_scales.{name} must be a number of at least 0, not {scale!r}")
@@ -80,23 +85,24 @@ def named_optimizer(args: OptimizationArguments) -> tuple[type, dict]:
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
     if args.optimizer == "lamb":
         return Lamb, {**settings, "max_grad_norm": None}
-    return Muon, settings
+    return Muon, {**settings, "nesterov": True}
 
 
-def leave_to_adamw(optimizer: Muon, model: nn.Module) -> None:
-    """Has Muon step the matrices of the blocks of encoder and decoder only. AdamW takes vectors, and embeddings and
-    heads, whose inputs or outputs are not features."""
-    parts = list(model.modules())
-    blocks: list = [
-        module for part in parts if isinstance(part, Encoder) for block in part.blocks() for module in block
-    ]
-    blocks += [part.layers for part in parts if isinstance(part, Decoder) and hasattr(part, "layers")]
+def divide_for_muon(optimizer: Muon, model: nn.Module, scale: float) -> None:
+    """Has Muon step the matrices of the blocks of encoder and decoder only, at `scale` times the learning rate. AdamW
+    takes vectors, and embeddings and heads, whose inputs or outputs are not features."""
+    encoders = (module for module in model.modules() if isinstance(module, Encoder))
+    decoders = (module for module in model.modules() if isinstance(module, Decoder))
+    blocks = [module for encoder in encoders for block in encoder.blocks() for module in block]
+    lists = (getattr(decoder, "layers", None) for decoder in decoders)
+    blocks += [layers for layers in lists if isinstance(layers, nn.ModuleList)]
     matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
     for group in list(optimizer.param_groups):
         rest = [p for p in group["params"] if id(p) not in matrices]
         group["params"] = [p for p in group["params"] if id(p) in matrices]
         if rest:
             optimizer.add_param_group({**group, "params": rest, "use_fallback": True})
+        group["lr"] *= scale
 
 
 def scale_rates(optimizer, parameters: dict, scales: dict[str, float]) -> None:

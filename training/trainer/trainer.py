@@ -27,7 +27,7 @@ from hf_mim.training.trainer.layer_decay import freeze_layers, layer_of_paramete
 from hf_mim.training.trainer.lora import inject_lora
 from hf_mim.training.trainer.optimization import (
     WeightDecayCallback,
-    leave_to_adamw,
+    divide_for_muon,
     named_optimizer,
     scale_rates,
     unwrapped_name,
@@ -273,7 +273,7 @@ class MIMTrainer(CheckpointingTrainer):
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
                 self.optimizer = kind(self._layered_groups(model, self.layers, self.args.layer_decay), **settings)
             if self.args.optimizer == "muon":
-                leave_to_adamw(self.optimizer, self.bare_model)
+                divide_for_muon(self.optimizer, self.bare_model, self.args.muon_scale)
             self._scale_rates(self.optimizer, model)
         return self.optimizer
 
