@@ -5,10 +5,10 @@
     python benchmarks/adapting.py --table [--page docs/adapting.md]
 
 The shipped images in two halves: what is worn on the upper body (old) and the rest (new). A small encoder of the recipe
-`quick` is pretrained on the old half, then further on the new one, in each of the ways of `WAYS`. Scored are k-NN and
-linear probe of its frozen features on both halves (five classes each) and on all ten classes, and its CKA to the start.
-Every cell (way, images, seed) is one file; what is done already is skipped, so the command can be stopped at any time
-and run again, and after `--minutes` it stops by itself. `--table` runs nothing and writes the tables into a page.
+`mae_small` is pretrained on the old half, then further on the new one, in each of the ways of `WAYS`. Scored are k-NN
+and linear probe of its frozen features on both halves (five classes each) and on all ten classes, and its CKA to the
+start. Every cell (way, images, seed) is one file; what is done already is skipped, so the command can be stopped at any
+time and run again, and after `--minutes` it stops by itself. `--table` runs nothing and writes the tables into a page.
 """
 
 import json
@@ -62,7 +62,7 @@ HALVES = ("old", "new", "all")
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 def model_config() -> MIMConfig:
-    section = recipes.resolve("quick")["model"]
+    section = recipes.resolve("mae_small")["model"]
     decoder = {**section["decoder_config"], "hidden_size": 32, "intermediate_size": 128}
     return MIMConfig(**{**section, "encoder_config": {**section["encoder_config"], **SIZES}, "decoder_config": decoder})
 
@@ -104,8 +104,8 @@ class Part(torch.utils.data.Dataset):
 
 # ---- cells ---------------------------------------------------------------------------------------------------------
 def pretrain(model: MIMForPreTraining, dataset, steps: int, seed: int, training: dict, kept: dict, folder: Path):
-    """Trains in place, by the recipe `quick` but for its length."""
-    section = {**recipes.resolve("quick")["training"], **training}
+    """Trains in place, by the recipe `mae_small` but for its length."""
+    section = {**recipes.resolve("mae_small")["training"], **training}
     section |= {"output_dir": str(folder), "max_steps": steps, "seed": seed, "save_strategy": "no", "report_to": "none"}
     trainer = MIMTrainer(
         model=model,

@@ -3,11 +3,11 @@
     python benchmarks/growth.py --out docs/benchmarks.md
 
 A step is that of `pretraining_step.py`: forward, loss, backward and AdamW of a masked autoencoder, in bf16 where the
-processor has it, on one thread. Around the recipe `quick` (28 px, patches of 4, 128 channels) one quantity grows at a
-time. Counted is the processor's time, median over rounds in which the points take turns, and the MiB of tensors that a
-step holds at most, as torch counts them. Processes are two at most, with gloo and DistributedDataParallel, equal images
-each: their times and memory are added up. "Over linear" is the growth since the first point over that of the quantity:
-below 1, twice as much costs less than twice.
+processor has it, on one thread. Around the recipe `mae_small` (28 px, patches of 4, 128 channels) one quantity grows at
+a time. Counted is the processor's time, median over rounds in which the points take turns, and the MiB of tensors that
+a step holds at most, as torch counts them. Processes are two at most, with gloo and DistributedDataParallel, equal
+images each: their times and memory are added up. "Over linear" is the growth since the first point over that of the
+quantity: below 1, twice as much costs less than twice.
 """
 
 import multiprocessing

@@ -75,9 +75,9 @@ def morphed(options: str = "", features: str = WRAPPED) -> tuple[str, ...]:
 TOKEN_WISE = ", num_merged: 0, num_iterations: 1"  # as DTM, and no token is merged
 STUDENTS = {
     "vit": {
-        "untrained": Method("quick", trained=False),
-        RAW: Method("quick", trained=False),
-        "mae": Method("quick"),
+        "untrained": Method("mae_small", trained=False),
+        RAW: Method("mae_small", trained=False),
+        "mae": Method("mae_small"),
         "img2vec": Method("img2vec_small", blend=0.0),
         "img2vec, half blended": Method("img2vec_small", blend=0.5),
         "img2vec, wholly blended": Method("img2vec_small", blend=1.0),

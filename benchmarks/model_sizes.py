@@ -21,10 +21,10 @@ TINY = {
 }
 # (recipe, changes of its model, the same on the command line, images of a step)
 POINTS = (
-    ("quick", {}, "", 64),
-    ("quick", {"image_size": 64, "encoder_config": {"patch_size": 8}, **PHOTOGRAPHS}, "64 px, patch 8", 64),
-    ("quick", {"image_size": 96, "encoder_config": {"patch_size": 8}, **PHOTOGRAPHS}, "96 px, patch 8", 64),
-    ("quick", {"image_size": 224, "encoder_config": {"patch_size": 16}, **PHOTOGRAPHS}, "224 px, patch 16", 32),
+    ("mae_small", {}, "", 64),
+    ("mae_small", {"image_size": 64, "encoder_config": {"patch_size": 8}, **PHOTOGRAPHS}, "64 px, patch 8", 64),
+    ("mae_small", {"image_size": 96, "encoder_config": {"patch_size": 8}, **PHOTOGRAPHS}, "96 px, patch 8", 64),
+    ("mae_small", {"image_size": 224, "encoder_config": {"patch_size": 16}, **PHOTOGRAPHS}, "224 px, patch 16", 32),
     ("a2mim_resnet18_small", {"image_size": 96, **PHOTOGRAPHS}, "96 px", 8),
     ("mae", TINY, "size=tiny, decoder 192x4", 8),
 )

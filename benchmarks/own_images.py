@@ -1,4 +1,4 @@
-"""How many images are enough: the recipe `quick` on fewer and fewer of the shipped images, with the same number of
+"""How many images are enough: the recipe `mae_small` on fewer and fewer of the shipped images, with the same number of
 steps, and every encoder evaluated on the same images.
 
     python benchmarks/own_images.py --out docs/own_images.md
@@ -32,7 +32,7 @@ def pretrained(count: int, steps: int, seed: int) -> dict[str, float]:
     """The scores of an encoder that saw `count` images in `steps` batches."""
     changes = [f"data.max_train_images={count}", f"training.max_steps={steps}", f"training.seed={seed}", *QUIET]
     with tempfile.TemporaryDirectory() as folder:
-        pretrain("quick", [*changes, f"training.output_dir={folder}/run"])
+        pretrain("mae_small", [*changes, f"training.output_dir={folder}/run"])
         return scores_of(f"{folder}/run")
 
 

