@@ -13,6 +13,7 @@ from hf_mim.modeling.options import pair
 
 
 TIMED = 8  # images of which a processor is timed before training
+LONG = 2.0  # seconds: a batch that takes less is timed whole, since a few images of a small model take almost as long
 # Dense bfloat16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the device's name.
 PEAKS = {
     "B200": 2250e12,
@@ -68,16 +69,19 @@ def seconds_per_step(trainer, shape: tuple[int, int, int]) -> float | None:
     args = trainer.args
     if args.world_size > 1 or args.n_gpu > 1 or args.torch_compile or trainer.is_sharded:
         return None
-    count = min(args.train_batch_size, TIMED) if args.device.type == "cpu" else args.train_batch_size
+    few = min(args.train_batch_size, TIMED) if args.device.type == "cpu" else args.train_batch_size
+    seconds = 0.0
     with unchanged(trainer):
         try:
-            for _ in range(2):  # the first one warms up
+            for count in (few, few, args.train_batch_size):  # the first one warms up
+                if count > few and seconds > LONG:
+                    break
                 started = time.perf_counter()
                 compute_gradients(trainer, count, shape)
-                seconds = time.perf_counter() - started
+                seconds = (time.perf_counter() - started) * args.train_batch_size / count
         except torch.OutOfMemoryError:
             return None
-    return seconds * args.train_batch_size / count * args.gradient_accumulation_steps
+    return seconds * args.gradient_accumulation_steps
 
 
 @contextmanager
