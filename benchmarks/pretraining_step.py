@@ -50,7 +50,7 @@ PEER, OURS, CROSS = "transformers", "hf_mim", "hf_mim, cross_attention"
 
 
 def quick_config() -> MIMConfig:
-    return MIMConfig(**yaml.safe_load((RECIPES / "quick.yaml").read_text())["model"])
+    return MIMConfig(**yaml.safe_load((RECIPES / "mae_small.yaml").read_text())["model"])
 
 
 def tiny_config() -> MIMConfig:
@@ -76,7 +76,7 @@ def test_config() -> MIMConfig:
 
 # name: what it is, how its config is made, images in a batch, rounds
 SIZES = {
-    "quick": ("the quick recipe's (28 px, patch 4, 128x4, decoder 64x1)", quick_config, 64, 40),
+    "quick": ("recipe mae_small's (28 px, patch 4, 128x4, decoder 64x1)", quick_config, 64, 40),
     "tiny": ("ViT-Ti/16 at 224 px, decoder 512x8", tiny_config, 4, 9),
     "test": ("32 px, patch 8, 32x2: for the tests", test_config, 2, 2),
 }

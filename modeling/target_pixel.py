@@ -1,11 +1,13 @@
 """Pixels as targets."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .configuration_base import MIMConfigBase
 from .encoder_base import Encoder, Grid, choose, patchify, unpatchify
-from .options import pair
+from .options import OptionError, pair
 from .target_base import DISTANCES, VISIBLE_NOTE, Target, displayable
 from .target_hog import HOGTarget
 
@@ -36,8 +38,15 @@ class PixelTarget(Target):
         height, width = pair(config.image_size)
         rows, cols = encoder.target_grid(height, width)
         self.num_values = (height // rows) * (width // cols) * config.num_channels
-        self.hog = HOGTarget(config, encoder) if hog_weight else None
-        self.hog_weight = hog_weight
+        if not 0 <= hog_weight < math.inf:
+            raise OptionError(f"hog_weight must be at least 0, not {hog_weight}", "hog_weight", hog_weight)
+        self.hog, self.hog_weight = None, hog_weight
+        if hog_weight:
+            try:
+                self.hog = HOGTarget(config, encoder)
+            except ValueError as error:
+                reason = f"hog_weight needs patches of even sides ({error}): set target_config.hog_weight to 0"
+                raise OptionError(reason, "hog_weight", hog_weight) from None
         self.outputs = {"patches": self.num_values + (self.hog.outputs["patches"] if self.hog else 0)}
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]

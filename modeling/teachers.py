@@ -32,6 +32,7 @@ class TeacherModel(nn.Module):
     def __init__(self, encoder: Encoder, config: MIMConfigBase, projection: nn.Linear | None = None):
         super().__init__()
         self.encoder, self.config, self.projection = encoder, config, projection
+        self.description: dict = {}  # the config that it was loaded with: what its weights do not say
         self.strides: list[Grid] | None = None
         self.used: set[int] = set()  # the stages that have been asked for
         self.last: tuple[tuple, dict[int, Tensor], Tensor] | None = None  # a call's key, these stages, and its images
@@ -259,6 +260,7 @@ def load_teacher(source: str, output_stride: int | None = None) -> TeacherModel:
         reason = str(error).strip().partition("\n")[0] if known else f"{type(error).__name__}: {error}"
         message = f"cannot use {source!r} as a teacher: {shorten_text(reason)}"
         raise OptionError(message, "teacher", source) from error
+    teacher.description = config.to_dict()
     return teacher.eval().requires_grad_(False)
 
 

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers import CONVNEXT, tiny_config
 from test_trainer import make
-from timm.optim import Lamb
+from timm.optim import Lamb, Muon
 from transformers import TrainerCallback
 
+from hf_mim import MIMForPreTraining
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
+from hf_mim.training.trainer.optimization import divide_for_muon
 
 
 def arguments(folder, **options) -> MIMTrainingArguments:
@@ -31,7 +34,6 @@ def test_the_rate_follows_the_batch_or_its_root(tmp_path):
         ({"lr_scales": {"mask_token": -1}}, "lr_scales.mask_token"),
         ({"base_batch_size": 0}, "base_batch_size"),
         ({"optimizer": "muon", "muon_scale": 0}, "muon_scale must be above 0"),
-        ({"optimizer": "muon", "fsdp": "full_shard"}, "muon needs whole matrices"),
     ],
 )
 def test_what_is_refused(options, message, tmp_path):
@@ -74,6 +76,26 @@ def test_muon_turns_the_matrices_of_blocks_and_adamw_the_rest(tmp_path):
             assert values.min() > 0.3 and values.max() < 1.3
         else:
             torch.testing.assert_close(step.abs(), torch.full_like(step, 1.9), rtol=1e-3, atol=1e-3)
+
+
+def test_muon_leaves_vectors_and_depthwise_kernels_of_convnets(tmp_path):
+    model = MIMForPreTraining(tiny_config(image_size=64, encoder="convnet", encoder_config=CONVNEXT, masking_config={}))
+    optimizer = Muon(model.parameters(), lr=1.0)
+    divide_for_muon(optimizer, model, 3.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    turned, *rest = optimizer.param_groups
+    assert turned["params"] and turned["lr"] == 3 and all(group["lr"] == 1 for group in rest)
+    assert all(min(parameter.shape[:2]) > 1 for parameter in turned["params"])
+    left = [names[parameter] for group in rest for parameter in group["params"] if parameter.ndim > 1]
+    assert any("depthwise" in name or "dwconv" in name for name in left) and any("grn" in name for name in left)
+
+
+@pytest.mark.parametrize("flattening", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_muon_needs_whole_matrices(flattening, tmp_path):
+    trainer = make(tmp_path, optimizer="muon")
+    setattr(trainer, flattening, True)
+    with pytest.raises(ValueError, match="needs whole matrices"):
+        trainer.create_optimizer()
 
 
 def test_muon_learns_saves_and_goes_on(tmp_path):

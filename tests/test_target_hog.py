@@ -9,7 +9,7 @@ from helpers import tiny_config
 from skimage.feature import hog
 
 from hf_mim import MIMForPreTraining
-from hf_mim.modeling.options import pair
+from hf_mim.modeling.options import OptionError, pair
 from hf_mim.modeling.parts import make_encoder
 from hf_mim.modeling.target_hog import HOGTarget, edge_glyphs, oriented_gradients, tiled_gaussian
 from hf_mim.modeling.target_pixel import PixelTarget
@@ -120,3 +120,13 @@ def test_hog_beside_the_pixels(size, patch, channels):
     torch.testing.assert_close(both.loss({"patches": predicted}, targets, mask, grid), parts[0] + 0.7 * parts[1])
     shown = both.to_image(predicted, images, grid, mask)
     assert torch.equal(shown, pixels.to_image(predicted[..., :count], images, grid, mask))
+
+
+@pytest.mark.parametrize(
+    "weight, patch, message", [(-1, 8, "at least 0"), (float("nan"), 8, "at least 0"), (2, 7, "even")]
+)
+def test_weights_and_patches_that_do_not_fit(weight, patch, message):
+    encoder_config = {"patch_size": patch, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tiny_config(image_size=2 * patch, encoder_config=encoder_config)
+    with pytest.raises(OptionError, match=f"hog_weight .*{message}"):
+        PixelTarget(config, make_encoder(config), hog_weight=weight)

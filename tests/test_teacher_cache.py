@@ -1,6 +1,8 @@
 """What a frozen teacher makes of images that come again, kept on disk."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,42 @@ def test_a_full_file_other_sizes_and_other_questions(source, tmp_path, monkeypat
     assert cache(torch.randn(2, 1, 16, 16), (4, 4))[0].shape[2:] == (4, 4) and len(cache.rows) == 3
     other = Teacher(source, [-1], "interpolate", None, [0.5], [0.5])
     assert not TeacherCache(other, tmp_path, SIZE, GRID, 3).rows
+    for options in ({"data": "other"}, {"bf16": True}, {"device": "cuda"}):
+        assert not TeacherCache(make_teacher(source), tmp_path, SIZE, GRID, 3, **options).rows
+
+
+def test_a_teacher_with_the_same_weights_and_another_config_is_another(source, tmp_path):
+    images = torch.randn(2, 1, *SIZE)
+    make_cache(source, tmp_path / "cache")(images, GRID)
+    shutil.copytree(source, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "image_mean": [0.1]}))
+    want = make_teacher(str(tmp_path / "other")).maps(images, GRID)[0].half().float()
+    assert torch.equal(make_cache(str(tmp_path / "other"), tmp_path / "cache")(images, GRID)[0], want)
+
+
+def test_the_precision_is_that_of_the_run_and_not_of_the_caller(source, tmp_path):
+    images = torch.randn(2, 1, *SIZE)
+    cache = make_cache(source, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cache(images, GRID)[0]
+        rounded = make_teacher(source).maps(images.clone(), GRID)[0].half().float()
+    assert torch.equal(found, make_teacher(source).maps(images.clone(), GRID)[0].half().float())
+    bf16 = TeacherCache(make_teacher(source), tmp_path, SIZE, GRID, 10, bf16=True)(images, GRID)[0]
+    assert torch.equal(bf16, rounded) and not torch.equal(bf16, found)
+
+
+def test_a_row_that_is_not_written_whole_does_not_count(source, tmp_path):
+    """As on a disk that is nearly full: the part that fits is written, without an error."""
+    images, cache = torch.randn(4, 1, *SIZE), make_cache(source, tmp_path)
+    write = cache.maps.write
+    cache.maps = SimpleNamespace(**{name: getattr(cache.maps, name) for name in ("seek", "name", "readinto")})
+    cache.maps.write = lambda data: write(bytes(data)[: cache.width if len(cache.rows) < 2 else 100])
+    with pytest.raises(OSError, match="No space left"):
+        cache(images, GRID)
+    again = make_cache(source, tmp_path)
+    assert len(again.rows) == 2
+    assert torch.equal(again(images, GRID)[0], make_teacher(source).maps(images, GRID)[0].half().float())
 
 
 def test_what_float16_cannot_hold_is_refused(source, tmp_path, monkeypatch):
@@ -124,7 +162,8 @@ def test_a_run_with_a_full_cache_is_the_run_with_an_empty_one(source, tmp_path, 
 )
 def test_what_cannot_be_kept_is_refused(source, tmp_path, word, message):
     with pytest.raises(RecipeError, match=message):
-        pretrain("img2vec_small", words(source, tmp_path, "run", "training.cache_teacher=true", word))
+        pretrain("img2vec_small", words(source, tmp_path, "run", "training.cache_teacher=true", word), preview=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_teacher_it_is_said_to_have_no_effect(tmp_path, capsys):
@@ -140,4 +179,3 @@ def test_a_small_disk_is_named_before_training(source, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "free_bytes", lambda folder: 1000)
     with pytest.raises(DataError, match="where 0.0 GB are free: set data.cache_dir, or training.cache_teacher=false"):
         pretrain("img2vec_small", words(source, tmp_path, "run", "training.cache_teacher=true"))
-    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -275,6 +275,7 @@ def without_effect(recipe: dict) -> list[str]:
         "training.eval_steps": (evaluates != "steps", f"training.eval_strategy is {evaluates}"),
         "data.shuffle_buffer": (not data.get("streaming"), "data.streaming is false"),
         "model.keep_weight": (not recipe.get("model", {}).get("keep"), "model.keep is not set"),
+        "training.adam_epsilon": (training.get("optimizer") == "muon", "training.optimizer is muon"),
         "training.muon_scale": (training.get("optimizer") != "muon", "training.optimizer is not muon"),
         "data.cache_size": (not data.get("cache_decoded"), "data.cache_decoded is false"),
         "data.forgetting_dataset": (

@@ -356,8 +356,12 @@ def compare_with_twin(trained: float, untrained: float, images: int) -> Check:
     deviation, verdict = chance(trained, untrained, images), compare(trained, untrained, images)
     low, high = untrained - WORSE * deviation, untrained + BETTER * deviation
     verdicts = [f"at fault below {low:.1f}"] if low > 0 else []
-    verdicts.append(f"better above {high:.1f}" if high < 100 else "no accuracy would tell it better")
-    seen = f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images ({', '.join(verdicts)})"
+    if compare(100, untrained, images) != "better":
+        verdicts.append("no accuracy would tell it better")
+    elif high < 100:
+        verdicts.append(f"better above {high:.1f}")
+    said = f" ({', '.join(verdicts)})" if verdicts else ""
+    seen = f"k-NN {trained:.1f} %, its untrained twin {untrained:.1f} % on {images} images{said}"
     if verdict == "better":
         return Check("better than untrained", "ok", seen)
     if verdict == "unclear":

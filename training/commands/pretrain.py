@@ -45,7 +45,7 @@ from hf_mim.training.trainer.lora import merge_lora
 from hf_mim.training.trainer.monitor import IMAGES, TeacherMonitor, TrainingMonitor
 from hf_mim.training.trainer.profiling import ProfileCallback
 from hf_mim.training.trainer.start import check_start, describe_keeping
-from hf_mim.training.trainer.teacher_cache import cache_teachers
+from hf_mim.training.trainer.teacher_cache import cache_teachers, check_cache
 from hf_mim.training.trainer.throughput import mean_throughput
 from hf_mim.training.trainer.trainer import MIMTrainer
 
@@ -87,7 +87,7 @@ def pretrain(
     run = set_up(name, overrides, console)
     if preview:
         if run.arguments.cache_teacher and teachers_of(run.model.target):
-            run.console.log("the teacher is in every step below; training.cache_teacher asks it once for each image")
+            run.console.log("the teacher is in every step below; training.cache_teacher asks it once for each form")
         return dry_run(run, partial(make_trainer, run))
     return run.execute(lambda: train(run), partial(finish, run))
 
@@ -119,6 +119,8 @@ def set_up(name: str, overrides: Sequence[str], console: Console | RunConsole | 
     run.splits = load_splits(data, run.config, arguments.seed)
     run.keep_pixels(run.config, run.splits.data)
     check_length(run.splits.train, arguments)
+    if arguments.cache_teacher:
+        check_cache(run.model, run.splits.train, data)
     describe(run, start)
     run.log_sample(run.splits.sample)
     run.find_checkpoint()
@@ -212,7 +214,7 @@ def make_trainer(run: PretrainRun) -> MIMTrainer:
 def train(run: PretrainRun) -> MIMTrainer:
     """Trains and saves; so does a run that is stopped by Ctrl-C or SIGTERM, which are then passed on."""
     if run.arguments.cache_teacher:
-        cache_teachers(run.model, run.splits.train, run.data, run.console)
+        cache_teachers(run.model, run.splits, run.data, run.arguments, run.console)
     trainer = make_trainer(run)
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # a check needs whole weights
     if run.arguments.watch_every and whole:

@@ -28,8 +28,21 @@ def is_out_of_reach(name: str) -> bool:
 
 
 def listens(host: str, port: int) -> bool:
+    """Whether one of a host's addresses takes a connection within `PATIENCE`, all of them together."""
+    deadline = time.monotonic() + PATIENCE
     try:
-        socket.create_connection((host, port), timeout=PATIENCE).close()
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return True
+    for family, kind, protocol, _, address in addresses:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        with socket.socket(family, kind, protocol) as connection:
+            connection.settimeout(left)
+            try:
+                connection.connect(address)
+            except OSError:
+                continue
+            return True
+    return False

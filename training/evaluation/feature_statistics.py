@@ -75,7 +75,7 @@ def describe_explained(model, share: float) -> str:
     if share < 0:
         return "the loss is above that of predicting the mean"
     squared = getattr(model.target, "distance", None) is DISTANCES["mse"]
-    if squared:
+    if squared and not getattr(model.target, "hog_weight", 0):  # then it is a weighted sum
         return f"{100 * share:.1f} percent of the target's variance is explained"
     return f"the loss is {100 * share:.1f} percent below that of predicting the mean"
 

@@ -57,8 +57,6 @@ class OptimizationArguments(TrainingArguments):
             raise ValueError(f"training.base_batch_size must be at least 1, not {self.base_batch_size}")
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise unknown_choice("training.optimizer", self.optimizer, OPTIMIZERS)
-        if self.optimizer == "muon" and self.fsdp:
-            raise ValueError("training.optimizer=muon needs whole matrices, which training.fsdp cuts: leave one out")
         if not 0 < self.muon_scale < math.inf:
             raise ValueError(f"training.muon_scale must be above 0, not {self.muon_scale}")
         for name, scale in (self.lr_scales or {}).items():
@@ -96,7 +94,8 @@ def divide_for_muon(optimizer: Muon, model: nn.Module, scale: float) -> None:
     blocks = [module for encoder in encoders for block in encoder.blocks() for module in block]
     lists = (getattr(decoder, "layers", None) for decoder in decoders)
     blocks += [layers for layers in lists if isinstance(layers, nn.ModuleList)]
-    matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
+    weights = (p for block in blocks for p in block.parameters() if p.ndim > 1)
+    matrices = {id(p) for p in weights if min(p.shape[:2]) > 1}  # not the vectors and depthwise kernels of ConvNets
     for group in list(optimizer.param_groups):
         rest = [p for p in group["params"] if id(p) not in matrices]
         group["params"] = [p for p in group["params"] if id(p) in matrices]

@@ -1,10 +1,14 @@
 """What a frozen teacher makes of images that come again, kept on disk."""
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sized
 from io import FileIO
 from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import datasets
 import numpy as np
@@ -15,20 +19,23 @@ from torch import Tensor
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
-from hf_mim.modeling.teachers import Teacher
+from hf_mim.modeling.teachers import Teacher, TeacherModel
 from hf_mim.training.common.console import RunConsole
-from hf_mim.training.common.errors import DataError, RecipeError
+from hf_mim.training.common.errors import DataError, FolderError, RecipeError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.mapped_file import free_bytes
+from hf_mim.training.data.pretraining import Splits
 from hf_mim.training.evaluation.feature_statistics import teachers_of
 from hf_mim.training.evaluation.feature_store import weights_hash
+from hf_mim.training.trainer.arguments import MIMTrainingArguments
 
 
 FORMAT = 1  # raised when what is in the files changes
 DIGEST = 16  # bytes
 SPARE = 4096  # rows for images that are not trained on: those of statistics, pictures and checks
-KEY = "training.cache_teacher"
+KEY, VERSION = "training.cache_teacher", "transformers_version"
+WEIGHTS: WeakKeyDictionary[TeacherModel, str] = WeakKeyDictionary()  # the hash of a loaded teacher's weights
 
 
 class TeacherCache:
@@ -37,22 +44,36 @@ class TeacherCache:
     An image is known by its pixels, so a row never belongs to another crop, and images that change on disk are computed
     anew. The first call gives what the later ones give, rounded to float16: runs with a full and with an empty file are
     equal. `<key>.maps` holds the rows and `<key>.images` their images, written after them: what a crash cuts short is
-    computed again. Several processes and runs may use the files at once. The key covers the teacher's weights, how it
-    is asked, and the size of image and grid.
+    computed again. Several processes and runs may use the files at once. The key covers the data, the teacher's weights
+    and config, how it is asked, the precision, and the size of image and grid.
 
     Args:
         teacher: whose `maps` are kept; it is asked through the method of its class.
         folder: where the files lie; made if it is missing.
         image_size, grid: of the student's images, and rows and columns of the maps; other sizes are not kept.
         capacity: rows that the file may have; images beyond are computed each time.
+        data: what says whose images they are.
+        device: where the images will be.
+        bf16: whether the teacher computes under bfloat16 autocast, whatever the caller does.
     """
 
-    def __init__(self, teacher: Teacher, folder: Path, image_size: Grid, grid: Grid, capacity: int):
+    def __init__(
+        self,
+        teacher: Teacher,
+        folder: Path,
+        image_size: Grid,
+        grid: Grid,
+        capacity: int,
+        data: str = "",
+        device: str = "cpu",
+        bf16: bool = False,
+    ):
         self.teacher, self.image_size, self.grid, self.capacity = teacher, image_size, grid, capacity
+        self.device, self.bf16 = device, bf16
         self.dims = teacher.feature_dims()
         self.width = 2 * sum(self.dims) * grid[0] * grid[1]
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"teacher-{self._key()}"
+        path = folder / f"teacher-{self._key(data)}"
         self.maps, self.images = (self._open(path.with_suffix(suffix)) for suffix in (".maps", ".images"))
         self.lock = FileLock(path.with_suffix(".lock"))
         self.rows: dict[bytes, int] = {}
@@ -61,11 +82,14 @@ class TeacherCache:
             self.images.truncate(len(self.rows) * DIGEST)
             self.maps.truncate(len(self.rows) * self.width)
 
-    def _key(self) -> str:
+    def _key(self, data: str) -> str:
         teacher, model = self.teacher, self.teacher.model(self.image_size[0] // self.grid[0])
-        asked = [teacher.layers, teacher.match, teacher.input_size, teacher.project]
-        pixels = [list(teacher.image_mean), list(teacher.image_std), self.image_size, self.grid]
-        whole = json.dumps([FORMAT, weights_hash(model), *asked, *pixels])
+        if model not in WEIGHTS:  # once: a GPU gets them in bfloat16 later
+            WEIGHTS[model] = weights_hash(model)
+        config = {name: value for name, value in model.description.items() if name not in ("_name_or_path", VERSION)}
+        asked = [teacher.layers, teacher.match, teacher.input_size, teacher.project, self.device, self.bf16]
+        pixels = [*teacher.image_mean, *teacher.image_std, *model.config.statistics(), self.image_size, self.grid]
+        whole = json.dumps([FORMAT, data, WEIGHTS[model], config, *asked, *pixels], default=str, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def _open(self, path: Path) -> FileIO:
@@ -94,7 +118,8 @@ class TeacherCache:
         rows = torch.empty(len(digests), self.width // 2, dtype=torch.float16)
         if unknown:
             # A copy: the teacher may keep its last batch, known by the tensor that it came in.
-            maps = Teacher.maps(self.teacher, pixel_values[unknown].clone(), grid)
+            with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=self.bf16):
+                maps = Teacher.maps(self.teacher, pixel_values[unknown].clone(), grid)
             rows[unknown] = torch.cat([stage.flatten(1) for stage in maps], dim=1).half().cpu()
             self._check(rows[unknown])
         for place, digest in enumerate(digests):
@@ -112,7 +137,8 @@ class TeacherCache:
 
     def _read(self, row: int, out: np.ndarray) -> None:
         self.maps.seek(row * self.width)
-        self.maps.readinto(out.data)
+        if self.maps.readinto(out.data) != self.width:
+            raise FolderError(f"{self.maps.name} was cut short while it was used: run the command again", KEY)
 
     def _append(self, rows: dict[bytes, Tensor]) -> None:
         with self.lock:
@@ -122,45 +148,54 @@ class TeacherCache:
                     continue
                 self.maps.seek(len(self.rows) * self.width)
                 self.images.seek(len(self.rows) * DIGEST)
-                self.maps.write(row.numpy().data)
-                self.images.write(digest)
+                # Of a disk that is nearly full, a part may be written without an error.
+                if self.maps.write(row.numpy().data) != self.width or self.images.write(digest) != DIGEST:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.maps.name))
                 self.rows[digest] = len(self.rows)
 
 
-def cache_teachers(
-    model: MIMForPreTraining,
-    dataset: MIMDataset | Iterable,
-    data: DataArguments,
-    console: RunConsole,
-) -> None:
-    """Has the teachers of a target keep their maps, where `training.cache_teacher` says so; prints the size first.
-
-    Raises:
-        RecipeError: the images are others at each epoch.
-        DataError: the disk is too small.
+def check_cache(model: MIMForPreTraining, dataset: MIMDataset | Iterable, data: DataArguments) -> None:
+    """Raises:
+    RecipeError: features of teachers cannot be kept, because the images are others at each epoch.
     """
-    teachers = teachers_of(model.target)
-    if not teachers:
-        console.warn(f"warning: {KEY} has no effect: target {model.config.target} has no frozen teacher")
-        return
     reasons = {
         "streamed images are not counted": not isinstance(dataset, MIMDataset),
         "random crops are others at each epoch (data.crop_scale)": data.crop_scale is not None,
         "random colours are others at each epoch (data.color_jitter)": data.color_jitter > 0,
     }
     for reason, holds in reasons.items():
-        if holds:
+        if holds and teachers_of(model.target):
             raise RecipeError(f"{KEY} cannot be used: {reason}; set {KEY}=false", KEY)
-    size, images = pair(model.config.image_size), len(dataset)  # type: ignore[arg-type]
+
+
+def cache_teachers(
+    model: MIMForPreTraining,
+    splits: Splits,
+    data: DataArguments,
+    arguments: MIMTrainingArguments,
+    console: RunConsole,
+) -> None:
+    """Has the teachers of a target keep their maps of images that `check_cache` has let pass; prints the size first.
+
+    Raises:
+        DataError: the disk is too small.
+    """
+    if not teachers_of(model.target):
+        console.warn(f"warning: {KEY} has no effect: target {model.config.target} has no frozen teacher")
+    size, images = pair(model.config.image_size), len(cast(Sized, splits.train))
     folder = Path(data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim").expanduser()
     forms, mirrored = (2, ", as they are and mirrored") if data.horizontal_flip else (1, "")
     grid, capacity = model.mim.encoder.target_grid(*size), forms * images + SPARE
-    for teacher in teachers:
-        cache = TeacherCache(teacher, folder, size, grid, capacity)
-        there, free = len(cache.rows), f"{free_bytes(folder) / 1e9:,.1f} GB are free"
-        what = f"features of {teacher.source} for {images:,} images{mirrored}: {there:,} are kept already, up to "
-        what += f"{cache.missing_bytes / 1e9:,.2f} GB more in {folder}, where {free}"
-        if cache.missing_bytes > free_bytes(folder):
+    settings: dict[str, Any] = {"data": splits.digest, "device": arguments.device.type, "bf16": bool(arguments.bf16)}
+    missing, free = 0, free_bytes(folder)
+    for teacher in teachers_of(model.target):
+        cache = TeacherCache(teacher, folder, size, grid, capacity, **settings)
+        missing += cache.missing_bytes
+        what = (
+            f"features of {teacher.source} for {images:,} images{mirrored}: {len(cache.rows):,} are kept already, up "
+        )
+        what += f"to {cache.missing_bytes / 1e9:,.2f} GB more in {folder}, where {free / 1e9:,.1f} GB are free"
+        if missing > free:
             raise DataError(f"{what}: set data.cache_dir, or {KEY}=false")
         console.log(what)
         teacher.maps = cache  # type: ignore[method-assign]

@@ -273,6 +273,8 @@ class MIMTrainer(CheckpointingTrainer):
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
                 self.optimizer = kind(self._layered_groups(model, self.layers, self.args.layer_decay), **settings)
             if self.args.optimizer == "muon":
+                if self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+                    raise ValueError("training.optimizer=muon needs whole matrices: FSDP1 and DeepSpeed flatten them")
                 divide_for_muon(self.optimizer, self.bare_model, self.args.muon_scale)
             self._scale_rates(self.optimizer, model)
         return self.optimizer
