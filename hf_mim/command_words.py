@@ -83,7 +83,7 @@ def check_words(name: str, *words: str, plugins: bool = False) -> None:
     else:
         overrides = [word for word in words if recipes.is_override(word)]
     recipes.check_names(overrides, name, SECTIONS[name])
-    check_parts(recipes.parse_overrides(overrides), plugins)
+    check_parts(recipes.parse_overrides(recipes.expand_task(overrides, name)), plugins)
 
 
 def check_places(name: str, *words: str) -> None:

@@ -60,7 +60,8 @@ class HOGTarget(Target):
     """HOG of each hidden patch (MaskFeat, 2112.09133, section 3.2): channels x orientations x cells.
 
     Options:
-        cell_size: pixels, an int or a pair; must divide the patch. None: 8 where that divides it, else half a patch.
+        cell_size: pixels, an int or a pair; must divide the patch. None: 8 where that divides it, else half a
+            patch, or a whole one of odd length.
         orientations: bins of unsigned direction.
         window: whether magnitudes are weighted by a tiled Gaussian. The released configurations for images have none.
         angle_from: vertical, as released (the bins are those of the transposed image), or horizontal.
@@ -84,7 +85,7 @@ class HOGTarget(Target):
         super().__init__()
         size = pair(config.image_size)
         patch = divide(size, encoder.target_grid(*size))
-        height, width = (8 if length % 8 == 0 else max(1, length // 2) for length in patch)
+        height, width = (8 if length % 8 == 0 else length // (1 if length % 2 else 2) for length in patch)
         self.cell = (height, width) if cell_size is None else pair(cell_size)
         if any(length % step for length, step in zip(patch, self.cell)):
             raise ValueError(f"cell_size {self.cell[0]}x{self.cell[1]} does not divide the patch {patch[0]}x{patch[1]}")

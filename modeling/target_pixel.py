@@ -40,13 +40,7 @@ class PixelTarget(Target):
         self.num_values = (height // rows) * (width // cols) * config.num_channels
         if not 0 <= hog_weight < math.inf:
             raise OptionError(f"hog_weight must be at least 0, not {hog_weight}", "hog_weight", hog_weight)
-        self.hog, self.hog_weight = None, hog_weight
-        if hog_weight:
-            try:
-                self.hog = HOGTarget(config, encoder)
-            except ValueError as error:
-                reason = f"hog_weight needs patches of even sides ({error}): set target_config.hog_weight to 0"
-                raise OptionError(reason, "hog_weight", hog_weight) from None
+        self.hog, self.hog_weight = HOGTarget(config, encoder) if hog_weight else None, hog_weight
         self.outputs = {"patches": self.num_values + (self.hog.outputs["patches"] if self.hog else 0)}
         self.normalize = normalize
         self.distance = DISTANCES[choose("loss of target 'pixel'", loss, DISTANCES)]

@@ -127,7 +127,7 @@ def fsdp_run(folder: Path, *words) -> None:
     words = [*TINY, *words, "model.target=moving_average", "model.target_config={decay: 0.5, end_decay: 0.5}"]
     words += ["training.save_strategy=steps", "training.save_steps=4", "training.save_total_limit=5"]
     words += [f"training.per_device_train_batch_size={16 // processes}", f"training.output_dir={folder}"]
-    pretrain("quick", words, Console(quiet=True))
+    pretrain("mae_small", words, Console(quiet=True))
 
 
 def fsdp(folder: Path) -> None:

@@ -42,7 +42,7 @@ def test_an_error_is_one_line_whatever_the_name(monkeypatch, capsys):
     def fail(*_):
         raise DataError("there is no file a\nb \udcff", "a\nb")
 
-    monkeypatch.setattr(cli, "check_command", fail)
+    monkeypatch.setattr(cli.command_words, "check_command", fail)
     assert cli.main(["recipes"]) == 2
     assert capsys.readouterr().err == "error: there is no file a\\nb \\udcff\n"
 

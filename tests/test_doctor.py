@@ -39,7 +39,7 @@ QUICK = [
 def quick(tmp_path_factory):
     """A checkpoint of the recipe quick, shorter and smaller."""
     folder = tmp_path_factory.mktemp("doctor") / "quick"
-    return pretrain("quick", [*QUICK, f"training.output_dir={folder}"], Console(file=io.StringIO()))
+    return pretrain("mae_small", [*QUICK, f"training.output_dir={folder}"], Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="session")

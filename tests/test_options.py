@@ -139,7 +139,14 @@ def test_every_command_has_three_examples_in_its_help(capsys, monkeypatch):
 
 
 def test_the_shell_completes_recipes_keys_and_parts():
-    assert completion.complete_words("ma") == ["mae", "maskdistill", "maskdistill_small", "maskfeat", "maskfeat_small"]
+    assert completion.complete_words("ma") == [
+        "mae",
+        "mae_small",
+        "maskdistill",
+        "maskdistill_small",
+        "maskfeat",
+        "maskfeat_small",
+    ]
     assert completion.complete_words("da") == ["data2vec", "data2vec_small", "data."]
     assert completion.complete_words("data.crop") == ["data.crop_scale=", "data.crop_on_device="]
     assert completion.complete_words("model.target=h") == ["model.target=hog"]

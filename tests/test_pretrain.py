@@ -162,7 +162,7 @@ def test_init_from_with_another_recipe_keeps_its_method(finished, tmp_path):
 def test_a_changed_part_of_a_checkpoint_starts_with_its_own_options(finished):
     config = load_config(str(finished[0]), {"decoder": "cross_attention", "target_config": {"loss": "l1"}})
     assert config.decoder_config == {}
-    assert config.target_config == {"normalize": False, "loss": "l1"}
+    assert config.target_config == {"normalize": False, "hog_weight": 8.0, "loss": "l1"}
 
 
 def test_what_is_no_checkpoint_is_said(finished, tmp_path):

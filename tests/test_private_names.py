@@ -68,6 +68,8 @@ PRIVATE = {
         "_assert_async": "encoder_vit.py: checks a mask without waiting for the GPU",
         "_foreach_lerp_": "target_moving_average.py: one kernel for all weights",
     },
+    torch.utils.data.DataLoader: {"_iterator": "trainer/stopping.py: holds the workers that are kept"},
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter: {"_shutdown_workers": "trainer/stopping.py: ends them"},
     torch.UntypedStorage: {"_cdata": "trainer/memory.py: which storage a tensor is a view of"},
     torch.Tensor: {"_version": "teachers.py: notices pixels that were changed in place"},
     C10D: {"_get_default_store": "trainer/processes.py: which process was the first to meet an error"},
@@ -79,6 +81,7 @@ WHERE_SET = {
     TrackioCallback: (inspect.getmodule(TrackioCallback),),
     transformers.PreTrainedConfig: (transformers.configuration_utils, transformers.backbone_utils),
     datasets.Dataset: (datasets.arrow_dataset,),
+    torch.utils.data.DataLoader: (torch.utils.data.dataloader,),
     datasets.IterableDataset: (datasets.iterable_dataset,),
 }
 

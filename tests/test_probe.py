@@ -383,7 +383,7 @@ def parquet(path, labels, **features):
         ([0, 1] * 15, None, ["probe.poolers=[efficient]"], "num_queries 32 times d_out 1 does not divide"),
         ([0, 1] * 15, None, ["probe.layers=[9]"], "there is no layer 9"),
         ([0, 1] * 15, None, ["probe.layers=[]"], "probe.layers must hold one value or more"),
-        ([0, 1] * 15, None, ["probe.optimizer=sgd"], "probe.optimizer must be one of adamw, lars"),
+        ([0, 1] * 15, None, ["probe.optimizer=sgd"], "unknown probe.optimizer 'sgd'. Choices: adamw, lars"),
         ([0, 1] * 15, None, ["probe.views=0"], "probe.views must be at least 1"),
         ([0, 1] * 15, None, ["probe.learning_rates=[0.1, -1]"], "must be above 0"),
         ([0, 1] * 15, None, ["probe.epoch=3"], "did you mean 'epochs'"),

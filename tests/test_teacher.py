@@ -54,7 +54,7 @@ def test_teacher_shows_every_layer(tmp_path, capsys):
     for words in ("stem", "stage4", "8x8", "1x1", "images/s", "20"):
         assert words in shown
     assert main(["teacher", str(tmp_path / "absent")]) == 2
-    assert "as a teacher" in capsys.readouterr().err
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_codebook_is_written_and_fits_the_target(tmp_path, capsys):

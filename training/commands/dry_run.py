@@ -31,6 +31,10 @@ def dry_run(run: TrainingRun[TrainerT], make_trainer: Callable[[], TrainerT]) ->
         with run.console.status("measuring a step"):
             time = describe_duration(trainer, run.length, size)
             memory = measure_memory(trainer, (config.num_channels, *size))
+    if run.arguments.cache_teacher:
+        run.console.log(
+            "a teacher is in every step below; training.cache_teacher asks it once for each form of an image"
+        )
     run.describe(time=time or UNKNOWN, memory=describe_memory(memory) if memory else UNKNOWN)
     total, free = memory.total if memory else 0, free_memory(run.arguments.device)
     if total > free:

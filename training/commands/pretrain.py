@@ -86,8 +86,6 @@ def pretrain(
     """
     run = set_up(name, overrides, console)
     if preview:
-        if run.arguments.cache_teacher and teachers_of(run.model.target):
-            run.console.log("the teacher is in every step below; training.cache_teacher asks it once for each form")
         return dry_run(run, partial(make_trainer, run))
     return run.execute(lambda: train(run), partial(finish, run))
 

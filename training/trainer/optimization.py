@@ -102,6 +102,8 @@ def divide_for_muon(optimizer: Muon, model: nn.Module, scale: float) -> None:
         if rest:
             optimizer.add_param_group({**group, "params": rest, "use_fallback": True})
         group["lr"] *= scale
+    # Of a group without parameters, sharded checkpoints keep nothing.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def scale_rates(optimizer, parameters: dict, scales: dict[str, float]) -> None:
