@@ -46,8 +46,7 @@ def distill(
         ),
     ],
     recipe: Annotated[
-        str | None,
-        typer.Option(help="distill; distill_small for the shipped images.", show_default=False),
+        str | None, typer.Option(help="distill; distill_small for the shipped images.", show_default=False)
     ] = None,
     dry_run: DryRun = False,
 ):

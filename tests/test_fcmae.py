@@ -219,6 +219,7 @@ def test_the_official_file_comes_back_out(tmp_path):
     [
         ({"encoder_config": {**CONVNEXT, "mask_style": "sparse"}}, "of FCMAE alone"),
         ({"decoder": "unet", "decoder_config": {}}, "decoder is 'convnext'"),
+        ({"target_config": {"hog_weight": 1.0}}, "has hog_weight"),
     ],
 )
 def test_another_model_has_no_official_file(changes, message, tmp_path):

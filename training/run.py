@@ -394,7 +394,6 @@ class TrainingRun(Run, Generic[TrainerT]):
         }
 
 
-# ---- sections, machine and versions --------------------------------------------------------------------------------
 def which_run(command: str) -> RecipeError:
     """The error for `training.resume=true` without a run."""
     return RecipeError(f"which run to resume? hf-mim {command} FOLDER training.resume=true", "training.resume")

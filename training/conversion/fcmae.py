@@ -98,6 +98,8 @@ def fcmae_state(model: MIMForPreTraining) -> dict[str, Tensor]:
         raise ValueError("official files are written of FCMAE alone: encoder convnet, convnextv2, mask_style sparse")
     if config.decoder != "convnext":
         raise ValueError(f"FCMAE's decoder is 'convnext', and this checkpoint has {config.decoder!r}")
+    if config.options("target").get("hog_weight"):
+        raise ValueError("FCMAE predicts pixels alone, and this checkpoint has hog_weight, HOG beside them")
     state = {}
     for name, value in model.state_dict().items():
         official = official_name(name)
