@@ -212,6 +212,6 @@ def test_onnx(name, tmp_path):
 
 
 def test_onnx_says_what_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_mim.training.common.choices.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"ONNX needs onnx, onnxscript, onnxruntime: pip install"):
         to_onnx(None, tmp_path)
