@@ -94,7 +94,7 @@ def run_cell(entry: str, seed: int, args) -> dict:
     words += [f"training.seed={seed}", f"training.output_dir={folder}", "training.save_strategy=no"]
     words += [f"training.max_steps={args.steps}"] if args.steps else []
     run = set_up(recipe, [*words, "training.watch_every=0"], Console(quiet=True))
-    order = np.random.default_rng(0).permutation(len(run.splits.train))
+    order = np.random.default_rng(args.draw).permutation(len(run.splits.train))
     whole, run.splits.train = run.splits.train_eval, Part(run.splits.train, np.sort(order[HELD_OUT:]))
     started = time.process_time()
     with run.owning_folder():
@@ -146,7 +146,13 @@ def report(cells: dict[str, list[dict]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> str:
-    options = parser(__doc__, out=None, steps=(None, "in place of the entries' own"), minutes=55.0)
+    options = parser(
+        __doc__,
+        out=None,
+        steps=(None, "in place of the entries' own"),
+        minutes=55.0,
+        draw=(0, "which images are left out"),
+    )
     options.add_argument("--entries", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     add_cell_options(options, "outputs/speedrun", "docs/speedrun.md")
     args = options.parse_args(arguments)
@@ -156,7 +162,8 @@ def main(arguments: list[str] | None = None) -> str:
     for seed in args.seeds:
         for entry in args.entries:
             name = "-".join("".join(c if c.isalnum() else " " for c in entry).split())
-            file = args.out / f"{name}-{args.steps or 'own'}-seed{seed}.json"
+            draw = f"-draw{args.draw}" if args.draw else ""
+            file = args.out / f"{name}-{args.steps or 'own'}{draw}-seed{seed}.json"
             if not file.exists() and not args.table and time.monotonic() < deadline:
                 write_json(file, {**run_cell(entry, seed, args), "machine": machine()})
                 print(entry, seed, file.read_text(), flush=True)

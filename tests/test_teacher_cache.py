@@ -166,13 +166,13 @@ def test_what_cannot_be_kept_is_refused(source, tmp_path, word, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_teacher_it_is_said_to_have_no_effect(tmp_path, capsys):
-    options = words("none", tmp_path, "run", "training.cache_teacher=true", "training.max_steps=1")
+@pytest.mark.parametrize("more", [[], ["data.streaming=true"]])
+def test_without_a_teacher_it_is_said_to_have_no_effect(tmp_path, capsys, more):
+    options = words("none", tmp_path, "run", "training.cache_teacher=true", "training.max_steps=1", *more)
     options = [*(word for word in options if "target_config" not in word), "model.target=pixel"]
     pretrain("img2vec_small", [*options, "model.target_config=null"])
-    assert "cache_teacher has no effect: target pixel has no frozen teacher" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cache_teacher has no effect: target pixel has no frozen teacher" in shown
 
 
 def test_a_small_disk_is_named_before_training(source, tmp_path, monkeypatch):

@@ -138,7 +138,9 @@ class TeacherCache:
     def _read(self, row: int, out: np.ndarray) -> None:
         self.maps.seek(row * self.width)
         if self.maps.readinto(out.data) != self.width:
-            raise FolderError(f"{self.maps.name} was cut short while it was used: run the command again", KEY)
+            raise FolderError(
+                f"{self.maps.name} was cut short while it was used: run the command again", str(self.maps.name)
+            )
 
     def _append(self, rows: dict[bytes, Tensor]) -> None:
         with self.lock:
@@ -182,6 +184,7 @@ def cache_teachers(
     """
     if not teachers_of(model.target):
         console.warn(f"warning: {KEY} has no effect: target {model.config.target} has no frozen teacher")
+        return
     size, images = pair(model.config.image_size), len(cast(Sized, splits.train))
     folder = Path(data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_mim").expanduser()
     forms, mirrored = (2, ", as they are and mirrored") if data.horizontal_flip else (1, "")
@@ -191,10 +194,8 @@ def cache_teachers(
     for teacher in teachers_of(model.target):
         cache = TeacherCache(teacher, folder, size, grid, capacity, **settings)
         missing += cache.missing_bytes
-        what = (
-            f"features of {teacher.source} for {images:,} images{mirrored}: {len(cache.rows):,} are kept already, up "
-        )
-        what += f"to {cache.missing_bytes / 1e9:,.2f} GB more in {folder}, where {free / 1e9:,.1f} GB are free"
+        what = f"features of {teacher.source} for {images:,} images{mirrored}: {len(cache.rows):,} are kept already, "
+        what += f"up to {cache.missing_bytes / 1e9:,.2f} GB more in {folder}, where {free / 1e9:,.1f} GB are free"
         if missing > free:
             raise DataError(f"{what}: set data.cache_dir, or {KEY}=false")
         console.log(what)
