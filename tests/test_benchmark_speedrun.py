@@ -13,8 +13,8 @@ def test_every_entry_is_a_run_of_a_recipe(tmp_path):
     for recipe, *words in speedrun.ENTRIES.values():
         resolved = recipes.resolve(recipe, words, "pretrain")
         MIMForPreTraining(MIMConfig(**resolved["model"]))
-        arguments = MIMTrainingArguments(output_dir=str(tmp_path), **resolved["training"])
-        assert arguments.world_size == 1 and not recipes.without_effect(resolved)
+        MIMTrainingArguments(output_dir=str(tmp_path), **resolved["training"])  # which checks them
+        assert not recipes.without_effect(resolved)
 
 
 def test_the_quickest_entry_that_reached_the_goal_comes_first():
