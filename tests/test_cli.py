@@ -210,6 +210,7 @@ for words, message in {
     ("pretrain", "training.figures=jpg"): "unknown training.figures 'jpg': did you mean 'png'",
     ("analyze", "somewhere", "analyze.measurements=[heath]"): "did you mean 'health'",
     ("doctor", "outputs/nowhere"): "no checkpoint at outputs/nowhere: there is no such folder, nor a folder outputs",
+    ("doctor", "nowhere/"): "no checkpoint at nowhere/: there is no such folder",
     ("push", "somewhere", "me/x"): "no checkpoint at somewhere: there is no such folder",
     ("analyze", "somewhere", "./nowhere"): "no checkpoint at ./nowhere: there is no such folder",
     ("distill", "lite0", "some/model/here"): "no checkpoint at some/model/here",

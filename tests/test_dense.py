@@ -194,6 +194,7 @@ def test_an_encoder_that_sees_the_classes_reads_them(tmp_path):
         (["task=dense", "probe.patches=1"], "probe.patches must be at least 10"),
         (["task=dense", "probe.classes=4"], "but there are 4 classes: 0 to 3"),
         (["task=dense", "data.dataset=/nowhere/at/all"], "there is no file or folder /nowhere/at/all"),
+        (["task=dense", "data.dataset=nowhere/"], "there is no file or folder nowhere/"),
     ],
 )
 def test_bad_input_is_one_line(words, message, model, tmp_path, capsys):

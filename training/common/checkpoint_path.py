@@ -22,7 +22,12 @@ def check_path(source: str, local: bool = False) -> None:
     path = Path(source).expanduser()
     if "://" in source or path.exists():
         return
-    written_as_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.parts[:1] == (OUTPUTS,)
+    written_as_path = (
+        source.startswith((".", "/", "~"))
+        or source.endswith("/")
+        or source.count("/") > 1
+        or path.parts[:1] == (OUTPUTS,)
+    )
     if written_as_path or local:
         raise missing(source, path)
     if "/" in source and path.parent.is_dir() and not is_cached(source):

@@ -86,7 +86,7 @@ def place_of(dataset: str) -> str | None:
     path = Path(local).expanduser()
     if path.exists():
         return path.as_posix()
-    if path.suffix in SHARDS or dataset.startswith((".", "~", "/")) or dataset.count("/") > 1:
+    if path.suffix in SHARDS or dataset.startswith((".", "~", "/")) or dataset.endswith("/") or dataset.count("/") > 1:
         raise DataError(f"there is no file or folder {dataset}", dataset)
     return None
 
