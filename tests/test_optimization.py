@@ -83,7 +83,7 @@ def test_muon_leaves_vectors_and_depthwise_kernels_of_convnets(tmp_path):
     optimizer = Muon(model.parameters(), lr=1.0)
     divide_for_muon(optimizer, model, 3.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    turned, *rest = optimizer.param_groups
+    *rest, turned = optimizer.param_groups
     assert turned["params"] and turned["lr"] == 3 and all(group["lr"] == 1 for group in rest)
     assert all(min(parameter.shape[:2]) > 1 for parameter in turned["params"])
     left = [names[parameter] for group in rest for parameter in group["params"] if parameter.ndim > 1]

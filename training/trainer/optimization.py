@@ -102,8 +102,9 @@ def divide_for_muon(optimizer: Muon, model: nn.Module, scale: float) -> None:
         if rest:
             optimizer.add_param_group({**group, "params": rest, "use_fallback": True})
         group["lr"] *= scale
-    # Of a group without parameters, sharded checkpoints keep nothing.
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    # Of a group without parameters, sharded checkpoints keep nothing. The rate of the first group is logged: AdamW's.
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: not group.get("use_fallback"))
 
 
 def scale_rates(optimizer, parameters: dict, scales: dict[str, float]) -> None:
