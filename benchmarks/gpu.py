@@ -5,214 +5,37 @@
 
 In bf16, compiled, with the recipes' models at 224 px: MAE ViT-B/16 and ViT-L/16 with both decoders against
 `ViTMAEForPreTraining` of transformers with the same sizes, compiled and as it is; DTM ViT-B with a teacher of the same
-size and random weights; A2MIM ResNet-50. A step is forward, loss, backward and fused AdamW on images that are on the
-device. Arms take turns of `--steps` steps, timed by CUDA events (by the clock, uncompiled, on a processor). The share
-of morphing is that of its loss alone, forward and backward, run by itself. MFU counts the FLOPs of
-`training.trainer.throughput`. Memory is what a step holds at most beyond what it found, with the arm's own weights and
-optimizer.
+size and random weights, and with its features given; A2MIM ResNet-50 with channels last. A step is forward, loss,
+backward and fused AdamW on images that are on the device. Arms take turns of `--steps` steps, timed by CUDA events (by
+the clock, uncompiled, on a processor). The share of morphing is that of its loss alone, forward and backward, run by
+itself. MFU counts the FLOPs of `training.trainer.throughput`. Memory is what a step holds at most beyond what it found,
+with the arm's own weights and optimizer. A step should neither be compiled again nor wait for the GPU; both are
+counted. At last, the seconds of `hf-mim pretrain quick` and its scores, and the loader.
 
-The rows of steps need torch, torchvision, timm, transformers and PyYAML alone; the loader's needs `datasets`, and is
-left out where that is missing. Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the
-command goes on where it was.
+The rows of steps need torch, torchvision, timm, transformers and PyYAML alone; what needs more is left out where that
+is missing. Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the command goes on
+where it was. Several processes fill torch's cache of compiled code first, an arm each.
 """
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from measure import markdown_table, paired_ratios, parser, quartiles, row, spread, tensor_memory, verdicts, write_whole
-from peers import Arm, Batch, make_batch, make_transformers
+from gpu_steps import CROSS, EAGER, MAE_BASE, MAE_LARGE, OURS, PEER, ROWS, STORED, compile_ahead, measure_row
+from measure import markdown_table, parser, row, spread, verdicts, write_whole
 from summary import publish
 
-from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
-from hf_mim.training.recipe import merge, resolve
-from hf_mim.training.trainer.throughput import flops_per_image, peak_flops
 
-
-OURS, CROSS, PEER, EAGER = "hf_mim", "hf_mim, cross_attention", "transformers", "transformers, not compiled"
-MORPHING = "morphing alone"
-MAE_BASE, MAE_LARGE, DTM, RESNET, LOADER = "MAE ViT-B/16", "MAE ViT-L/16", "DTM ViT-B/16", "A2MIM ResNet-50", "loader"
-# row -> recipe, what is changed in its model, images in a batch
-ROWS = {
-    MAE_BASE: ("mae", {}, 256),
-    MAE_LARGE: ("mae", {"encoder_config": {"size": "large"}}, 128),
-    DTM: ("dtm", {}, 128),
-    RESNET: ("a2mim_resnet50", {}, 256),
-}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TINY_VIT = {"image_size": 32, "encoder_config": {**SMALL, "patch_size": 8, "intermediate_size": 64}}
-TINY = {
-    MAE_BASE: {**TINY_VIT, "decoder_config": SMALL},
-    MAE_LARGE: {**TINY_VIT, "decoder_config": SMALL},
-    DTM: TINY_VIT,
-    RESNET: {
-        "image_size": 64,
-        "encoder_config": {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
-    },
-}
+QUICK, LOADER = "quick", "loader"
+PARTS = (*ROWS, QUICK, LOADER)
 GOALS = {MAE_BASE: (1.3, 0.40), MAE_LARGE: (None, 0.45)}  # of issue 8: images per second over transformers', MFU
-
-
-# ---- models --------------------------------------------------------------------------------------------------------
-def config_of(name: str, args, folder: Path) -> MIMConfig:
-    recipe, changes, _ = ROWS[name]
-    fields = merge(resolve(recipe)["model"], changes)
-    if args.tiny:
-        fields = merge(fields, TINY[name])
-        fields["encoder_config"].pop("size", None)
-    if name == DTM:
-        sizes = {key: value for key, value in fields["encoder_config"].items() if key in (*SMALL, "patch_size", "size")}
-        teacher = MIMConfig(image_size=fields["image_size"], encoder_config=sizes)
-        model = MIMModel(teacher, add_pooling_layer=False)
-        model.save_pretrained(folder / "teacher")
-        dims = [model.encoder.hidden_size]  # so that a model without memory can be asked for its sizes
-        fields["target_config"]["features"] |= {
-            "teacher": str(folder / "teacher"),
-            "feature_dims": dims,
-            "project": False,  # the recipe's teacher is a CLIP; this one has no space of a text
-        }
-    return MIMConfig(**fields)
-
-
-def make_ours(config: MIMConfig, batch: Batch) -> Arm:
-    """As the trainer calls it: with a generator of the step."""
-    model, seeds = MIMForPreTraining(config).train(), itertools.count()
-
-    def loss():
-        generator = torch.Generator().manual_seed(next(seeds))
-        return model(batch.pixel_values, bool_masked_pos=batch.mask, generator=generator).loss
-
-    return Arm(model, loss)
-
-
-def make_arms(name: str, config: MIMConfig, batch: Batch, device: str) -> dict[str, Arm]:
-    """The models of a row, on the device."""
-    arms = {OURS: make_ours(config, batch)}
-    if name in (MAE_BASE, MAE_LARGE):
-        arms[CROSS] = make_ours(MIMConfig(**{**config.to_dict(), "decoder": "cross_attention"}), batch)
-        arms[PEER], arms[EAGER] = (make_transformers(config, batch) for _ in range(2))
-    for arm in arms.values():
-        arm.model.to(device)
-    return arms
-
-
-def make_step(arm: Arm, device: str) -> tuple[Callable, Callable]:
-    """-> a training step, and the bytes of weights and optimizer once it has run. Nothing waits for the device."""
-    trained = [parameter for parameter in arm.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = arm.loss()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def held() -> int:
-        state = (value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value))
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*arm.model.parameters(), *state))
-
-    return step, held
-
-
-def morphing_step(model, config: MIMConfig, batch: Batch, args) -> Callable:
-    """The loss of a morphing target alone, forward and backward, on random features; not compiled."""
-    grid = model.mask_grid(*batch.pixel_values.shape[2:])
-    shape = (*batch.mask.shape, model.target.outputs["patches"])
-    wanted = torch.randn(shape, device=args.device)
-    predicted = torch.randn(shape, device=args.device, requires_grad=True)
-
-    seeds = itertools.count()
-
-    def step() -> None:
-        generator = torch.Generator().manual_seed(next(seeds))
-        model.target.loss({"patches": predicted}, {"patches": wanted}, batch.mask, grid, generator).backward()
-
-    return step
-
-
-# ---- measuring -----------------------------------------------------------------------------------------------------
-def seconds_of(step: Callable, count: int, device: str) -> float:
-    """Seconds of one of `count` steps in a row: between events on the GPU, else by the clock."""
-    if device != "cuda":
-        started = time.perf_counter()
-        for _ in range(count):
-            step()
-        return (time.perf_counter() - started) / count
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / count
-
-
-def memory_of(step: Callable, held: Callable, device: str) -> float:
-    """MiB that a step holds at most beyond what it found, with the bytes of `held`."""
-    if device != "cuda":
-        return tensor_memory(step) + held() / 2**20
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before + held()) / 2**20
-
-
-def measure_row(name: str, args) -> dict:
-    """{"batch", "images_per_second" (quartiles of each arm), "ratios", "mfu", "memory" (MiB), "gflops"}"""
-    torch.manual_seed(0)
-    count = 2 if args.tiny else ROWS[name][2]
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_of(name, args, Path(folder))
-        cpu = make_batch(config, count)
-        batch = Batch(cpu.pixel_values.to(args.device), cpu.mask.to(args.device))
-        arms = make_arms(name, config, batch, args.device)
-        flops = {arm: flops_per_image(arms[arm].model) for arm in (OURS, CROSS) if arm in arms}
-        for arm in arms:
-            if args.device == "cuda" and arm != EAGER:
-                arms[arm].model.compile()
-        made = {arm: make_step(arms[arm], args.device) for arm in arms}
-        steps = {arm: step for arm, (step, _) in made.items()}
-        if name == DTM:
-            steps[MORPHING] = morphing_step(arms[OURS].model, config, batch, args)
-        times = alternate_blocks(steps, args)
-    memory = {arm: memory_of(*made[arm], args.device) for arm in arms}
-    peak = peak_flops(torch.cuda.get_device_name(), bf16=True) if args.device == "cuda" else None
-    speeds = {arm: quartiles([count / second for second in times[arm]]) for arm in arms}
-    flops |= {arm: flops[OURS] for arm in (PEER, EAGER) if arm in arms}  # the same architecture
-    found = {"batch": count, "images_per_second": speeds, "memory": memory}
-    found["gflops"] = {arm: flops[arm] / 1e9 for arm in flops}
-    found["mfu"] = {arm: speeds[arm][1] * flops[arm] / peak for arm in arms} if peak else {}
-    found["ratios"] = {f"{ours} / {peer}": paired_ratios(times, peer, ours) for ours, peer in pairs(arms)}
-    if name == DTM:
-        found["morphing"] = paired_ratios(times, MORPHING, OURS)
-    return found
-
-
-def pairs(arms: dict) -> list[tuple[str, str]]:
-    return [(ours, peer) for ours in (OURS, CROSS) for peer in (PEER, EAGER) if ours in arms and peer in arms]
-
-
-def alternate_blocks(steps: dict[str, Callable], args) -> dict[str, list[float]]:
-    """Seconds of a step, `--rounds` blocks of each arm; the arms take turns, and each round begins with another."""
-    names, seconds = list(steps), {name: [] for name in steps}
-    for name in names:
-        seconds_of(steps[name], 3, args.device)  # compiles, and warms up
-    for i in range(args.rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(seconds_of(steps[name], args.steps, args.device))
-    return seconds
 
 
 def measure_loader(args) -> dict:
@@ -223,6 +46,7 @@ def measure_loader(args) -> dict:
     """
     from input_pipeline import make_dataset, make_jpegs
 
+    from hf_mim import MIMConfig
     from hf_mim.training.data.arguments import DataArguments
     from hf_mim.training.data.batches import MIMCollator
     from hf_mim.training.data.images import MIMDataset
@@ -249,6 +73,32 @@ def measure_loader(args) -> dict:
     return {"workers": found}
 
 
+def measure_quick(args) -> dict:
+    """{way: {"whole_seconds" (with evaluation and pictures), "seconds" (of training), "images_per_second", "knn" and
+    "linear", each of the encoder and of raw pixels}}, of the recipe `quick`, as it is and compiled.
+
+    Raises:
+        ModuleNotFoundError: a machine without `datasets` or scikit-learn.
+    """
+    from rich.console import Console
+
+    from hf_mim.training.commands.pretrain import pretrain
+
+    ways = {"as it is": [], "compiled": ["training.torch_compile=true"]} if args.device == "cuda" else {"as it is": []}
+    few = ["training.max_steps=2", "training.watch_every=0"] if args.tiny else []
+    found = {}
+    for way, words in ways.items():
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            pretrain("quick", [f"training.output_dir={folder}/run", *few, *words], Console(quiet=True))
+            results = json.loads(Path(folder, "run", "metrics.json").read_text())
+        found[way] = {"whole_seconds": time.perf_counter() - started}
+        found[way] |= {name: results[name] for name in ("seconds", "images_per_second")}
+        for name in ("knn", "linear"):
+            found[way][name] = [results["trained"][f"{name}_mean"], results["raw_pixels"][name]]
+    return found
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
 def report(found: dict[str, dict], args) -> str:
     parts = [where(args)]
@@ -260,12 +110,35 @@ def report(found: dict[str, dict], args) -> str:
             over = [spread(ratio) if ratio else "" for ratio in ratios]
             lines.append([arm, spread(speed, 0), *over, mfu, f"{entry['memory'][arm]:,.0f}"])
         header = ["", "images per second", "over transformers'", "over it uncompiled", "MFU", "memory, MiB"]
-        parts.append(f"### {name}, batch {entry['batch']}\n\n{markdown_table(header, lines)}")
-        if "morphing" in entry:
-            parts.append(f"Morphing alone takes {spread([100 * value for value in entry['morphing']], 1)} % of a step.")
+        parts.append(f"### {name}, batch {entry['batch']}\n\n{markdown_table(header, lines)}\n\n{step_words(entry)}")
+    if QUICK in found:
+        parts.append(quick_words(found[QUICK]))
     if LOADER in found:
         parts.append(loader_words(found))
     return "\n\n".join([*parts, verdicts(rows_of(found))])
+
+
+def step_words(entry: dict) -> str:
+    """What is not a column: graphs compiled again, waiting, morphing, the teacher."""
+    waits = ", ".join(f"{arm}: {count}" for arm, count in entry["waits"].items())
+    words = [f"Graphs compiled after the first steps: {entry['compiled_again']}."]
+    words += [f"Times that a step waits for the GPU: {waits}."] if waits else []
+    if "morphing" in entry:
+        words.append(f"Morphing alone takes {spread([100 * value for value in entry['morphing']], 1)} % of a step.")
+        low, middle, high = entry["ratios"][f"{STORED} / {OURS}"]
+        words.append(f"Without the teacher a step is {spread((low, middle, high))} times as fast.")
+    return " ".join(words)
+
+
+def quick_words(found: dict[str, dict]) -> str:
+    """The table of the recipe `quick`."""
+    lines = []
+    for way, result in found.items():
+        scores = [f"{trained:.1f} ({pixels:.1f})" for trained, pixels in (result["knn"], result["linear"])]
+        speed = f"{result['images_per_second']:,.0f}"
+        lines.append([way, f"{result['whole_seconds']:.0f}", f"{result['seconds']:.0f}", speed, *scores])
+    header = ["", "seconds", "of training", "images per second", "k-NN (raw pixels)", "linear probe (raw pixels)"]
+    return f"### quick\n\n{markdown_table(header, lines)}"
 
 
 def loader_words(found: dict[str, dict]) -> str:
@@ -316,40 +189,65 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__, **numbers)
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options.add_argument("--tiny", action="store_true", help="small models, two images: to see that it runs")
-    options.add_argument("--only", nargs="+", choices=[*ROWS, LOADER], help="only these rows")
+    options.add_argument("--only", nargs="+", choices=PARTS, help="only these rows")
+    options.add_argument("--compile-ahead", type=int, default=4, help="processes that compile first; 0: none")
     options.add_argument("--state", type=Path, default=Path("outputs/gpu"), help="where rows are kept")
     options.add_argument("--again", action="store_true", help="measure rows again that are done")
     args = options.parse_args(argv)
+    args.started = time.time()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a GPU with CUDA, and torch finds none on this machine")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    args, started, found = arguments(argv), time.monotonic(), {}
+    args, started = arguments(argv), time.monotonic()
     args.state.mkdir(parents=True, exist_ok=True)
-    for name in args.only or [*ROWS, LOADER]:
-        file = args.state / f"{name.replace(' ', '-').replace('/', '-')}{'-tiny' * args.tiny}.json"
-        kept = json.loads(file.read_text()) if file.exists() and not args.again else {}
-        if kept.get("where") == where(args):
-            found[name] = kept["found"]
-            continue
+    asked = args.only or PARTS
+    found = {name: kept for name in asked if (kept := kept_row(name, args)) is not None}
+    missing = [name for name in asked if name not in found]
+    steps = [name for name in missing if name in ROWS]
+    if args.device == "cuda" and args.compile_ahead and steps:
+        compile_ahead(steps, args)
+        print(f"compiled: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
+    for name in missing:
         if time.monotonic() - started > 60 * args.minutes:
             print(f"out of time before {name}: the same command goes on from there", file=sys.stderr)
             break
-        try:
-            measured = measure_loader(args) if name == LOADER else measure_row(name, args)
-        except ModuleNotFoundError as missing:
-            if name != LOADER:
-                raise
-            print(f"{name}: left out, this machine has no {missing.name}", file=sys.stderr)
+        measured = measure(name, args)
+        if measured is None:
             continue
-        write_whole(file, json.dumps({"where": where(args), "found": measured}, indent=1) + "\n")
-        found[name] = json.loads(file.read_text())["found"]
+        write_whole(file_of(name, args), json.dumps({"where": where(args), "found": measured}, indent=1) + "\n")
+        found[name] = kept_row(name, args)
         print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
         forget()
     publish(args.out, "gpu", report(found, args), rows_of(found), where(args))
     return found
+
+
+def file_of(name: str, args) -> Path:
+    return args.state / f"{name.replace(' ', '-').replace('/', '-')}{'-tiny' * args.tiny}.json"
+
+
+def kept_row(name: str, args) -> dict | None:
+    """What an earlier call found on such a machine; of this one with `--again`."""
+    file = file_of(name, args)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    fresh = not args.again or (file.exists() and file.stat().st_mtime >= args.started)
+    return kept["found"] if fresh and kept.get("where") == where(args) else None
+
+
+def measure(name: str, args) -> dict | None:
+    """A row; None where the machine lacks a package for it."""
+    try:
+        if name in ROWS:
+            return measure_row(name, args)
+        return measure_quick(args) if name == QUICK else measure_loader(args)
+    except ModuleNotFoundError as absent:
+        if name in ROWS:
+            raise
+        print(f"{name}: left out, this machine has no {absent.name}", file=sys.stderr)
+        return None
 
 
 def forget() -> None:

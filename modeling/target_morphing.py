@@ -107,6 +107,7 @@ class TokenMorphingTarget(Target):
             schedule = draw_schedule(tokens, self.max_iterations, generator)
         return match_tokens(values, schedule, generator=generator, **self.how)
 
+    @torch.compiler.disable(reason="each step draws other sizes of groups, and would be compiled again")
     def loss(self, predictions, targets, bool_masked_pos, grid, generator=None) -> Tensor:
         predicted, target = predictions["patches"].float(), targets["patches"].float()
         losses = []
