@@ -42,7 +42,10 @@ ENTRIES = {
     "Muon, HOG as target": (*MAE, MUON, *HOG),
     "Muon, HOG beside pixels": (*MAE, MUON, BOTH),
     "quick": ("quick",),
-    "quick, half the steps": ("quick", "training.max_steps=1200"),
+    "quick, 1,200 steps": ("quick", "training.max_steps=1200"),
+    "quick, 900 steps": ("quick", "training.max_steps=900"),
+    "quick, 600 steps": ("quick", "training.max_steps=600"),
+    "quick, 400 steps": ("quick", "training.max_steps=400"),
     "cross-attention decoder": (*MAE, "model.decoder=cross_attention"),
     "deeper decoder": (*MAE, *DEEPER),
     "two masks of half the images": (
