@@ -2,37 +2,48 @@
 
     python benchmarks/speedrun.py [--entries mae_small Muon ...] [--seeds 0 1 2] [--minutes 55]
                                   [--out outputs/speedrun]
+    python benchmarks/speedrun.py --pace [--entries ...]
     python benchmarks/speedrun.py --table [--page docs/speedrun.md]
 
 The rules stand in docs/speedrun.md. An entry (`ENTRIES`) is a recipe with settings, its number of steps among them; a
 cell is one run of it with one seed, and one file. What is done is skipped, and after `--minutes` the script stops: run
-it again to go on. No score is taken on test images: 3,000 of the 20,000 training images are left out of training, and
-scores are taken on them.
+it again to go on. `--pace` times a step of each entry, in turn: seconds of whole runs depend on what else the machine
+did. No score is taken on test images: 3,000 of the 20,000 training images are left out of training, and scores are
+taken on them.
 """
 
+import itertools
 import json
 import shutil
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from measure import add_cell_options, machine, markdown_table, over_seeds, parser, write_json, write_section
+from measure import add_cell_options, alternate, machine, markdown_table, over_seeds, parser, write_json, write_section
 from methods import refresh_statistics
 from rich.console import Console
 from torch.utils.data import Subset
 
-from hf_mim.training.commands.pretrain import set_up, train
+from hf_mim.training.commands.pretrain import make_trainer, set_up, train
 from hf_mim.training.evaluation import frozen
 from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
 
 
 HELD_OUT, LABELLED = 3000, 10_000
+PACE, PACE_ROUNDS = "pace.json", 40
 MAE = ("mae_small", "training.max_steps=3000")
 MUON = "training.optimizer=muon"
 HOG = ("model.target=hog", "model.target_config={}")
 BOTH = "model.target_config={normalize: false, hog_weight: 4}"
 DEEPER = ("model.decoder_config.num_hidden_layers=2", "model.decoder_config.hidden_size=128")
+CROSS = (
+    "model.decoder=cross_attention",
+    "model.decoder_config={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 256}",
+)
 # name: recipe, settings
 ENTRIES = {
     "mae_small": MAE,
@@ -46,7 +57,7 @@ ENTRIES = {
     "quick, 900 steps": ("quick", "training.max_steps=900"),
     "quick, 600 steps": ("quick", "training.max_steps=600"),
     "quick, 400 steps": ("quick", "training.max_steps=400"),
-    "cross-attention decoder": (*MAE, "model.decoder=cross_attention"),
+    "cross-attention decoder": (*MAE, *CROSS),
     "deeper decoder": (*MAE, *DEEPER),
     "two masks of half the images": (
         *MAE,
@@ -116,6 +127,46 @@ def run_cell(entry: str, seed: int, args) -> dict:
     return {**scores, "raw_pixels": pixels, "seconds": round(seconds, 1), "images": images, "recipe": recipe}
 
 
+def step_of(entry: str, args) -> Callable[[], None]:
+    """One step of the entry's training: batch, masks, loss, gradient, optimizer."""
+    recipe, *words = ENTRIES[entry]
+    run = set_up(recipe, [*words, f"training.output_dir={args.out / 'pace'}"], Console(quiet=True))
+    trainer = make_trainer(run)
+    trainer.create_optimizer_and_scheduler(run.arguments.max_steps)
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.accelerator.prepare(trainer.model).train()
+    batches = itertools.chain.from_iterable(trainer.get_train_dataloader() for _ in itertools.count())
+
+    def step() -> None:
+        trainer.training_step(model, next(batches))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def measure_pace(args) -> None:
+    """Milliseconds of a step of each entry, the median of `PACE_ROUNDS` in which all take turns."""
+    different = {setting(entry): entry for entry in args.entries}.values()
+    times = alternate({entry: step_of(entry, args) for entry in different}, PACE_ROUNDS, warmup=3)
+    pace = {entry: round(1000 * statistics.median(seconds), 2) for entry, seconds in times.items()}
+    write_json(args.out / PACE, {"milliseconds": pace, "machine": machine()})
+
+
+def read_pace(folder: Path) -> dict[str, float]:
+    """Milliseconds of a step by entry; entries that differ in their length alone have one pace."""
+    if not (folder / PACE).exists():
+        return {}
+    measured = json.loads((folder / PACE).read_text())["milliseconds"]
+    paces = {setting(entry): pace for entry, pace in measured.items()}
+    return {entry: paces[setting(entry)] for entry in ENTRIES if setting(entry) in paces}
+
+
+def setting(entry: str) -> tuple[str, ...]:
+    return tuple(word for word in ENTRIES[entry] if not word.startswith("training.max_steps="))
+
+
 def accuracies(features: list[torch.Tensor], sides: list[Subset]) -> dict[str, float]:
     labels = [side.dataset.labels[side.indices] for side in sides]
     readouts = {"knn": NearestNeighbours, "linear": LinearProbe}
@@ -125,25 +176,36 @@ def accuracies(features: list[torch.Tensor], sides: list[Subset]) -> dict[str, f
     }
 
 
-def report(cells: dict[str, list[dict]]) -> str:
-    """Markdown: the entries with the linear probe's goal reached first, the quickest first."""
+def report(cells: dict[str, list[dict]], paces: dict[str, float]) -> str:
+    """Markdown: the entries with the linear probe's goal reached first, the quickest first.
+
+    Args:
+        paces: milliseconds of a step by entry; seconds are those of the runs where there is none.
+    """
     if not cells:
         raise SystemExit("no results: run without --table first")
     pixels = next(iter(cells.values()))[0]["raw_pixels"]
 
     def rank(entry: str) -> tuple[bool, float]:
         reached = np.mean([cell["linear"] for cell in cells[entry]]) >= pixels["linear"]
-        return not reached, np.mean([cell["seconds"] for cell in cells[entry]]) if reached else 0
+        return not reached, np.mean(seconds_of(entry)) if reached else 0
+
+    def seconds_of(entry: str) -> list[float]:
+        if entry not in paces:
+            return [cell["seconds"] for cell in cells[entry]]
+        cell = cells[entry][0]
+        return [cell["images"] / cell["recipe"]["training"]["per_device_train_batch_size"] * paces[entry] / 1000]
 
     rows = []
     for entry in sorted(cells, key=rank):
         found = cells[entry]
         scores = [over_seeds([cell[name] for cell in found]) for name in ("knn", "linear")]
-        seconds = over_seeds([cell["seconds"] for cell in found], digits=0)
+        seconds = over_seeds(seconds_of(entry), digits=0)
+        pace = f"{paces[entry]:.0f}" if entry in paces else ""
         reached = "no" if rank(entry)[0] else "yes" if len(found) > 2 else "so far"
-        rows.append([entry, f"{found[0]['images']:,}", seconds, *scores, reached, len(found)])
-    rows.append(["raw pixels", "", "", f"{pixels['knn']:.1f}", f"{pixels['linear']:.1f}", "", ""])
-    header = ["entry", "images seen", "processor seconds", "k-NN", "linear probe", "reached", "seeds"]
+        rows.append([entry, f"{found[0]['images']:,}", pace, seconds, *scores, reached, len(found)])
+    rows.append(["raw pixels", "", "", "", f"{pixels['knn']:.1f}", f"{pixels['linear']:.1f}", "", ""])
+    header = ["entry", "images seen", "ms a step", "processor seconds", "k-NN", "linear probe", "reached", "seeds"]
     machines = " ".join(sorted({cell["machine"] for found in cells.values() for cell in found}))
     return f"{machines}\n\n{markdown_table(header, rows)}"
 
@@ -157,22 +219,25 @@ def main(arguments: list[str] | None = None) -> str:
         draw=(0, "which images are left out"),
     )
     options.add_argument("--entries", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
+    options.add_argument("--pace", action="store_true", help="time a step of each entry, and run nothing else")
     add_cell_options(options, "outputs/speedrun", "docs/speedrun.md")
     args = options.parse_args(arguments)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.pace:
+        measure_pace(args)
     deadline, cells = time.monotonic() + 60 * args.minutes, {}
     for seed in args.seeds:
         for entry in args.entries:
             name = "-".join("".join(c if c.isalnum() else " " for c in entry).split())
             draw = f"-draw{args.draw}" if args.draw else ""
             file = args.out / f"{name}-{args.steps or 'own'}{draw}-seed{seed}.json"
-            if not file.exists() and not args.table and time.monotonic() < deadline:
+            if not file.exists() and not (args.table or args.pace) and time.monotonic() < deadline:
                 write_json(file, {**run_cell(entry, seed, args), "machine": machine()})
                 print(entry, seed, file.read_text(), flush=True)
             if file.exists():
                 cells.setdefault(entry, []).append(json.loads(file.read_text()))
-    text = report(cells)
+    text = report(cells, read_pace(args.out))
     print(text)
     if args.table:
         write_section(args.page, "speedrun", text)

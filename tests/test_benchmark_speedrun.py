@@ -24,7 +24,7 @@ def test_the_quickest_entry_that_reached_the_goal_comes_first():
         "slow": [{"knn": 80.0, "linear": 84.5, "seconds": 9.0, **pixels}],
         "quick": [{"knn": 80.0, "linear": linear, "seconds": 5.0, **pixels} for linear in (83.0, 85.0)],
     }
-    rows = [row.split("|")[1].strip() for row in speedrun.report(cells).splitlines() if row.startswith("| ")]
+    rows = [row.split("|")[1].strip() for row in speedrun.report(cells, {}).splitlines() if row.startswith("| ")]
     assert rows[2:] == ["quick", "slow", "far", "raw pixels"]
 
 
@@ -38,6 +38,11 @@ def test_a_reduced_run(tmp_path, monkeypatch):
     page.write_text("<!-- speedrun -->\n<!-- end of speedrun -->\n")
     speedrun.main([*words, "--table", "--page", str(page)])
     assert shown in page.read_text()
+    monkeypatch.setattr(speedrun, "PACE_ROUNDS", 2)
+    rows = speedrun.main([*words, "--pace"])
+    pace = speedrun.read_pace(tmp_path / "out")
+    assert pace["quick"] > 0 and pace["quick, 600 steps"] == pace["quick"] and "mae_small" not in pace
+    assert f"| quick | 128 | {pace['quick']:.0f} | {2 * pace['quick'] / 1000:.0f} |" in rows
 
 
 def test_a_part_has_the_images_at_its_indices():
