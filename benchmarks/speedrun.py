@@ -183,7 +183,7 @@ def report(cells: dict[str, list[dict]], paces: dict[str, float]) -> str:
         paces: milliseconds of a step by entry; seconds are those of the runs where there is none.
     """
     if not cells:
-        raise SystemExit("no results: run without --table first")
+        raise SystemExit("no results: run without --table and --pace first")
     pixels = next(iter(cells.values()))[0]["raw_pixels"]
 
     def rank(entry: str) -> tuple[bool, float]:
