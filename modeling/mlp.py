@@ -14,19 +14,27 @@ class RecomputedGELULinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return F.linear(F.gelu(hidden), weight, bias)
+        rows = hidden.flatten(0, -2)
+        ctx.save_for_backward(rows, weight)
+        # The result, which stays, gets its place before the GELU, which goes: else a hole is left in the heap.
+        out = rows.new_empty(len(rows), len(weight))
+        torch.addmm(bias, F.gelu(rows), weight.T, out=out)
+        return out.view(*hidden.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        hidden, weight = ctx.saved_tensors
-        rows, needs = grad.flatten(0, -2), ctx.needs_input_grad
-        return (
-            torch.ops.aten.gelu_backward(grad @ weight, hidden) if needs[0] else None,
-            rows.T @ F.gelu(hidden).flatten(0, -2) if needs[1] else None,
-            rows.sum(0) if needs[2] else None,
-        )
+        rows, weight = ctx.saved_tensors
+        needs, grad_rows, grad_weight = ctx.needs_input_grad, grad.flatten(0, -2), None
+        # The GELU, its gradient and that of `rows` take turns in one large tensor.
+        space = F.gelu(rows) if needs[1] else torch.empty_like(rows)
+        if needs[1]:
+            grad_weight = grad_rows.T @ space
+        if needs[0]:
+            torch.mm(grad_rows, weight, out=space)
+            torch.ops.aten.gelu_backward(space, rows, grad_input=space)
+        grad_hidden = space.view(*grad.shape[:-1], -1) if needs[0] else None
+        return grad_hidden, grad_weight, grad_rows.sum(0) if needs[2] else None
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
