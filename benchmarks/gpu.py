@@ -3,22 +3,23 @@
     python benchmarks/gpu.py --out docs/benchmarks.md              # nine minutes on one large GPU
     python benchmarks/gpu.py --device cpu --tiny                   # that it runs
 
-In bf16, compiled, with the recipes' models at 224 px: MAE ViT-B/16 and ViT-L/16 with both decoders against
-`ViTMAEForPreTraining` of transformers with the same sizes, compiled and as it is; DTM ViT-B with a teacher of the same
-size and random weights, and with its features given; A2MIM ResNet-50 with channels last. A step is forward, loss,
-backward and fused AdamW on images that are on the device. Arms take turns of `--steps` steps, timed by CUDA events (by
-the clock, uncompiled, on a processor). The share of morphing is that of its loss alone, forward and backward, run by
-itself. MFU counts the FLOPs of `training.trainer.throughput`. Memory is what a step holds at most beyond what it found,
-with the arm's own weights and optimizer. A step should neither be compiled again nor wait for the GPU; both are
-counted. At last, the seconds of `hf-mim pretrain quick` and its scores, and the loader.
+In bf16, compiled, with the recipes' models at 224 px: MAE ViT-B/16 and ViT-L/16, with the attention of few tokens
+(`attn_implementation="mim_short"`) and with the decoder `cross_attention` too, against `ViTMAEForPreTraining` of
+transformers with the same sizes, compiled and as it is; DTM ViT-B with a teacher of the same size and random weights,
+and with its features given; A2MIM ResNet-50 with channels last. A step is forward, loss, backward and fused AdamW on
+images that are on the device. Arms take turns of `--steps` steps, timed by CUDA events (by the clock, uncompiled, on a
+processor). The share of morphing is that of its loss alone, forward and backward, run by itself. MFU counts the FLOPs
+of `training.trainer.throughput`. Memory is what a step holds at most beyond what it found, with the arm's own weights
+and optimizer. A step should neither be compiled again nor wait for the GPU; both are counted. At last, attention alone,
+the seconds of `hf-mim pretrain quick` with its scores, and the loader.
 
 The rows of steps need torch, torchvision, timm, transformers and PyYAML alone; what needs more is left out where that
 is missing. Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the command goes on
-where it was. Several processes fill torch's cache of compiled code first, an arm each.
+where it was. All arms are compiled at the same time, each in a process, which takes the memory of a large GPU;
+`--together 1` takes one row at a time.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -28,13 +29,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from gpu_steps import CROSS, EAGER, MAE_BASE, MAE_LARGE, OURS, PEER, ROWS, STORED, compile_ahead, measure_row
+from gpu_attention import attention_words, measure_attention
+from gpu_steps import CROSS, EAGER, MAE_BASE, MAE_LARGE, OURS, PEER, ROWS, SHORT, STORED, measure_row, start_rows
 from measure import markdown_table, parser, row, spread, verdicts, write_whole
 from summary import publish
 
 
-QUICK, LOADER = "quick", "loader"
-PARTS = (*ROWS, QUICK, LOADER)
+ATTENTION, QUICK, LOADER = "attention", "quick", "loader"
+PARTS = (*ROWS, ATTENTION, QUICK, LOADER)
 GOALS = {MAE_BASE: (1.3, 0.40), MAE_LARGE: (None, 0.45)}  # of issue 8: images per second over transformers', MFU
 
 
@@ -85,7 +87,7 @@ def measure_quick(args) -> dict:
     from hf_mim.training.commands.pretrain import pretrain
 
     ways = {"as it is": [], "compiled": ["training.torch_compile=true"]} if args.device == "cuda" else {"as it is": []}
-    few = ["training.max_steps=2", "training.watch_every=0"] if args.tiny else []
+    few = ["training.max_steps=2", "training.watch_every=0", "data.max_eval_images=200"] if args.tiny else []
     found = {}
     for way, words in ways.items():
         started = time.perf_counter()
@@ -111,6 +113,8 @@ def report(found: dict[str, dict], args) -> str:
             lines.append([arm, spread(speed, 0), *over, mfu, f"{entry['memory'][arm]:,.0f}"])
         header = ["", "images per second", "over transformers'", "over it uncompiled", "MFU", "memory, MiB"]
         parts.append(f"### {name}, batch {entry['batch']}\n\n{markdown_table(header, lines)}\n\n{step_words(entry)}")
+    if ATTENTION in found:
+        parts.append(attention_words(found[ATTENTION]))
     if QUICK in found:
         parts.append(quick_words(found[QUICK]))
     if LOADER in found:
@@ -120,8 +124,8 @@ def report(found: dict[str, dict], args) -> str:
 
 def step_words(entry: dict) -> str:
     """What is not a column: graphs compiled again, waiting, morphing, the teacher."""
-    waits = ", ".join(f"{arm}: {count}" for arm, count in entry["waits"].items())
-    words = [f"Graphs compiled after the first steps: {entry['compiled_again']}."]
+    waits = ", ".join(f"{arm} {count}" for arm, count in entry["waits"].items()) if entry["mfu"] else ""
+    words = [f"Graphs compiled after the first steps: {sum(entry['compiled_again'].values())}."]
     words += [f"Times that a step waits for the GPU: {waits}."] if waits else []
     if "morphing" in entry:
         words.append(f"Morphing alone takes {spread([100 * value for value in entry['morphing']], 1)} % of a step.")
@@ -164,7 +168,7 @@ def rows_of(found: dict[str, dict]) -> list[dict]:
         if name not in found:
             continue
         speeds, ratios = found[name]["images_per_second"], found[name]["ratios"]
-        for ours in (OURS, CROSS):
+        for ours in (OURS, SHORT, CROSS):
             what, ratio = f"{name} on a GPU, {ours}: images per second over transformers'", ratios[f"{ours} / {PEER}"]
             wanted_ratio = goal if ours == OURS else None
             rows.append(row(what, speeds[ours][1], speeds[PEER][1], ratio, wanted_ratio, unit="images/s"))
@@ -190,7 +194,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options.add_argument("--tiny", action="store_true", help="small models, two images: to see that it runs")
     options.add_argument("--only", nargs="+", choices=PARTS, help="only these rows")
-    options.add_argument("--compile-ahead", type=int, default=4, help="processes that compile first; 0: none")
+    options.add_argument("--together", type=int, default=len(ROWS), help="rows whose arms are compiled at one time")
+    options.add_argument("--profile", choices=list(ROWS), help="a row whose kernels, by time, are written beside it")
     options.add_argument("--state", type=Path, default=Path("outputs/gpu"), help="where rows are kept")
     options.add_argument("--again", action="store_true", help="measure rows again that are done")
     args = options.parse_args(argv)
@@ -201,26 +206,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    args, started = arguments(argv), time.monotonic()
+    args, begun = arguments(argv), time.monotonic()
     args.state.mkdir(parents=True, exist_ok=True)
     asked = args.only or PARTS
     found = {name: kept for name in asked if (kept := kept_row(name, args)) is not None}
     missing = [name for name in asked if name not in found]
-    steps = [name for name in missing if name in ROWS]
-    if args.device == "cuda" and args.compile_ahead and steps:
-        compile_ahead(steps, args)
-        print(f"compiled: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
+    rows, started = [name for name in missing if name in ROWS], {}
     for name in missing:
-        if time.monotonic() - started > 60 * args.minutes:
+        if time.monotonic() - begun > 60 * args.minutes:
             print(f"out of time before {name}: the same command goes on from there", file=sys.stderr)
             break
-        measured = measure(name, args)
-        if measured is None:
-            continue
-        write_whole(file_of(name, args), json.dumps({"where": where(args), "found": measured}, indent=1) + "\n")
-        found[name] = kept_row(name, args)
-        print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
-        forget()
+        if name in rows and name not in started and args.device == "cuda":
+            started = start_rows(rows[rows.index(name) :][: args.together], args)
+        measured = measure(name, args, started.get(name))
+        if measured is not None:
+            write_whole(file_of(name, args), json.dumps({"where": where(args), "found": measured}, indent=1) + "\n")
+            found[name] = kept_row(name, args)
+            print(f"{name}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
     publish(args.out, "gpu", report(found, args), rows_of(found), where(args))
     return found
 
@@ -237,25 +239,26 @@ def kept_row(name: str, args) -> dict | None:
     return kept["found"] if fresh and kept.get("where") == where(args) else None
 
 
-def measure(name: str, args) -> dict | None:
-    """A row; None where the machine lacks a package for it."""
+def measure(name: str, args, started: dict | None = None) -> dict | None:
+    """A row; None where the machine lacks a package for it, or it failed on a GPU, which is told."""
     try:
         if name in ROWS:
-            return measure_row(name, args)
-        return measure_quick(args) if name == QUICK else measure_loader(args)
+            return measure_row(name, args, started)
+        return {ATTENTION: measure_attention, QUICK: measure_quick, LOADER: measure_loader}[name](args)
     except ModuleNotFoundError as absent:
         if name in ROWS:
             raise
         print(f"{name}: left out, this machine has no {absent.name}", file=sys.stderr)
-        return None
-
-
-def forget() -> None:
-    """Gives back what a row's models held."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if args.device != "cuda":
+            raise
+        print(f"{name}: failed: {error}", file=sys.stderr)
+    finally:
+        for served in (started or {}).values():
+            served.end()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    return None
 
 
 if __name__ == "__main__":

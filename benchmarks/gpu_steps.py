@@ -1,36 +1,41 @@
 """The training steps of benchmarks/gpu.py: models, what a step is, and how long it takes.
 
-Needs torch, torchvision, timm, transformers and PyYAML alone.
+Needs torch, torchvision, timm, transformers and PyYAML alone. On a GPU each arm has a process of its own, so that all
+of them are compiled at the same time.
 """
 
 import itertools
 import multiprocessing
-import sys
+import os
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from measure import paired_ratios, quartiles, tensor_memory
 from peers import Arm, Batch, make_batch, make_transformers
 from torch._dynamo.utils import counters
 
 from hf_mim import MIMConfig, MIMForPreTraining, MIMModel
+from hf_mim.modeling import attention
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training.recipe import merge, resolve
 from hf_mim.training.trainer.throughput import flops_per_image, peak_flops
 
 
 OURS, CROSS, PEER, EAGER = "hf_mim", "hf_mim, cross_attention", "transformers", "transformers, not compiled"
 MORPHING = "morphing alone"
-STORED = "hf_mim, features of the teacher stored"
+SHORT, STORED = "hf_mim, mim_short", "hf_mim, features of the teacher stored"
 MAE_BASE, MAE_LARGE, DTM, RESNET = "MAE ViT-B/16", "MAE ViT-L/16", "DTM ViT-B/16", "A2MIM ResNet-50"
 # row -> recipe, what is changed in its model, images in a batch, arms
 ROWS = {
-    MAE_BASE: ("mae", {}, 256, (OURS, CROSS, PEER, EAGER)),
-    MAE_LARGE: ("mae", {"encoder_config": {"size": "large"}}, 128, (OURS, CROSS, PEER)),
+    MAE_BASE: ("mae", {}, 256, (OURS, SHORT, CROSS, PEER, EAGER)),
+    MAE_LARGE: ("mae", {"encoder_config": {"size": "large"}}, 128, (OURS, SHORT, CROSS, PEER)),
     DTM: ("dtm", {}, 128, (OURS, STORED)),
     RESNET: ("a2mim_resnet50", {}, 256, (OURS,)),
 }
@@ -97,11 +102,15 @@ def make_arm(arm: str, config: MIMConfig, batch: Batch, device: str) -> Arm:
     else:
         decoder = {"decoder": "cross_attention"} if arm == CROSS else {}
         made = make_ours(MIMConfig(**{**config.to_dict(), **decoder}), batch)
+    if arm == SHORT:
+        made.model.set_attn_implementation(attention.SHORT)
     made.model.to(device)
     if batch.pixel_values.is_contiguous(memory_format=torch.channels_last):
         made.model.to(memory_format=torch.channels_last)
     if device == "cuda" and arm != EAGER:
         made.model.compile()
+        for teacher in teachers_of(getattr(made.model, "target", None)):
+            teacher.compile()  # as the trainer does
     return made
 
 
@@ -141,6 +150,167 @@ def morphing_step(model, config: MIMConfig, batch: Batch, args) -> Callable:
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
+def make_images(name: str, config: MIMConfig, args) -> Batch:
+    """Random images, for a ConvNet with channels last, and masks, on the device."""
+    batch = make_batch(config, 2 if args.tiny else ROWS[name][2])
+    images = batch.pixel_values.to(args.device)
+    if name == RESNET:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, batch.mask.to(args.device))
+
+
+class Runner:
+    """An arm of a row that has taken its first steps, which compile it."""
+
+    def __init__(self, name: str, arm: str, args):
+        torch.manual_seed(0)
+        self.name, self.arm, self.args = name, arm, args
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = config_of(name, args, Path(folder))
+            self.batch = make_images(name, self.config, args)
+            self.made = make_arm(arm, self.config, self.batch, args.device)
+            self.step, self.held = make_step(self.made, args.device)
+            self.flops = None if arm in (PEER, EAGER) else flops_per_image(self.made.model)
+            self.first = self.first_gradient()
+            seconds_of(self.step, 3, args.device)
+        self.morph = morphing_step(self.made.model, self.config, self.batch, args) if name == DTM else None
+        if self.morph is not None:
+            seconds_of(self.morph, 3, args.device)
+        self.graphs = counters["stats"]["unique_graphs"]
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # for the others, while this one waits
+
+    def first_gradient(self) -> tuple[float, float]:
+        """The loss and the norm of its gradient before the first step: arms of one architecture begin with the same
+        weights."""
+        with torch.autocast(self.args.device, dtype=torch.bfloat16):
+            loss = self.made.loss()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.made.model.parameters(), torch.inf)
+        self.made.model.zero_grad()
+        return float(loss), float(norm)
+
+    def seconds(self) -> float:
+        return seconds_of(self.step, self.args.steps, self.args.device)
+
+    def morphing_seconds(self) -> float:
+        return seconds_of(self.morph, self.args.steps, self.args.device)
+
+    def facts(self) -> dict[str, Any]:
+        """Of a step: MiB held, times it waits for the GPU, graphs compiled since the first steps, FLOPs of an image."""
+        compiled_again = counters["stats"]["unique_graphs"] - self.graphs
+        found = {"memory": memory_of(self.step, self.held, self.args.device), "compiled_again": compiled_again}
+        found["waits"] = waits_of(self.step) if self.args.device == "cuda" else 0
+        found |= {"flops": self.flops, "first": self.first}
+        if self.args.profile == self.name:
+            write_profile(self.step, self.args.state / f"{self.name} {self.arm}.txt".replace("/", "-"))
+        return found
+
+
+def serve(pipe, name: str, arm: str, args) -> None:
+    """A `Runner` at the other end of a pipe: answers the names of its methods."""
+    try:
+        runner = Runner(name, arm, args)
+        pipe.send(None)
+        while (asked := pipe.recv()) is not None:
+            pipe.send(getattr(runner, asked)())
+    except Exception:
+        pipe.send(RuntimeError(f"{name}, {arm}: {traceback.format_exc()}"))
+
+
+class Served:
+    """A `Runner` in a process of its own."""
+
+    def __init__(self, name: str, arm: str, args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, name, arm, args), daemon=True)
+        self.process.start()
+        other.close()
+
+    def answer(self) -> Any:
+        """
+        Raises:
+            RuntimeError: what went wrong there.
+        """
+        try:
+            found = self.pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(f"a process ended with code {self.process.exitcode}") from error
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    def ask(self, what: str) -> Any:
+        self.pipe.send(what)
+        return self.answer()
+
+    def seconds(self) -> float:
+        return self.ask("seconds")
+
+    def morphing_seconds(self) -> float:
+        return self.ask("morphing_seconds")
+
+    def facts(self) -> dict[str, Any]:
+        return self.ask("facts")
+
+    def end(self) -> None:
+        self.process.kill()
+
+
+def start_rows(names: list[str], args) -> dict[str, dict[str, Served]]:
+    """The arms of these rows, each in a process that begins to compile."""
+    count = sum(len(ROWS[name][3]) for name in names)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, count))))
+    return {name: {arm: Served(name, arm, args) for arm in ROWS[name][3]} for name in names}
+
+
+def measure_row(name: str, args, started: dict[str, Served] | None = None) -> dict:
+    """{"batch", "images_per_second" (quartiles of each arm), "ratios", "mfu", and by arm "memory" (MiB), "flops",
+    "compiled_again" (graphs after the first steps), "waits" (of a step for the GPU), "first" (loss and norm of its
+    gradient before the first step)}
+
+    Raises:
+        RuntimeError: a process failed, or `mim_short` computes something else.
+    """
+    if started is not None:
+        for served in started.values():
+            served.answer()
+    arms = started or {arm: Runner(name, arm, args) for arm in ROWS[name][3]}
+    asked = {arm: runner.seconds for arm, runner in arms.items()}
+    if name == DTM:
+        asked[MORPHING] = arms[OURS].morphing_seconds
+    times = alternate(asked, args.rounds)
+    count, facts = 2 if args.tiny else ROWS[name][2], {arm: runner.facts() for arm, runner in arms.items()}
+    if SHORT in facts and not np.allclose(facts[SHORT]["first"], facts[OURS]["first"], rtol=0.02):
+        raise RuntimeError(f"loss and gradient: {facts[SHORT]['first']} by {SHORT}, {facts[OURS]['first']} by {OURS}")
+    peak = peak_flops(torch.cuda.get_device_name(), bf16=True) if args.device == "cuda" else None
+    speeds = {arm: quartiles([count / second for second in times[arm]]) for arm in arms}
+    found: dict[str, Any] = {"batch": count, "images_per_second": speeds}
+    found |= {fact: {arm: facts[arm][fact] for arm in arms} for fact in facts[OURS]}
+    found["flops"] = {arm: own or found["flops"][OURS] for arm, own in found["flops"].items()}  # one architecture
+    found["mfu"] = {arm: speeds[arm][1] * found["flops"][arm] / peak for arm in arms} if peak else {}
+    found["ratios"] = {f"{ours} / {peer}": paired_ratios(times, peer, ours) for ours, peer in pairs(arms)}
+    if name == DTM:
+        found["morphing"] = paired_ratios(times, MORPHING, OURS)
+    return found
+
+
+def pairs(arms: dict) -> list[tuple[str, str]]:
+    """Which arms are compared, as (ours, the other)."""
+    asked = [(ours, peer) for ours in (OURS, SHORT, CROSS) for peer in (PEER, EAGER)] + [(STORED, OURS)]
+    return [(ours, peer) for ours, peer in asked if ours in arms and peer in arms]
+
+
+def alternate(asked: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step, once a round of each arm; the arms take turns, and each round begins with another."""
+    names, seconds = list(asked), {name: [] for name in asked}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds[name].append(asked[name]())
+    return seconds
+
+
 def seconds_of(step: Callable, count: int, device: str) -> float:
     """Seconds of one of `count` steps in a row: between events on the GPU, else by the clock."""
     if device != "cuda":
@@ -169,44 +339,6 @@ def memory_of(step: Callable, held: Callable, device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before + held()) / 2**20
 
 
-def make_images(name: str, config: MIMConfig, args) -> Batch:
-    """Random images, for a ConvNet with channels last, and masks, on the device."""
-    batch = make_batch(config, 2 if args.tiny else ROWS[name][2])
-    images = batch.pixel_values.to(args.device)
-    if name == RESNET:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, batch.mask.to(args.device))
-
-
-def measure_row(name: str, args) -> dict:
-    """{"batch", "images_per_second" (quartiles of each arm), "ratios", "mfu", "memory" (MiB), "gflops",
-    "compiled_again" (graphs after the first steps), "waits" (of one step for the GPU, by arm)}"""
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_of(name, args, Path(folder))
-        batch = make_images(name, config, args)
-        arms = {arm: make_arm(arm, config, batch, args.device) for arm in ROWS[name][3]}
-        flops = {arm: flops_per_image(made.model) for arm, made in arms.items() if arm not in (PEER, EAGER)}
-        made = {arm: make_step(arms[arm], args.device) for arm in arms}
-        steps = {arm: step for arm, (step, _) in made.items()}
-        if name == DTM:
-            steps[MORPHING] = morphing_step(arms[OURS].model, config, batch, args)
-        times, compiled_again = alternate_blocks(steps, args)
-    count = len(batch.mask)
-    peak = peak_flops(torch.cuda.get_device_name(), bf16=True) if args.device == "cuda" else None
-    speeds = {arm: quartiles([count / second for second in times[arm]]) for arm in arms}
-    flops |= {arm: flops[OURS] for arm in (PEER, EAGER) if arm in arms}  # the same architecture
-    found = {"batch": count, "images_per_second": speeds, "compiled_again": compiled_again}
-    found["memory"] = {arm: memory_of(*made[arm], args.device) for arm in arms}
-    found["waits"] = {arm: waits_of(steps[arm]) for arm in arms} if args.device == "cuda" else {}
-    found["gflops"] = {arm: flops[arm] / 1e9 for arm in flops}
-    found["mfu"] = {arm: speeds[arm][1] * flops[arm] / peak for arm in arms} if peak else {}
-    found["ratios"] = {f"{ours} / {peer}": paired_ratios(times, peer, ours) for ours, peer in pairs(arms)}
-    if name == DTM:
-        found["morphing"] = paired_ratios(times, MORPHING, OURS)
-    return found
-
-
 def waits_of(step: Callable) -> int:
     """How often one step makes the host wait for the GPU, as torch tells it."""
     with warnings.catch_warnings(record=True) as told:
@@ -219,40 +351,10 @@ def waits_of(step: Callable) -> int:
     return sum("synchroniz" in str(warning.message) for warning in told)
 
 
-def pairs(arms: dict) -> list[tuple[str, str]]:
-    """Which arms are compared, as (ours, the other)."""
-    asked = [(ours, peer) for ours in (OURS, CROSS) for peer in (PEER, EAGER)] + [(STORED, OURS)]
-    return [(ours, peer) for ours, peer in asked if ours in arms and peer in arms]
-
-
-def alternate_blocks(steps: dict[str, Callable], args) -> tuple[dict[str, list[float]], int]:
-    """Seconds of a step, `--rounds` blocks of each arm; the arms take turns, and each round begins with another. And
-    how many graphs were compiled meanwhile."""
-    names, seconds = list(steps), {name: [] for name in steps}
-    for name in names:
-        seconds_of(steps[name], 3, args.device)  # compiles, and warms up
-    graphs = counters["stats"]["unique_graphs"]
-    for i in range(args.rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(seconds_of(steps[name], args.steps, args.device))
-    return seconds, counters["stats"]["unique_graphs"] - graphs
-
-
-# ---- compilation ---------------------------------------------------------------------------------------------------
-def compile_ahead(names: list[str], args, processes: int = 4) -> None:
-    """Fills torch's caches of compiled code, an arm in a process, since most of a compilation runs on one core."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-        arms = [(name, arm) for name in names for arm in ROWS[name][3] if arm != EAGER]
-        running = {arm: pool.submit(one_step, arm, args) for arm in arms}
-        for arm, future in running.items():
-            if (error := future.exception()) is not None:  # of memory, say: the row itself may still do
-                print(f"{' '.join(arm)}: not compiled ahead: {type(error).__name__}: {error}"[:500], file=sys.stderr)
-
-
-def one_step(which: tuple[str, str], args) -> None:
-    name, arm = which
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_of(name, args, Path(folder))
-        step, _ = make_step(make_arm(arm, config, make_images(name, config, args), args.device), args.device)
-        step()
+def write_profile(step: Callable, file: Path) -> None:
+    """The kernels of three steps by their time on the device."""
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            step()
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    file.write_text(profile.key_averages().table(sort_by=order, row_limit=100, max_name_column_width=100))

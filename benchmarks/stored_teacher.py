@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
-from hf_mim.training.evaluation.feature_statistics import teachers_of
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training.trainer.teacher_cache import TeacherCache
 
 

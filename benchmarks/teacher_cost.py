@@ -17,9 +17,9 @@ from measure import alternate, machine, markdown_table, paired_ratios, parser, q
 from rich.console import Console
 
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training.commands.pretrain import set_up
 from hf_mim.training.data.batches import MIMCollator
-from hf_mim.training.evaluation.feature_statistics import teachers_of
 from hf_mim.training.trainer.teacher_cache import TeacherCache
 
 

@@ -1,5 +1,7 @@
-"""How attention is computed: by the kernels of transformers, and on a processor in bfloat16 by matrix products."""
+"""How attention is computed: by the kernels of transformers; on a processor in bfloat16 by matrix products; on a GPU,
+where `attn_implementation="mim_short"` asks for them, by this project's kernels for few tokens."""
 
+import importlib
 import itertools
 
 import torch
@@ -8,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
+SHORT = "mim_short"  # the name of `short_attention` for transformers; it is sdpa where that does not apply
+SHORT_LENGTH = 256  # tokens up to which it was seen to be faster than the fused kernels of torch, on an H200
+SHORT_HEADS = (16, 32, 64, 128)  # head sizes that its tiles can have
 LONG = 512  # keys from which the matrix of attention weights costs more memory than recomputing it costs time
 QUERY_BLOCK = 128
 
@@ -53,3 +58,41 @@ def attend(module, query, key, value, position_bias=None, output_attentions=Fals
     extra = {} if position_bias is None else {"position_bias": position_bias}
     out, weights = function(module, query, key, value, None, scaling=module.scaling, is_causal=False, **extra)
     return out.flatten(2), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(SHORT, ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def takes_short(module, rest: Tensor) -> bool:
+    """Whether `short_attention` computes attention: where it is asked for, on a GPU, in 16 bits, of few tokens.
+
+    Args:
+        module: with the config that names the implementation.
+        rest: (batch, tokens, 2 or 3, heads, head size), see there.
+    """
+    return (
+        module.config._attn_implementation == SHORT
+        and rest.is_cuda
+        and rest.dtype in (torch.bfloat16, torch.float16)
+        and rest.shape[1] <= SHORT_LENGTH
+        and rest.shape[-1] in SHORT_HEADS
+        and not torch.compiler.is_exporting()
+        and has_short_attention(rest.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def has_short_attention(device: torch.device) -> bool:
+    """Whether its kernels run on this GPU; loads them. The code that travels with a checkpoint is without them."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        importlib.import_module(".short_attention", __package__)
+    except ImportError:  # of triton, or of that file
+        return False
+    return True
+
+
+def attend_short(rest: Tensor, query: Tensor | None, scaling: float) -> Tensor:
+    """-> (batch, queries, heads * head size); arguments as of `short_attention`."""
+    return torch.ops.hf_mim.short_attention(rest, query, scaling)[0].flatten(2)

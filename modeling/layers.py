@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attend
+from .attention import attend, attend_short, takes_short
 from .configuration_base import MIMConfigBase
 from .mlp import MLP
 from .options import Grid
@@ -167,16 +167,12 @@ class ViTAttention(nn.Module):
         self, tokens: Tensor, position_bias=None, rotary=None, num_queries: int | None = None, output_attentions=False
     ) -> tuple[Tensor, Tensor | None]:
         """tokens (batch, length, dim) -> (batch, length or num_queries, dim), and the weights or None."""
-        if num_queries is None:
-            query, key, value = self._heads(self.qkv(tokens), 3)
-        else:
-            split = (self.qkv.in_features, 2 * self.qkv.in_features)
-            (query_weight, rest_weight), (query_bias, rest_bias) = (
-                self.qkv.weight.split(split),
-                self.qkv.bias.split(split),
-            )
-            (query,) = self._heads(F.linear(tokens[:, -num_queries:], query_weight, query_bias), 1)
-            key, value = self._heads(F.linear(tokens, rest_weight, rest_bias), 2)
+        query, rest = self._project(tokens, num_queries)
+        plain = position_bias is None and rotary is None and self.q_norm is None and not output_attentions
+        if plain and takes_short(self, rest):
+            return self.proj(attend_short(rest, query, self.scaling)), None
+        parts = rest.unbind(2) if query is None else (query, *rest.unbind(2))
+        query, key, value = (part.transpose(1, 2) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
@@ -184,9 +180,18 @@ class ViTAttention(nn.Module):
         out, weights = attend(self, query, key, value, position_bias, output_attentions)
         return self.proj(out), weights
 
-    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
-        batch, length, _ = projected.shape
-        return projected.view(batch, length, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    def _project(self, tokens: Tensor, num_queries: int | None) -> tuple[Tensor | None, Tensor]:
+        """-> None, and queries, keys and values (batch, length, 3, heads, head_dim); with `num_queries`, queries
+        (batch, num_queries, heads, head_dim), and keys and values (batch, length, 2, heads, head_dim)."""
+        batch, length, dim = tokens.shape
+        if num_queries is None:
+            return None, self.qkv(tokens).view(batch, length, 3, self.num_heads, -1)
+        weights, biases = (values.split((dim, 2 * dim)) for values in (self.qkv.weight, self.qkv.bias))
+        query, rest = (
+            F.linear(part, weight, bias)
+            for part, weight, bias in zip((tokens[:, -num_queries:], tokens), weights, biases)
+        )
+        return query.view(batch, num_queries, self.num_heads, -1), rest.view(batch, length, 2, self.num_heads, -1)
 
 
 class CrossAttention(nn.Module):
@@ -206,10 +211,13 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        batch, length, dim = context.shape
-        query = self.query(queries).view(batch, -1, self.num_heads, dim // self.num_heads).transpose(1, 2)
-        key_value = self.key_value(context).view(batch, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(self, query, *key_value.unbind(0))[0])
+        batch, length, _ = context.shape
+        query = self.query(queries).view(batch, queries.shape[1], self.num_heads, -1)
+        rest = self.key_value(context).view(batch, length, 2, self.num_heads, -1)
+        if takes_short(self, rest):
+            return self.proj(attend_short(rest, query, self.scaling))
+        query, key, value = (part.transpose(1, 2) for part in (query, *rest.unbind(2)))
+        return self.proj(attend(self, query, key, value)[0])
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------

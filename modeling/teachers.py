@@ -33,6 +33,7 @@ class TeacherModel(nn.Module):
         super().__init__()
         self.encoder, self.config, self.projection = encoder, config, projection
         self.description: dict = {}  # the config that it was loaded with: what its weights do not say
+        self.is_compiled = False
         self.strides: list[Grid] | None = None
         self.used: set[int] = set()  # the stages that have been asked for
         self.last: tuple[tuple, dict[int, Tensor], Tensor] | None = None  # a call's key, these stages, and its images
@@ -110,6 +111,11 @@ class Teacher:
             raise unknown_choice("match of the teacher's grid", match, MATCHES)
         self.source, self.layers, self.match, self.input_size = source, layers, match, input_size
         self.image_mean, self.image_std, self.project = image_mean, image_std, project
+        self.is_compiled = False
+
+    def compile(self) -> None:
+        """From the next images on the network is compiled, in graphs of its own, for a student that is compiled too."""
+        self.is_compiled = True
 
     def feature_dims(self) -> list[int]:
         """The channels of each chosen layer."""
@@ -146,8 +152,15 @@ class Teacher:
         dilation = grid_stride if self.match == "dilate" else None
         if (self.source, dilation) not in LOADED:
             LOADED[self.source, dilation] = load_teacher(self.source, dilation)
-        return LOADED[self.source, dilation]
+        model = LOADED[self.source, dilation]
+        if self.is_compiled and not model.is_compiled:
+            model.encoder.compile()
+            model.is_compiled = True
+        return model
 
+    @torch.compiler.disable(
+        reason="the teacher is loaded and its maps are kept between calls; it has graphs of its own"
+    )
     @torch.no_grad()
     def maps(self, pixel_values: Tensor, grid: Grid) -> list[Tensor]:
         """Student's pixels (batch, channels, height, width) -> one (batch, dim, rows, cols) per layer, float32, on
@@ -337,3 +350,10 @@ def set_output_stride(config: Any, output_stride: int) -> None:
     if options.get("model_type") != "timm":
         raise ValueError("match 'dilate' needs a timm ConvNet saved by this project; choose match 'input'")
     config.encoder_config = {**options, "output_stride": output_stride}
+
+
+def teachers_of(target) -> list[Teacher]:
+    """The teachers of a target, or of the one that it wraps."""
+    target = getattr(target, "wrapped", target)
+    teacher = getattr(target, "teacher", None)
+    return list(getattr(target, "teachers", [])) if teacher is None else [teacher]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import gpu_steps
 import growth
 import long_run
 import numpy as np
@@ -45,24 +46,25 @@ def gpu_rows(tmp_path_factory):
 
 def test_gpu_runs_reduced_on_a_processor(gpu_rows):
     folder, _, found = gpu_rows
-    assert set(found) == {*gpu.ROWS, gpu.LOADER}
-    for name in gpu.ROWS:
-        arms = {gpu.OURS, gpu.CROSS, gpu.PEER, gpu.EAGER} if name in gpu.GOALS else {gpu.OURS}
-        assert set(found[name]["images_per_second"]) == set(found[name]["memory"]) == arms
+    assert set(found) == set(gpu.PARTS)
+    for name, (*_, arms) in gpu.ROWS.items():
+        assert set(found[name]["images_per_second"]) == set(found[name]["memory"]) == set(arms)
         assert all(0 < low <= middle <= high for low, middle, high in found[name]["images_per_second"].values())
         assert not found[name]["mfu"] and all(value > 0 for value in found[name]["memory"].values())
-    assert 0 < found[gpu.DTM]["morphing"][1] < 1
+    assert 0 < found[gpu_steps.DTM]["morphing"][1] < 1
     assert found[gpu.LOADER]["workers"]["1"] > 0
+    assert all(0 < by["sdpa"]["gradient_error"] < 0.01 for by in found[gpu.ATTENTION].values())  # 8 bits
+    assert 0 < found[gpu.QUICK]["as it is"]["seconds"] < found[gpu.QUICK]["as it is"]["whole_seconds"]
     page = (folder / "benchmarks.md").read_text()
     assert "to see that it runs" in page and "Morphing alone takes" in page and "the loader is the limit" in page
 
 
 def test_gpu_goes_on_where_it_was_stopped(gpu_rows, monkeypatch, capsys):
     _, words, found = gpu_rows
-    monkeypatch.setattr(gpu, "measure_row", lambda name, args: pytest.fail(f"{name} ran again"))
+    monkeypatch.setattr(gpu, "measure_row", lambda name, *args: pytest.fail(f"{name} ran again"))
     monkeypatch.setattr(gpu, "measure_loader", lambda args: pytest.fail("the loader ran again"))
     assert gpu.main(words) == found
-    assert gpu.main([*words, "--only", gpu.DTM, "--again", "--minutes", "-1"]) == {}
+    assert gpu.main([*words, "--only", gpu_steps.DTM, "--again", "--minutes", "-1"]) == {}
     assert "the same command goes on from there" in capsys.readouterr().err
 
 
@@ -83,11 +85,13 @@ def test_gpu_measures_steps_where_datasets_are_missing(tmp_path, monkeypatch, ca
 
 
 def test_gpu_says_what_is_reached():
-    speeds = {name: [90.0, value, 110.0] for name, value in ((gpu.OURS, 100.0), (gpu.CROSS, 105.0), (gpu.PEER, 95.0))}
+    medians = {gpu.OURS: 100.0, gpu.SHORT: 104.0, gpu.CROSS: 105.0, gpu.PEER: 95.0}
+    speeds = {name: [90.0, median, 110.0] for name, median in medians.items()}
     ratios = {f"{gpu.OURS} / {gpu.PEER}": [1.2, 1.31, 1.4], f"{gpu.CROSS} / {gpu.PEER}": [1.4, 1.5, 1.6]}
+    ratios[f"{gpu.SHORT} / {gpu.PEER}"] = [1.3, 1.4, 1.5]
     entry = {"images_per_second": speeds, "ratios": ratios, "mfu": {gpu.OURS: 0.38, gpu.PEER: 0.3}}
     rows = gpu.rows_of({gpu.MAE_BASE: entry, gpu.LOADER: {}})
-    assert [gpu.row(**one)["goal"] for one in rows] == [1.3, None, 0.4]
+    assert [gpu.row(**one)["goal"] for one in rows] == [1.3, None, None, 0.4]
     assert "| at least 1.3 | 1.31 | reached |" in gpu.verdicts(rows)
     assert "| at least 0.4 | 0.38 | **not reached** |" in gpu.verdicts(rows)
     loader = {
@@ -97,6 +101,23 @@ def test_gpu_says_what_is_reached():
     assert "takes 150: 2 workers keep up" in gpu.loader_words(loader)
     loader[gpu.LOADER]["workers"].pop("2")
     assert "1 do not keep up" in gpu.loader_words(loader)
+
+
+def test_gpu_arms_run_in_processes_of_their_own(tmp_path):
+    words = ["--device", "cpu", "--tiny", "--steps", "1", "--rounds", "2", "--state", str(tmp_path)]
+    args = gpu.arguments([*words, "--profile", gpu_steps.DTM])
+    started = gpu.start_rows([gpu_steps.DTM], args)[gpu_steps.DTM]
+    found = gpu.measure(gpu_steps.DTM, args, started)
+    assert set(found["images_per_second"]) == set(started) == {gpu.OURS, gpu.STORED}
+    assert found["morphing"][1] > 0 and len(list(tmp_path.glob("DTM*.txt"))) == 2
+    for served in started.values():
+        served.process.join(60)
+        assert not served.process.is_alive()
+    wrong = gpu.start_rows(
+        [gpu_steps.DTM], gpu.arguments([*words, "--state", str(tmp_path / "absent"), "--profile", gpu_steps.DTM])
+    )
+    with pytest.raises(RuntimeError, match="(?s)DTM ViT-B/16, hf_mim.*absent"):
+        gpu.measure(gpu_steps.DTM, args, wrong[gpu_steps.DTM])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

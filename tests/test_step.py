@@ -79,9 +79,9 @@ def test_a_step_does_not_wait_for_the_device(target, style):
     assert counter.found == drawn
 
 
-@pytest.mark.parametrize("style", ["drop", "token"])
-def test_a_compiled_step_is_not_compiled_again(style):
-    model, step = make_step(encoder_config={"mask_style": style})
+@pytest.mark.parametrize("target, style", [("pixel", "drop"), ("pixel", "token"), ("token_morphing", "token")])
+def test_a_compiled_step_is_not_compiled_again(target, style):
+    model, step = make_step(target, encoder_config={"mask_style": style})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     for seed in range(2):
@@ -91,3 +91,24 @@ def test_a_compiled_step_is_not_compiled_again(style):
         for seed in range(2, 5):
             step(compiled, seed)
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_compiled_student_learns_from_every_batch_what_its_teacher_says(tmp_path):
+    """The teacher keeps the maps of the last batch, which a compiled step must not take for those of the next."""
+    from hf_mim import MIMModel
+
+    teacher = tiny_config(image_size=32)
+    MIMModel(teacher, add_pooling_layer=False).save_pretrained(tmp_path / "teacher")
+    options = {"teacher": str(tmp_path / "teacher"), "feature_dims": [teacher.encoder_config["hidden_size"]]}
+    torch.manual_seed(0)
+    model = MIMForPreTraining(tiny_config(image_size=32, target="teacher_feature", target_config=options)).eval()
+    masks = sample_masks(model.config, model.mask_grid(32, 32), [np.random.default_rng(i) for i in range(2)])
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(3)]
+    plain = [float(model(pixels, bool_masked_pos=masks).loss) for pixels in batches]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    model.target.teacher.compile()
+    model.target.teacher.model().encoder.compile(backend="aot_eager")
+    losses = [float(compiled(pixels, bool_masked_pos=masks).loss) for pixels in batches]
+    assert len({round(loss, 4) for loss in plain}) == 3
+    assert losses == pytest.approx(plain, rel=1e-4)

@@ -15,6 +15,7 @@ from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.masking import num_hidden_tokens
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair, size_title
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training import recipe as recipes
 from hf_mim.training.checkpoint import config_errors, load_model, start_model
 from hf_mim.training.commands.dry_run import dry_run
@@ -32,7 +33,7 @@ from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
 from hf_mim.training.data.urls import is_url
 from hf_mim.training.evaluation import frozen
-from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant, teachers_of
+from hf_mim.training.evaluation.feature_statistics import describe_explained, nearly_constant
 from hf_mim.training.evaluation.metrics import FORGETTING, format_forgetting, frozen_scores
 from hf_mim.training.own_data import dataset_title
 from hf_mim.training.plots.charts import draw_loss

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_mim.modeling.encoder_base import image_size
 from hf_mim.modeling.target_base import DISTANCES
-from hf_mim.modeling.teachers import Teacher
+from hf_mim.modeling.teachers import teachers_of
 
 
 DEAD_SHARE = 0.1  # of the codes of a codebook may be unused before there is a warning
@@ -98,13 +98,6 @@ def teacher_diversity(model, pixel_values: Tensor) -> list[dict]:
             where = {"teacher": teacher.source, "layer": name, "match": way, "grid": list(grid)}
             rows.append({**where, **token_diversity(stage.flatten(2).transpose(1, 2))})
     return rows
-
-
-def teachers_of(target) -> list[Teacher]:
-    """The teachers of a target, or of the one that it wraps."""
-    target = getattr(target, "wrapped", target)
-    teacher = getattr(target, "teacher", None)
-    return list(getattr(target, "teachers", [])) if teacher is None else [teacher]
 
 
 def effective_rank(features: Tensor) -> tuple[float, float]:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.device import on_device
 from hf_mim.training.data.batches import MIMCollator
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.splits import draw_subset
 from hf_mim.training.data.streaming import StreamedImages
-from hf_mim.training.evaluation.feature_statistics import teachers_of
 
 
 BATCH = 32  # images that a teacher sees at a time

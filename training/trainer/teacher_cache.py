@@ -19,14 +19,13 @@ from torch import Tensor
 from hf_mim.modeling.encoder_base import Grid
 from hf_mim.modeling.modeling_mim import MIMForPreTraining
 from hf_mim.modeling.options import pair
-from hf_mim.modeling.teachers import Teacher, TeacherModel
+from hf_mim.modeling.teachers import Teacher, TeacherModel, teachers_of
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.errors import DataError, FolderError, RecipeError
 from hf_mim.training.data.arguments import DataArguments
 from hf_mim.training.data.images import MIMDataset
 from hf_mim.training.data.mapped_file import free_bytes
 from hf_mim.training.data.pretraining import Splits
-from hf_mim.training.evaluation.feature_statistics import teachers_of
 from hf_mim.training.evaluation.feature_store import weights_hash
 from hf_mim.training.trainer.arguments import MIMTrainingArguments
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from hf_mim.modeling.configuration_mim import MIMConfig
 from hf_mim.modeling.modeling_mim import MIMForPreTraining, MIMPreTrainedModel
 from hf_mim.modeling.options import pair
+from hf_mim.modeling.teachers import teachers_of
 from hf_mim.training.common.console import RunConsole
 from hf_mim.training.common.foreign_errors import is_lost_worker
 from hf_mim.training.data.base import ImageDataset
@@ -87,6 +88,8 @@ class MIMTrainer(CheckpointingTrainer):
         self.micro_step = (-1, 0)  # optimizer step, and batches seen in it
         if self.target is not None:
             self._bind_before_sharding()
+            for teacher in teachers_of(self.target) if self.args.torch_compile else ():
+                teacher.compile()
             self.add_callback(TargetCallback(self.target, self.is_fsdp_enabled))
         self.progress: TrainingProgress | None = None
         if console is not None:
