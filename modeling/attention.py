@@ -83,12 +83,13 @@ def takes_short(module, rest: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def has_short_attention(device: torch.device) -> bool:
-    """Whether its kernels run on this GPU; loads them. The code that travels with a checkpoint is without them."""
+    """Whether its kernels run on this GPU; loads them. They do not travel with a checkpoint: its own code needs no
+    Triton, and does without where hf_mim is not installed."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        importlib.import_module(".short_attention", __package__)
-    except ImportError:  # of triton, or of that file
+        importlib.import_module("hf_mim.short_attention")
+    except ImportError:  # of Triton or hf_mim
         return False
     return True
 

@@ -19,7 +19,7 @@ from hf_mim.modeling.masking import sample_masks
 # In a process of its own, since Triton reads TRITON_INTERPRET when it is imported: float32 is within 1e-5.
 OPERATORS = """
 import torch
-import hf_mim.modeling.short_attention
+import hf_mim.short_attention
 
 def relative(found, wanted):
     return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
@@ -50,7 +50,7 @@ MODELS = """
 import sys
 import torch
 from test_short_attention import make_step
-import hf_mim.modeling.short_attention
+import hf_mim.short_attention
 from hf_mim.modeling import layers
 
 for decoder in ("transformer", "cross_attention"):
