@@ -116,7 +116,9 @@ def test_what_holds_a_run_is_not_written_over(tmp_path, monkeypatch):
             run(url="flaky://bucket/other")
 
 
-def test_a_fine_tuned_model_at_a_url(tmp_path):
+def test_a_fine_tuned_model_at_a_url(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     torch.manual_seed(0)
     MIMForPreTraining(tiny_config(num_channels=1)).save_pretrained(tmp_path / "source")
     Flaky().put(f"{tmp_path / 'source'}/", "/bucket/source/", recursive=True)
@@ -124,6 +126,7 @@ def test_a_fine_tuned_model_at_a_url(tmp_path):
     finetune("flaky://bucket/source", None, [*FINETUNE, f"training.output_dir={URL}"], Console(file=out, width=250))
     assert there() >= {"config.json", "model.safetensors", "recipe.yaml", "metrics.json", "confusion.png"}
     assert "init_from: flaky://bucket/source" in urls.read_url(f"{URL}/recipe.yaml").decode()
+    assert not Path("flaky:").exists()  # what a URL is as a path
     accuracy = json.loads(urls.read_url(f"{URL}/metrics.json"))["test"]["accuracy"]
     shutil.rmtree(local())  # another machine, after the end: the best checkpoint is found again
     finetune(URL, None, ["training.resume=true"], Console(file=out, width=250))

@@ -171,6 +171,8 @@ class TrainingRun(Run, Generic[TrainerT]):
             console.warn(message)
         remote = RemoteRun(output_dir, console.warn) if output_dir and is_url(output_dir) else None
         place = output_dir if remote is None else str(remote.folder)
+        if remote is not None:
+            arguments.output_dir = place  # a Trainer makes that folder, which of a URL would be one named `s3:`
         output = on_main_process(lambda: choose_folder(place, stem, () if arguments.resume else TRACES, REMEDY))
         if remote is not None and not arguments.resume and (trace := remote.traces(TRACES)) is not None:
             raise holds_run(remote.url, trace, REMEDY)
