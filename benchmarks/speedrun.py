@@ -44,6 +44,10 @@ CROSS = (
     "model.decoder=cross_attention",
     "model.decoder_config={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 256}",
 )
+# 20 of the 37 hidden patches at each step, other ones each time
+SOME = (*CROSS, "model.decoder_config.prediction_ratio=0.4")
+TWO = ("model.masks_per_image=2", "training.per_device_train_batch_size=32", "training.learning_rate=2e-3")
+SHORT = ("quick", "training.max_steps=600")
 # name: recipe, settings
 ENTRIES = {
     "mae_small": MAE,
@@ -55,16 +59,15 @@ ENTRIES = {
     "quick": ("quick",),
     "quick, 1,200 steps": ("quick", "training.max_steps=1200"),
     "quick, 900 steps": ("quick", "training.max_steps=900"),
-    "quick, 600 steps": ("quick", "training.max_steps=600"),
-    "quick, 400 steps": ("quick", "training.max_steps=400"),
+    "quick, 600 steps": SHORT,
+    "quick, some of the hidden patches, 900 steps": ("quick", "training.max_steps=900", *SOME),
+    "quick, some of the hidden patches, 600 steps": (*SHORT, *SOME),
+    "quick by AdamW, 600 steps": (*SHORT, "training.optimizer=null", "training.muon_scale=1"),
+    "quick, two masks of half the images, 600 steps": (*SHORT, *TWO),
+    "quick, 300 steps of 128 images": ("quick", "training.max_steps=300", "training.per_device_train_batch_size=128"),
     "cross-attention decoder": (*MAE, *CROSS),
     "deeper decoder": (*MAE, *DEEPER),
-    "two masks of half the images": (
-        *MAE,
-        "model.masks_per_image=2",
-        "training.per_device_train_batch_size=32",
-        "training.learning_rate=2e-3",
-    ),
+    "two masks of half the images": (*MAE, *TWO),
     "short cooldown": (
         *MAE,
         "training.lr_scheduler_type=warmup_stable_decay",
@@ -159,7 +162,7 @@ def read_pace(folder: Path) -> dict[str, float]:
     if not (folder / PACE).exists():
         return {}
     measured = json.loads((folder / PACE).read_text())["milliseconds"]
-    paces = {setting(entry): pace for entry, pace in measured.items()}
+    paces = {setting(entry): pace for entry, pace in measured.items() if entry in ENTRIES}
     return {entry: paces[setting(entry)] for entry in ENTRIES if setting(entry) in paces}
 
 
