@@ -62,7 +62,7 @@ ENTRIES = {
     "quick, 600 steps": SHORT,
     "quick, some of the hidden patches, 900 steps": ("quick", "training.max_steps=900", *SOME),
     "quick, some of the hidden patches, 600 steps": (*SHORT, *SOME),
-    "quick by AdamW, 600 steps": (*SHORT, "training.optimizer=null", "training.muon_scale=1"),
+    "quick by AdamW, 600 steps": (*SHORT, "training.optimizer=null"),
     "quick, two masks of half the images, 600 steps": (*SHORT, *TWO),
     "quick, 300 steps of 128 images": ("quick", "training.max_steps=300", "training.per_device_train_batch_size=128"),
     "cross-attention decoder": (*MAE, *CROSS),

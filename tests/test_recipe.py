@@ -307,12 +307,14 @@ def test_another_number_of_channels_takes_its_own_mean_and_std():
     assert MIMConfig(**kept["model"]).image_mean == [0.1, 0.2]
 
 
-def test_another_schedule_takes_its_own_options():
+def test_another_schedule_or_optimizer_takes_its_own_options():
     """The quick recipe's floor is none that `warmup_stable_decay` knows."""
     words = ["training.lr_scheduler_type=warmup_stable_decay", "training.lr_scheduler_kwargs={num_decay_steps: 3}"]
     assert recipes.resolve("quick", words)["training"]["lr_scheduler_kwargs"] == {"num_decay_steps": 3}
     same = ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs.min_lr=1e-5"]
     assert recipes.resolve("quick", same)["training"]["lr_scheduler_kwargs"] == {"min_lr_rate": 0.01, "min_lr": 1e-5}
+    assert "muon_scale" not in recipes.resolve("quick", ["training.optimizer=null"])["training"]
+    assert recipes.resolve("quick", ["training.optimizer=muon"])["training"]["muon_scale"] == 3
 
 
 @pytest.mark.parametrize("key", [*recipe_keys.MORE_THAN_ZERO, recipe_keys.MAX_STEPS])

@@ -184,9 +184,10 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
     the command that runs it if that is not `pretrain`.
 
     Where an override names another encoder, mask generator, decoder, target or pooler, the recipe's options of that
-    part no longer apply and are dropped; so are mean and std with another number of channels, and the options of the
-    schedule with another `training.lr_scheduler_type`. With `model.init_from` the encoder comes from there, so what
-    describes that of a recipe without `init_from` is dropped too; its masks, decoder, target and training stay.
+    part no longer apply and are dropped; so are mean and std with another number of channels, and what belongs to the
+    schedule and the optimizer with another `training.lr_scheduler_type` and `training.optimizer`. With
+    `model.init_from` the encoder comes from there, so what describes that of a recipe without `init_from` is dropped
+    too; its masks, decoder, target and training stay.
 
     Args:
         command: the one that is about to run it; None does not ask.
@@ -210,10 +211,10 @@ def resolve(name: str, overrides: Sequence[str] = (), command: str | None = None
     if "num_channels" in new:  # mean and std are per channel
         for name in ("image_mean", "image_std"):
             model.pop(name, None)
-    training = recipe.setdefault("training", {})
-    schedule = changes.get("training", {}).get("lr_scheduler_type")
-    if schedule not in (None, training.get("lr_scheduler_type")):
-        training.pop("lr_scheduler_kwargs", None)
+    training, asked = recipe.setdefault("training", {}), changes.get("training", {})
+    for choice, options in (("lr_scheduler_type", "lr_scheduler_kwargs"), ("optimizer", "muon_scale")):
+        if choice in asked and asked[choice] != training.get(choice):
+            training.pop(options, None)
     merged = merge(recipe, changes)
     resolved = {name: merged.get(name, {}) for name in SECTIONS if name not in COMMANDS or name in merged}
     return ({PLUGINS: plugins} if plugins else {}) | resolved
