@@ -201,6 +201,7 @@ for words, message in {
     ("doctor", "somewhere", "model.encoder=vit"): "unknown section 'model'",
     ("teacher", "somewhere", "data.dataste=x"): "Unknown key data.dataste",
     ("finetune", "somewhere", "task=segmentatoin"): "unknown finetune.task 'segmentatoin': did you mean 'segmentation'",
+    ("finetune", "somewhere", "finetune.optimizer=muon"): "unknown finetune.optimizer 'muon'",
     ("probe", "somewhere", "task=dens"): "did you mean 'dense'",
     ("probe", "somewhere", "probe.poolers=[mena]"): "unknown pooler 'mena': did you mean 'mean'",
     ("pretrain", "model.target=hgo"): "unknown target 'hgo': did you mean 'hog'",

@@ -26,7 +26,7 @@ CHOICES = {
     "training.logging_strategy": (TRAINER, "IntervalStrategy"),
     "training.hub_strategy": (TRAINER, "HubStrategy"),
     "finetune.task": ("hf_mim.training.trainer.finetune_arguments", "TASKS"),
-    "finetune.optimizer": ("hf_mim.training.trainer.optimization", "OPTIMIZERS"),
+    "finetune.optimizer": ("hf_mim.training.trainer.finetune_arguments", "OPTIMIZERS"),
     "probe.task": ("hf_mim.training.commands.dense", "TASKS"),
     "probe.optimizer": ("hf_mim.training.evaluation.heads", "OPTIMIZERS"),
     **{

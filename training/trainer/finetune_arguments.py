@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from hf_mim.modeling.options import unknown_choice
 from hf_mim.training.data.arguments import AugmentArguments
 from hf_mim.training.trainer.adaptation_arguments import AdaptationArguments
-from hf_mim.training.trainer.optimization import OPTIMIZERS
 
 
 TASKS = ("classification", "segmentation")
+OPTIMIZERS = ("lamb",)
 
 
 @dataclass
