@@ -3,6 +3,8 @@
     python benchmarks/gpu.py --out docs/benchmarks.md              # nine minutes on one large GPU
     python benchmarks/gpu.py --device cpu --tiny                   # that it runs
 
+Where hf_mim is not installed, `PYTHONPATH=.` before it, in the checkout.
+
 In bf16, compiled, with the recipes' models at 224 px: MAE ViT-B/16 and ViT-L/16, with the attention of few tokens
 (`attn_implementation="mim_short"`) and with the decoder `cross_attention` too, against `ViTMAEForPreTraining` of
 transformers with the same sizes, compiled and as it is; DTM ViT-B with a teacher of the same size and random weights,
@@ -15,8 +17,8 @@ the seconds of `hf-mim pretrain quick` with its scores, and the loader.
 
 The rows of steps need torch, torchvision, timm, transformers and PyYAML alone; what needs more is left out where that
 is missing. Each row is kept in `--state` as soon as it is done: stopped, or out of `--minutes`, the command goes on
-where it was. All arms are compiled at the same time, each in a process, which takes the memory of a large GPU;
-`--together 1` takes one row at a time.
+where it was. All arms are compiled at the same time, each in a process, and then timed. That takes the memory of a
+large GPU; `--together 1` takes one row at a time. An arm or a part that fails is left out, which is told.
 """
 
 import argparse
@@ -25,11 +27,13 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import transformers
 from gpu_attention import attention_words, measure_attention
+from gpu_processes import in_own_process
 from gpu_steps import CROSS, EAGER, MAE_BASE, MAE_LARGE, OURS, PEER, ROWS, SHORT, STORED, measure_row, start_rows
 from measure import markdown_table, parser, row, spread, verdicts, write_whole
 from summary import publish
@@ -37,7 +41,7 @@ from summary import publish
 
 ATTENTION, QUICK, LOADER = "attention", "quick", "loader"
 PARTS = (*ROWS, ATTENTION, QUICK, LOADER)
-GOALS = {MAE_BASE: (1.3, 0.40), MAE_LARGE: (None, 0.45)}  # of issue 8: images per second over transformers', MFU
+GOALS = {MAE_BASE: (1.3, 0.40), MAE_LARGE: (None, 0.45)}  # images per second over transformers', MFU
 
 
 def measure_loader(args) -> dict:
@@ -124,13 +128,15 @@ def report(found: dict[str, dict], args) -> str:
 
 def step_words(entry: dict) -> str:
     """What is not a column: graphs compiled again, waiting, morphing, the teacher."""
-    waits = ", ".join(f"{arm} {count}" for arm, count in entry["waits"].items()) if entry["mfu"] else ""
+    waits = ", ".join(f"{arm} {count}" for arm, count in entry["waits"].items() if count is not None)
     words = [f"Graphs compiled after the first steps: {sum(entry['compiled_again'].values())}."]
     words += [f"Times that a step waits for the GPU: {waits}."] if waits else []
     if "morphing" in entry:
         words.append(f"Morphing alone takes {spread([100 * value for value in entry['morphing']], 1)} % of a step.")
-        low, middle, high = entry["ratios"][f"{STORED} / {OURS}"]
-        words.append(f"Without the teacher a step is {spread((low, middle, high))} times as fast.")
+    if faster := entry["ratios"].get(f"{STORED} / {OURS}"):
+        words.append(f"Without the teacher a step is {spread(faster)} times as fast.")
+    if entry["left_out"]:
+        words.append(f"**Left out, since they failed: {'; '.join(entry['left_out'])}.**")
     return " ".join(words)
 
 
@@ -168,13 +174,13 @@ def rows_of(found: dict[str, dict]) -> list[dict]:
         if name not in found:
             continue
         speeds, ratios = found[name]["images_per_second"], found[name]["ratios"]
-        for ours in (OURS, SHORT, CROSS):
+        for ours in (arm for arm in (OURS, SHORT, CROSS) if f"{arm} / {PEER}" in ratios):
             what, ratio = f"{name} on a GPU, {ours}: images per second over transformers'", ratios[f"{ours} / {PEER}"]
             wanted_ratio = goal if ours == OURS else None
             rows.append(row(what, speeds[ours][1], speeds[PEER][1], ratio, wanted_ratio, unit="images/s"))
         if found[name]["mfu"]:
             mfu = found[name]["mfu"]
-            rows.append(row(f"{name} on a GPU: MFU", mfu[OURS], mfu[PEER], None, wanted))
+            rows.append(row(f"{name} on a GPU: MFU", mfu[OURS], mfu.get(PEER), None, wanted))
     return rows
 
 
@@ -244,20 +250,19 @@ def measure(name: str, args, started: dict | None = None) -> dict | None:
     try:
         if name in ROWS:
             return measure_row(name, args, started)
-        return {ATTENTION: measure_attention, QUICK: measure_quick, LOADER: measure_loader}[name](args)
+        part = {ATTENTION: measure_attention, QUICK: measure_quick, LOADER: measure_loader}[name]
+        return in_own_process(part, args) if args.device == "cuda" else part(args)
     except ModuleNotFoundError as absent:
         if name in ROWS:
             raise
         print(f"{name}: left out, this machine has no {absent.name}", file=sys.stderr)
-    except RuntimeError as error:
+    except Exception:
         if args.device != "cuda":
             raise
-        print(f"{name}: failed: {error}", file=sys.stderr)
+        print(f"{name}: failed: {traceback.format_exc()}", file=sys.stderr, flush=True)
     finally:
         for served in (started or {}).values():
             served.end()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
     return None
 
 

@@ -1,5 +1,6 @@
 """The comparisons that start processes, grow models or want a GPU, at a reduced size: that they run. Never how fast."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import gpu_attention
+import gpu_processes
 import gpu_steps
 import growth
 import long_run
@@ -113,11 +116,70 @@ def test_gpu_arms_run_in_processes_of_their_own(tmp_path):
     for served in started.values():
         served.process.join(60)
         assert not served.process.is_alive()
-    wrong = gpu.start_rows(
-        [gpu_steps.DTM], gpu.arguments([*words, "--state", str(tmp_path / "absent"), "--profile", gpu_steps.DTM])
-    )
-    with pytest.raises(RuntimeError, match="(?s)DTM ViT-B/16, hf_mim.*absent"):
-        gpu.measure(gpu_steps.DTM, args, wrong[gpu_steps.DTM])
+
+
+def test_gpu_leaves_out_an_arm_that_fails(tmp_path, capsys):
+    """One that stops while it is made, and one that is killed; without that of hf_mim there is no row."""
+    words = ["--device", "cpu", "--tiny", "--steps", "1", "--rounds", "1", "--state", str(tmp_path)]
+    args = gpu.arguments(words)
+    nothing = gpu_processes.Served(gpu_steps.Runner, gpu_steps.DTM, "nothing", SimpleNamespace(tiny=True))
+    started = gpu.start_rows([gpu_steps.DTM], args)[gpu_steps.DTM]
+    assert gpu_processes.answers({"nothing": nothing.ready}) == {}
+    assert "AttributeError" in capsys.readouterr().err
+    started[gpu.STORED].process.kill()
+    found = gpu_steps.measure_row(gpu_steps.DTM, args, started)
+    assert found["left_out"] == [gpu.STORED] and set(found["memory"]) == {gpu.OURS} and found["ratios"] == {}
+    assert f"left out: {gpu_steps.DTM}, {gpu.STORED}: its process ended with code -9" in capsys.readouterr().err
+    assert f"Left out, since they failed: {gpu.STORED}." in gpu.report({gpu_steps.DTM: found}, args)
+    started[gpu.OURS].process.kill()
+    with pytest.raises(RuntimeError, match="the arm hf_mim failed"):
+        gpu_steps.measure_row(gpu_steps.DTM, args, started)
+
+
+def test_gpu_leaves_out_attention_that_is_wrong(capsys):
+    facts = {gpu.OURS: {"first": (1.0, 2.0)}, gpu.SHORT: {"first": (1.01, 2.02)}}
+    assert gpu_steps.without_wrong(facts) == facts
+    facts[gpu.SHORT]["first"] = (1.0, 2.2)
+    assert set(gpu_steps.without_wrong(facts)) == {gpu.OURS}
+    assert "loss and norm of the gradient are (1.0, 2.2), not (1.0, 2.0)" in capsys.readouterr().err
+    figures = {"forward": 1.0, "both": 2.0, "gradient_error": float("nan")}
+    assert "mim_short computes a wrong gradient: few" in gpu.attention_words({"few": {"mim_short": figures}})
+    figures["gradient_error"] = 0.003
+    assert "wrong" not in gpu.attention_words({"few": {"mim_short": figures}})
+
+
+def test_gpu_part_in_a_process_of_its_own_says_what_is_missing(tmp_path):
+    args = gpu.arguments(["--device", "cpu", "--tiny", "--steps", "1", "--rounds", "1", "--state", str(tmp_path)])
+    assert set(gpu_processes.in_own_process(gpu.measure_attention, args)) == set(gpu_attention.SHAPES)
+    with pytest.raises(ModuleNotFoundError) as told:
+        gpu_processes.in_own_process(importlib.import_module, "no_such_package")
+    assert told.value.name == "no_such_package"
+
+
+def test_gpu_waits_for_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    results = iter([torch.OutOfMemoryError("held"), torch.OutOfMemoryError("held"), 3])
+
+    def compute():
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    assert gpu_steps.when_there_is_memory(compute, pause=0.0) == 3
+    results = iter([torch.OutOfMemoryError("held")] * 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_steps.when_there_is_memory(compute, tries=2, pause=0.0)
+
+
+def test_gpu_a_teacher_sees_every_step():
+    args = gpu.arguments(["--device", "cpu", "--tiny", "--steps", "2", "--rounds", "1"])
+    runner = gpu_steps.Runner(gpu_steps.DTM, gpu.OURS, args)
+    (teacher,) = gpu_steps.teachers_of(runner.made.model.target)
+    seen = []
+    teacher.model().encoder.register_forward_hook(lambda *given: seen.append(1))
+    runner.seconds()
+    assert len(seen) == 1 + args.steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
