@@ -22,16 +22,17 @@ BLOCK, INNER = 64, 32  # tokens that a program has, and takes at a time of the o
 @triton.jit
 def forward_kernel(
     query, key, value, out, sums, scale, heads, query_batch, query_step, key_batch, key_step,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head of one image; `sums`: log2 of the sum of each softmax, for the backward pass.
 
     query (batch, QUERIES, heads, SIZE), key and value (batch, KEYS, heads, SIZE) with these steps from image to image
     and from token to token; out (batch, QUERIES, heads, SIZE), sums (batch, heads, QUERIES); `scale` has log2(e) in it.
     """
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    pair = tl.program_id(0) // BLOCKS
+    image, head = (pair // heads).to(tl.int64), pair % heads
     dims = tl.arange(0, SIZE)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     there = (rows < QUERIES)[:, None]
     query += image * query_batch + head * SIZE + dims
     key += image * key_batch + head * SIZE + dims
@@ -55,7 +56,7 @@ def forward_kernel(
         highest = higher
     places = out + (image * QUERIES * heads + head) * SIZE + rows[:, None] * heads * SIZE + dims
     tl.store(places, (mixed / total[:, None]).to(out.dtype.element_ty), mask=there)
-    tl.store(sums + tl.program_id(1) * QUERIES + rows, highest + tl.log2(total), mask=rows < QUERIES)
+    tl.store(sums + pair * QUERIES + rows, highest + tl.log2(total), mask=rows < QUERIES)
 
 
 @triton.jit
@@ -63,25 +64,27 @@ def backward_kernel(
     query, key, value, out, sums, grad, grad_query, grad_key, grad_value, scale, log_scale, heads,
     query_batch, query_step, key_batch, key_step,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
-    PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The first PARTS programs of a head have a block of keys each, the others a block of queries; with WHOLE one block
-    has all keys, and its program gives the gradient of the queries too. Gradients lie as what they are of."""
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    """Of the BLOCKS programs of a head the first PARTS have a block of keys each, the others a block of queries; with
+    WHOLE one block has all keys, and its program gives the gradient of the queries too. Gradients lie as what they are
+    of."""
+    pair, part = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    image, head = (pair // heads).to(tl.int64), pair % heads
     dims = tl.arange(0, SIZE)
     asked, found = image * query_batch + head * SIZE + dims, image * key_batch + head * SIZE + dims
     mixed, step = (image * QUERIES * heads + head) * SIZE + dims, heads * SIZE
-    sums += tl.program_id(1) * QUERIES
-    if tl.program_id(0) < PARTS:
+    sums += pair * QUERIES
+    if part < PARTS:
         gradient_of_keys(
             query + asked, key + found, value + found, out + mixed, sums, grad + mixed, grad_query + asked,
             grad_key + found, grad_value + found, scale, log_scale, query_step, key_step, step,
-            tl.program_id(0) * BLOCK, QUERIES, KEYS, SIZE, BLOCK, INNER, WHOLE,
+            part * BLOCK, QUERIES, KEYS, SIZE, BLOCK, INNER, WHOLE,
         )  # fmt: skip
     else:
         gradient_of_queries(
             query + asked, key + found, value + found, out + mixed, sums, grad + mixed, grad_query + asked,
-            scale, log_scale, query_step, key_step, step, (tl.program_id(0) - PARTS) * BLOCK,
+            scale, log_scale, query_step, key_step, step, (part - PARTS) * BLOCK,
             QUERIES, KEYS, SIZE, BLOCK, INNER,
         )  # fmt: skip
 
@@ -178,9 +181,9 @@ def short_attention(rest: Tensor, query: Tensor | None, scaling: float) -> tuple
     batch, queries, heads, size = query.shape
     out = query.new_empty(query.shape)
     sums = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    forward_kernel[blocks(queries), batch * heads](
+    forward_kernel[(blocks(queries) * batch * heads,)](  # of one dimension: the others end at 65,535
         query, key, value, out, sums, scaling * LOG2_E, heads, *steps(query, key),
-        QUERIES=queries, KEYS=key.shape[1], SIZE=size, BLOCK=BLOCK, num_warps=4,
+        QUERIES=queries, KEYS=key.shape[1], SIZE=size, BLOCK=BLOCK, BLOCKS=blocks(queries), num_warps=4,
     )  # fmt: skip
     return out, sums
 
@@ -191,16 +194,19 @@ def short_attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> the gradients of `rest` and of `query`, empty where there was none."""
     rest, query = rest.contiguous(), query if query is None else query.contiguous()
+    out, sums, grad = out.contiguous(), sums.contiguous(), grad.contiguous()
     grad_rest = torch.empty_like(rest)
     grad_query = rest.new_empty(0) if query is None else torch.empty_like(query)
     asked, key, value = split(rest, query)
     batch, queries, heads, size = asked.shape
     keys = key.shape[1]
     whole = keys <= BLOCK
-    backward_kernel[blocks(keys) + (0 if whole else blocks(queries)), batch * heads](
-        asked, key, value, out, sums, grad.contiguous(), *split(grad_rest, None if query is None else grad_query),
+    programs = blocks(keys) + (0 if whole else blocks(queries))
+    backward_kernel[(programs * batch * heads,)](
+        asked, key, value, out, sums, grad, *split(grad_rest, None if query is None else grad_query),
         scaling, scaling * LOG2_E, heads, *steps(asked, key),
-        QUERIES=queries, KEYS=keys, SIZE=size, BLOCK=BLOCK, INNER=INNER, PARTS=blocks(keys), WHOLE=whole, num_warps=4,
+        QUERIES=queries, KEYS=keys, SIZE=size, BLOCK=BLOCK, INNER=INNER,
+        PARTS=blocks(keys), BLOCKS=programs, WHOLE=whole, num_warps=4,
     )  # fmt: skip
     return grad_rest, grad_query
 

@@ -52,7 +52,12 @@ def attend(module, query, key, value, position_bias=None, output_attentions=Fals
             raise ValueError(f"{name} takes no relative position bias; use attn_implementation='sdpa'")
         position_bias = position_bias.to(query.dtype).expand(query.shape[0], -1, -1, -1)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-    if name == "sdpa" and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if (
+        name in ("sdpa", SHORT)
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+    ):
         # The backward pass of the CPU's fused bfloat16 kernel is slower than two matrix products.
         function = eager_attention if key.shape[2] <= LONG else blockwise_attention
     extra = {} if position_bias is None else {"position_bias": position_bias}

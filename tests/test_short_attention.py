@@ -90,11 +90,20 @@ def test_it_is_attention(script, words):
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "cross_attention"])
-def test_on_a_processor_the_name_is_sdpa(decoder):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_processor_the_name_is_sdpa(monkeypatch, decoder, dtype):
+    taken = []
+    plain = attention.eager_attention
+    monkeypatch.setattr(attention, "eager_attention", lambda *given, **named: taken.append(1) or plain(*given, **named))
     model, step = make_step(decoder)
-    wanted = step(model)
-    model.set_attn_implementation(attention.SHORT)
-    assert torch.equal(step(model), wanted)
+    found = []
+    for name in ("sdpa", attention.SHORT):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
+            found.append((step(model), len(taken)))
+        taken.clear()
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] == (2 if dtype == torch.bfloat16 else 0)  # of the encoder and of the decoder
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,7 @@ def test_where_it_applies(monkeypatch, changes, taken):
     for name, value in changes.items():
         setattr(Device, name, value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(attention.importlib, "import_module", lambda *given: None)  # where Triton is not installed too
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: Device.capability)
     module = type("Module", (), {"config": type("Config", (), {"_attn_implementation": Device.name})})
     assert attention.takes_short(module, Device) is taken
