@@ -1,6 +1,7 @@
 """What the transformer encoder and decoders are made of: positions, attention, blocks."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,14 @@ class FixedTables:
             with torch.inference_mode(False), torch.no_grad():
                 self.tables[grid, device] = self.make(grid, device=device)
         return self.tables[grid, device]
+
+
+@lru_cache(maxsize=64)
+def channel_values(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number of each channel as (channels, 1, 1) float32, made once for each device: to copy numbers to a GPU waits
+    for everything that it still has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=torch.float32)[:, None, None]
 
 
 def rotate(tokens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from .encoder_base import Encoder, EncoderOutput, Grid, image_size, to_grey
 from .encoder_native import NativeEncoder
 from .encoder_timm import run_timm
 from .foreign import refuse_loading, trusts_remote_code
+from .layers import channel_values
 from .loading import config_fields, load_whole
 from .native_models import load_native
 from .options import OptionError, Size, pair, shorten_text, unknown_choice
@@ -199,13 +200,14 @@ class Teacher:
 
     def _renormalise(self, pixel_values: Tensor, config: MIMConfigBase) -> Tensor:
         channels = config.num_channels
-        mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        device = pixel_values.device
+        mean, std = (channel_values(tuple(values), device) for values in (self.image_mean, self.image_std))
         pixels = to_grey(pixel_values * std + mean, channels)
         if pixels.shape[1] != channels:
             if pixels.shape[1] != 1:
                 raise ValueError(f"teacher {self.source} takes {channels} channels, the student {pixels.shape[1]}")
             pixels = pixels.expand(-1, channels, -1, -1)
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in config.statistics())
+        mean, std = (channel_values(tuple(values), device) for values in config.statistics())
         return (pixels - mean) / std
 
     def _input_size(self, model: TeacherModel, indices: list[int], student: Grid, grid: Grid) -> Grid:
