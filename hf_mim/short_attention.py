@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_mim.modeling.attention import parts_of
+
 
 LOG2_E = 1.4426950408889634
 BLOCK, INNER = 64, 32  # tokens that a program has, and takes at a time of the others: measured on an H200
@@ -149,11 +151,6 @@ def gradient_of_queries(
     tl.store(grad_query + rows[:, None] * query_step, sum_query.to(asked.dtype), mask=there)
 
 
-def split(rest: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> queries, keys and values, (batch, tokens, heads, head size) each, views of what the projections gave."""
-    return (query, *rest.unbind(2)) if query is not None else rest.unbind(2)  # type: ignore[return-value]
-
-
 def steps(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     """From image to image and from token to token."""
     return query.stride(0), query.stride(1), key.stride(0), key.stride(1)
@@ -177,7 +174,7 @@ def short_attention(rest: Tensor, query: Tensor | None, scaling: float) -> tuple
         (batch, queries, heads, head size), and (batch, heads, queries) float32, which the backward pass reads.
     """
     rest, query = rest.contiguous(), query if query is None else query.contiguous()
-    query, key, value = split(rest, query)
+    query, key, value = parts_of(rest, query)
     batch, queries, heads, size = query.shape
     out = query.new_empty(query.shape)
     sums = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -197,13 +194,13 @@ def short_attention_backward(
     out, sums, grad = out.contiguous(), sums.contiguous(), grad.contiguous()
     grad_rest = torch.empty_like(rest)
     grad_query = rest.new_empty(0) if query is None else torch.empty_like(query)
-    asked, key, value = split(rest, query)
+    asked, key, value = parts_of(rest, query)
     batch, queries, heads, size = asked.shape
     keys = key.shape[1]
     whole = keys <= BLOCK
     programs = blocks(keys) + (0 if whole else blocks(queries))
     backward_kernel[(programs * batch * heads,)](
-        asked, key, value, out, sums, grad, *split(grad_rest, None if query is None else grad_query),
+        asked, key, value, out, sums, grad, *parts_of(grad_rest, None if query is None else grad_query),
         scaling, scaling * LOG2_E, heads, *steps(asked, key),
         QUERIES=queries, KEYS=keys, SIZE=size, BLOCK=BLOCK, INNER=INNER,
         PARTS=blocks(keys), BLOCKS=programs, WHOLE=whole, num_warps=4,
@@ -213,7 +210,7 @@ def short_attention_backward(
 
 @short_attention.register_fake
 def _(rest, query, scaling):
-    asked = split(rest, query)[0]
+    asked = parts_of(rest, query)[0]
     batch, queries, heads, _ = asked.shape
     return asked.new_empty(asked.shape), asked.new_empty(batch, heads, queries, dtype=torch.float32)
 

@@ -3,6 +3,7 @@ where `attn_implementation="mim_short"` asks for them, by this project's kernels
 
 import importlib
 import itertools
+import warnings
 
 import torch
 from torch import Tensor
@@ -88,15 +89,22 @@ def takes_short(module, rest: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def has_short_attention(device: torch.device) -> bool:
-    """Whether its kernels run on this GPU; loads them. They do not travel with a checkpoint: its own code needs no
-    Triton, and does without where hf_mim is not installed."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        importlib.import_module("hf_mim.short_attention")
-    except ImportError:  # of Triton or hf_mim
-        return False
-    return True
+    """Whether its kernels run on this GPU; loads them, or warns. They do not travel with a checkpoint: its own code
+    needs no Triton, and does without where hf_mim is not installed."""
+    missing = "a GPU of NVIDIA from Ampere on"
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0):
+        try:
+            importlib.import_module("hf_mim.short_attention")
+            return True
+        except ImportError as error:  # of Triton or hf_mim
+            missing = f"{error.name or 'a package'} to be installed"
+    warnings.warn(f"attn_implementation {SHORT!r} needs {missing}: sdpa takes its place", stacklevel=2)
+    return False
+
+
+def parts_of(rest: Tensor, query: Tensor | None) -> tuple[Tensor, ...]:
+    """-> queries, keys and values, (batch, tokens, heads, head size) each, views of what `short_attention` takes."""
+    return rest.unbind(2) if query is None else (query, *rest.unbind(2))
 
 
 def attend_short(rest: Tensor, query: Tensor | None, scaling: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attend, attend_short, takes_short
+from .attention import attend, attend_short, parts_of, takes_short
 from .configuration_base import MIMConfigBase
 from .mlp import MLP
 from .options import Grid
@@ -180,8 +180,7 @@ class ViTAttention(nn.Module):
         plain = position_bias is None and rotary is None and self.q_norm is None and not output_attentions
         if plain and takes_short(self, rest):
             return self.proj(attend_short(rest, query, self.scaling)), None
-        parts = rest.unbind(2) if query is None else (query, *rest.unbind(2))
-        query, key, value = (part.transpose(1, 2) for part in parts)
+        query, key, value = (part.transpose(1, 2) for part in parts_of(rest, query))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
@@ -225,7 +224,7 @@ class CrossAttention(nn.Module):
         rest = self.key_value(context).view(batch, length, 2, self.num_heads, -1)
         if takes_short(self, rest):
             return self.proj(attend_short(rest, query, self.scaling))
-        query, key, value = (part.transpose(1, 2) for part in (query, *rest.unbind(2)))
+        query, key, value = (part.transpose(1, 2) for part in parts_of(rest, query))
         return self.proj(attend(self, query, key, value)[0])
 
 

@@ -1,5 +1,6 @@
 """Attention of few tokens in Triton, which its interpreter runs on a processor: against attention in float64."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -129,4 +130,5 @@ def test_where_it_applies(monkeypatch, changes, taken):
     monkeypatch.setattr(attention.importlib, "import_module", lambda *given: None)  # where Triton is not installed too
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: Device.capability)
     module = type("Module", (), {"config": type("Config", (), {"_attn_implementation": Device.name})})
-    assert attention.takes_short(module, Device) is taken
+    with pytest.warns(match="needs a GPU of NVIDIA") if "capability" in changes else contextlib.nullcontext():
+        assert attention.takes_short(module, Device) is taken
