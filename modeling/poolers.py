@@ -1,5 +1,6 @@
 """From tokens to one vector per image. A pooler is a class in `POOLERS`."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .attention import LONG
 from .encoder_base import Encoder, choose
 from .layers import FixedTables, sincos_2d
 from .mlp import MLP
@@ -19,11 +21,50 @@ def divisors(number: int) -> str:
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
-def read_out(probes: Tensor, keys: Tensor, values: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+def read_out(probes: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(probes keys^T + bias) values: probes (rows, dim) or (batch, rows, dim), keys and values
     (batch, length, dim) -> (batch, rows, dim) and the weights (batch, rows, length)."""
-    weights = (probes @ keys.transpose(1, 2) + bias).softmax(dim=-1)
+    logits = probes @ keys.transpose(1, 2)
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
     return weights @ values, weights
+
+
+@dataclass
+class Mapped:
+    """tokens @ matrix + shift, computed when it is asked for, or the tokens themselves.
+
+    Args:
+        tokens: (batch, length, dim).
+        affine: matrix (dim, width), and shift (width,) or (length, width), where each token has its own.
+    """
+
+    tokens: Tensor
+    affine: tuple[Tensor, Tensor] | None = None
+
+    def plus(self, shift: Tensor) -> "Mapped":
+        if self.affine is None:
+            return Mapped(self.tokens + shift)
+        return Mapped(self.tokens, (self.affine[0], self.affine[1] + shift))
+
+    def then(self, layer) -> "Mapped":
+        """What a linear layer makes of it: the matrix passes the layer, a few rows in the place of all tokens."""
+        if self.affine is None:
+            return Mapped(layer(self.tokens))
+        matrix, shift = self.affine
+        return Mapped(self.tokens, (layer(matrix) - layer(torch.zeros_like(matrix)), layer(shift)))
+
+    def computed(self) -> Tensor:
+        """(batch, length, width)."""
+        if self.affine is None:
+            return self.tokens
+        matrix, shift = self.affine
+        if shift.ndim > 1:
+            return self.tokens @ matrix + shift
+        return F.linear(self.tokens, matrix.T, shift)  # product and sum at once
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sums over tokens: weights (batch, rows, length), of which each row sums to one -> (batch, rows, width)."""
+        return replace(self, tokens=weights @ self.tokens).computed()
 
 
 class ClsPooler(Pooler):
@@ -136,19 +177,37 @@ class AbmilpPooler(Pooler):
 
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
         prefix = num_prefix_tokens if self.content == "all" else 0
-        values = seen = tokens[:, num_prefix_tokens - prefix :]
+        values = seen = Mapped(tokens[:, num_prefix_tokens - prefix :])
         if self.qkv is not None and self.proj is not None:
-            query, key, value = self.qkv(values)[:, None].chunk(3, dim=-1)
-            seen = self.proj(F.scaled_dot_product_attention(query, key, value)[:, 0])
+            seen = self._attend(self.qkv, self.proj, values.tokens)
         if self.self_attention == "both":
             values = seen
         if self.position == "sincos":
-            seen = seen + F.pad(self.sincos(grid, tokens.device), (0, 0, prefix, 0)).to(tokens.dtype)
+            seen = seen.plus(F.pad(self.sincos(grid, tokens.device), (0, 0, prefix, 0)).to(tokens.dtype))
         for i, layer in enumerate(self.hidden):
-            gate = self.gates[i](seen).sigmoid() if len(self.gates) else 1
-            seen = self.activation(layer(seen)) * gate
-        logits = F.linear(seen, self.score, self.score_bias).transpose(1, 2)  # (batch, 1, tokens)
-        return (logits.softmax(dim=-1) @ values)[:, 0], logits[:, 0, prefix:].softmax(dim=-1)
+            hidden = self.activation(seen.then(layer).computed())
+            if len(self.gates):
+                hidden = hidden * seen.then(self.gates[i]).computed().sigmoid()
+            seen = Mapped(hidden)
+        score = partial(F.linear, weight=self.score, bias=self.score_bias)
+        logits = seen.then(score).computed().transpose(1, 2)  # (batch, 1, tokens)
+        return values.weighted(logits.softmax(dim=-1))[:, 0], logits[:, 0, prefix:].softmax(dim=-1)
+
+    def _attend(self, qkv: nn.Module, proj: nn.Module, tokens: Tensor) -> Mapped:
+        """SA(X). In training the projections pass one another, not the tokens: of queries, keys, values and the result
+        one product of all tokens is left, and keys and values are the tokens, which need no gradient in a probe."""
+        if not self.training:
+            query, key, value = qkv(tokens)[:, None].chunk(3, dim=-1)
+            return Mapped(proj(F.scaled_dot_product_attention(query, key, value)[:, 0]))
+        # The layers are called, instead of reading their weights, because of what may be around them, such as LoRA.
+        query, key, value = qkv(torch.eye(self.out_dim, dtype=tokens.dtype, device=tokens.device)).chunk(3, dim=-1)
+        probes = tokens @ (query @ key.T * self.out_dim**-0.5)
+        if tokens.shape[1] <= LONG:
+            mixed, _ = read_out(probes, tokens, tokens)
+        else:
+            one_head = tokens[:, None]
+            mixed = F.scaled_dot_product_attention(probes[:, None], one_head, one_head, scale=1.0)[:, 0]
+        return Mapped(mixed, (value, torch.zeros_like(value[0]))).then(proj)
 
 
 class AttentionPooler(Pooler):
@@ -224,7 +283,7 @@ class AttentionPooler(Pooler):
         queries = queries.unflatten(1, shape[:2]) * (self.out_dim // self.num_heads) ** -0.5
         probes = torch.einsum("qhc,hcd->qhd", queries, self.key.view(shape)).flatten(0, 1)
         # The same for every token, so without effect, but a parameter of the original.
-        bias = 0.0 if self.key_bias is None else (queries * self.key_bias.view(shape[:2])).sum(-1).view(-1, 1)
+        bias = None if self.key_bias is None else (queries * self.key_bias.view(shape[:2])).sum(-1).view(-1, 1)
         pooled, weights = read_out(probes, keys, values, bias)
         pooled = pooled.unflatten(1, (-1, self.num_heads))
         out = torch.einsum("bqhd,hcd->bqhc", pooled, self.value.view(shape)).flatten(2)

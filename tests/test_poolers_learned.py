@@ -156,6 +156,37 @@ def test_a_learned_pooler_against_loops_in_float64(name, options, by_hand):
             assert torch.allclose(weights[i].double(), wanted_weights, atol=2e-6)
 
 
+class WithAnAddition(nn.Module):
+    """What LoRA does to a layer: something is added to what its weight makes."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 2):
+        super().__init__()
+        self.layer, self.down = layer, nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("position", ["none", "sincos"])
+@pytest.mark.parametrize("self_attention", ["map", "both"])
+@pytest.mark.parametrize("depth, gated, grid", [(1, False, (3, 5)), (3, True, (3, 5)), (2, False, (23, 23))], ids=str)
+def test_self_attention_of_abmilp_in_training_is_that_of_evaluation(position, self_attention, depth, gated, grid):
+    """Its projections pass one another there: vectors, weights and all gradients are the same, in float64 to 1e-9."""
+    shape = {"position": position, "self_attention": self_attention, "depth": depth, "gated": gated}
+    pooler, dim = pooler_of("abmilp", content="all", **shape)
+    pooler.qkv, pooler.proj = WithAnAddition(pooler.qkv), WithAnAddition(pooler.proj)
+    pooler = perturb(pooler.double(), 0.3)
+    tokens = torch.randn(2, 3 + grid[0] * grid[1], dim, dtype=torch.float64, requires_grad=True)
+    found = []
+    for training in (False, True):
+        vector, weights = pooler.train(training)(tokens, 3, grid)
+        loss = (vector * torch.arange(dim)).sum() + (weights * torch.arange(weights.shape[1]) ** 2).sum()
+        found.append((vector, weights, *torch.autograd.grad(loss, [tokens, *pooler.parameters()])))
+    for evaluated, trained in zip(*found, strict=True):
+        assert (trained - evaluated).norm() <= 1e-9 * (1 + evaluated.norm())
+
+
 def test_the_batch_norm_of_aim_learns_the_statistics_of_tokens():
     """One training step with the momentum of torch's default, 0.1: over all patches of all images, prefix left out."""
     pooler, dim = pooler_of("attention")
