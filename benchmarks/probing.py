@@ -4,9 +4,9 @@
 
 The peer is the way of the release of Beyond [cls]: one pooler a run, and the frozen encoder in every epoch. Ours
 encodes every image once a view and then trains all poolers together on what is on disk. Both train the same heads with
-the same code, one learning rate each; the encoder runs in bfloat16 where the processor has it. Pixels are ready in
-memory for both, so that decoding, which the peer repeats in every epoch, is not counted. One thread, the processor's
-time.
+the same code, one learning rate each; where the processor has bfloat16, the encoder runs in it, and the pooler with
+self-attention is trained in it. Pixels are ready in memory for both, so that decoding, which the peer repeats in every
+epoch, is not counted. One thread, the processor's time.
 
 In every round the arms take turns: the encoder and one pooler's step on 64 images for each pooler (the peer), the
 encoder and the writing of 64 images' features, and one epoch of all poolers on the features of all images on disk. The
@@ -159,7 +159,7 @@ def measure(size: str, rounds: int | None = None) -> dict:
     last = len(model.encoder.stage_names) - 1
     features = Features(model, [last], bf16=has_bf16())
     for words, poolers in SETS.items():
-        groups = [Group(choice, last, model, False) for choice in choices_of(poolers)]
+        groups = [Group(choice, last, model, False, has_bf16()) for choice in choices_of(poolers)]
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             arms = {f"peer {group.choice.name}": peer_arm(group, features, pixels) for group in groups}

@@ -15,6 +15,9 @@ class Pooler(nn.Module):
 
     out_dim: int
     needs_attentions = False
+    # Whether probes train it in bfloat16, where the device has that: products of all tokens take most of its time, and
+    # it sums them to a vector in float32, since vectors differ by little compared with what all images share.
+    trains_in_bf16 = False
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):
         super().__init__()

@@ -64,7 +64,12 @@ class Mapped:
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sums over tokens: weights (batch, rows, length), of which each row sums to one -> (batch, rows, width)."""
-        return replace(self, tokens=weights @ self.tokens).computed()
+        device = weights.device.type
+        if not torch.is_autocast_enabled(device):
+            return replace(self, tokens=weights @ self.tokens).computed()
+        with torch.autocast(device, enabled=False):  # in float32, see `Pooler.trains_in_bf16`
+            affine = None if self.affine is None else (self.affine[0].float(), self.affine[1].float())
+            return Mapped(weights.float() @ self.tokens.float(), affine).computed()
 
 
 class ClsPooler(Pooler):
@@ -163,7 +168,7 @@ class AbmilpPooler(Pooler):
         self.sincos = FixedTables(partial(sincos_2d, base=encoder.base_grid, dim=dim))
         if depth == 1 and (gated or hidden_size is not None):
             raise ValueError("gated and hidden_size are of hidden layers: they need a depth of 2 or more, got depth 1")
-        attends = self_attention != "none"
+        attends = self.trains_in_bf16 = self_attention != "none"
         self.qkv = nn.Linear(dim, 3 * dim, bias=False) if attends else None
         self.proj = nn.Linear(dim, dim) if attends else None
         widths = [dim, *[width] * (depth - 1)]
@@ -199,15 +204,24 @@ class AbmilpPooler(Pooler):
         if not self.training:
             query, key, value = qkv(tokens)[:, None].chunk(3, dim=-1)
             return Mapped(proj(F.scaled_dot_product_attention(query, key, value)[:, 0]))
-        # The layers are called, instead of reading their weights, because of what may be around them, such as LoRA.
-        query, key, value = qkv(torch.eye(self.out_dim, dtype=tokens.dtype, device=tokens.device)).chunk(3, dim=-1)
-        probes = tokens @ (query @ key.T * self.out_dim**-0.5)
+        # What all tokens share passes by, so that differences keep their digits in bfloat16. That changes nothing, as
+        # weights sum to one and a sum with all logits of a query has no effect.
+        shared = tokens.detach().mean(dim=(0, 1)).to(self.score.dtype)
+        tokens = tokens - shared
+        unit = torch.eye(self.out_dim, dtype=self.score.dtype, device=tokens.device)
+        with torch.autocast(tokens.device.type, enabled=False):  # what acts on the vector in the end is not rounded
+            # The layers are called, instead of reading their weights, because of what may be around them, such as LoRA.
+            query, key, value = qkv(unit).chunk(3, dim=-1)
+            inner = query @ key.T * self.out_dim**-0.5
+            result = Mapped(tokens, (value, shared @ value)).then(proj)
+            shift = shared @ inner
+        probes = F.linear(tokens, inner.T, shift)
         if tokens.shape[1] <= LONG:
             mixed, _ = read_out(probes, tokens, tokens)
         else:
             one_head = tokens[:, None]
             mixed = F.scaled_dot_product_attention(probes[:, None], one_head, one_head, scale=1.0)[:, 0]
-        return Mapped(mixed, (value, torch.zeros_like(value[0]))).then(proj)
+        return replace(result, tokens=mixed)
 
 
 class AttentionPooler(Pooler):

@@ -181,7 +181,9 @@ def probe_encoder(run: Probe, column: str, model, sides: dict) -> tuple[dict, li
 def probe_poolers(run: Probe, column: str, model, sides: dict) -> tuple[dict, list[Trained], dict]:
     """Trains the poolers. -> {pooler: what is said of its best setting}, all heads, {(pooler, layer): group}"""
     places = [(choice, layer) for choice in run.choices for layer in run.layers]
-    groups = {(choice.name, layer): Group(choice, layer, model, run.vectors_only) for choice, layer in places}
+    groups = {
+        (choice.name, layer): Group(choice, layer, model, run.vectors_only, has_bf16()) for choice, layer in places
+    }
     trained = train_seeds(run, column, groups, sides["train"])
     best = choose_settings(trained)
     heads: dict[Group, list[Trained]] = {}

@@ -116,15 +116,19 @@ class Group:
 
     A loop over the heads of different learning rates, and not one stacked by `torch.func.vmap`: on a CPU that takes
     1.1 to 6 times as long for AbMILP and multi-query pooling.
+
+    Args:
+        bf16: train poolers that take it (`Pooler.trains_in_bf16`) in bfloat16; they are validated in float32.
     """
 
-    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_only: bool):
+    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_only: bool, bf16: bool = False):
         self.choice, self.layer, self.model = choice, layer, model
         self.prefix = model.encoder.num_prefix_tokens
         self.grid = model.encoder.token_grid(*_pair(model.config.image_size))
         self.fixed = choice.make(model)
         self.learned = any(True for _ in self.fixed.parameters())
         self.vectors_only = vectors_only
+        self.bf16 = bf16 and self.fixed.trains_in_bf16
 
     def make(self, classes: int, learning_rate: float, seed: int, as_linear: bool = False) -> Trained:
         pooler = self.choice.make(self.model) if self.learned else None
@@ -137,7 +141,9 @@ class Group:
             return features[f"{self.choice.name}/{self.layer}"], None
         row = features.get(f"attention/{self.layer}")
         attention = None if row is None else row[:, :, None]
-        return pool(pooler or self.fixed, features[f"tokens/{self.layer}"], self.prefix, self.grid, attention)
+        tokens = features[f"tokens/{self.layer}"]
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16 and torch.is_grad_enabled()):
+            return pool(pooler or self.fixed, tokens, self.prefix, self.grid, attention)
 
     def vectors(self, features: dict[str, Tensor], heads: list[Trained]):
         """The vectors (batch, dim) of every head."""
