@@ -112,12 +112,20 @@ def check_parts(changes: dict, plugins: bool = False) -> None:
     if plugins or entry_points(group=GROUP):
         return
     names = [(kind, f"model.{kind}", changes.get("model", {}).get(kind)) for kind in PARTS]
-    names += [("pooler", "probe.poolers", name) for name in changes.get("probe", {}).get("poolers") or []]
+    names += [("pooler", "probe.poolers", name) for name in probed_poolers(changes.get("probe", {}))]
     names += [("measurement", "analyze", name) for name in changes.get("analyze", {}).get("measurements") or []]
     for kind, key, name in names:
         choices = words_of(*MEASUREMENTS) if kind == "measurement" else names_of(kind)
         if isinstance(name, str) and name not in choices:
             raise RecipeError(str(unknown_choice(kind, name, choices)), key)
+
+
+def probed_poolers(probe: dict) -> list:
+    """What kind each pooler is that the section `probe` names: `pooler_config` may give one a name of its own."""
+    options = probe.get("pooler_config")
+    pairs = options.items() if isinstance(options, dict) else ()
+    own = {name: more["pooler"] for name, more in pairs if isinstance(more, dict) and "pooler" in more}
+    return [own.get(name, name) for name in probe.get("poolers") or own]
 
 
 def check_pooler(name: str) -> str:

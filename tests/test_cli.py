@@ -204,6 +204,8 @@ for words, message in {
     ("finetune", "somewhere", "finetune.optimizer=muon"): "unknown finetune.optimizer 'muon'",
     ("probe", "somewhere", "task=dens"): "did you mean 'dense'",
     ("probe", "somewhere", "probe.poolers=[mena]"): "unknown pooler 'mena': did you mean 'mean'",
+    ("probe", "somewhere", "probe.poolers=[my]", "probe.pooler_config.my={pooler: abmil}"): "unknown pooler 'abmil'",
+    ("probe", "./no", "probe.poolers=[my]", "probe.pooler_config.my={pooler: abmilp}"): "no checkpoint at ./no",
     ("pretrain", "model.target=hgo"): "unknown target 'hgo': did you mean 'hog'",
     ("pretrain", "training.lr_scheduler_type=cosinus"): "unknown training.lr_scheduler_type 'cosinus': did you mean",
     ("pretrain", "training.save_strategy=epochs"): "did you mean 'epoch'",

@@ -106,6 +106,12 @@ class ProbeArguments:
         if self.poolers is not None and (not self.poolers or len(set(self.poolers)) < len(self.poolers)):
             message = f"probe.poolers must name one pooler or more, each once, not {self.poolers}"
             raise RecipeError(message, "probe.poolers")
+        for name, options in (self.pooler_config or {}).items():
+            if not isinstance(options, dict) or not isinstance(options.get("pooler", name), str):
+                message = (
+                    f"probe.pooler_config.{name} must be options, such as {{pooler: abmilp, depth: 2}}, not {options}"
+                )
+                raise RecipeError(message, "probe.pooler_config")
         if not all(rate > 0 for rate in self.learning_rates):
             raise out_of_range("learning_rates", "above 0", self.learning_rates)
         if not 0 < self.validation < 1:
