@@ -112,10 +112,11 @@ def spread(values: tuple[float, float, float], digits: int = 2) -> str:
 def machine() -> str:
     """CPU, its bfloat16 instructions, threads and versions."""
     info = Path("/proc/cpuinfo")
+    threads = torch.get_num_threads()
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return (
         f"CPU: {names[0] if names else platform.processor() or platform.machine()}, "
-        f"{'with' if has_bf16() else 'without'} bfloat16 instructions; {torch.get_num_threads()} thread; "
+        f"{'with' if has_bf16() else 'without'} bfloat16 instructions; {threads} thread{'s' * (threads > 1)}; "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}."
     )
 
