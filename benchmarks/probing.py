@@ -159,7 +159,7 @@ def measure(size: str, rounds: int | None = None) -> dict:
     last = len(model.encoder.stage_names) - 1
     features = Features(model, [last], bf16=has_bf16())
     for words, poolers in SETS.items():
-        groups = [Group(choice, last, model, False, has_bf16()) for choice in choices_of(poolers)]
+        groups = [Group(choice, last, model, False, bf16=has_bf16()) for choice in choices_of(poolers)]
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             arms = {f"peer {group.choice.name}": peer_arm(group, features, pixels) for group in groups}

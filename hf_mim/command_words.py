@@ -121,11 +121,11 @@ def check_parts(changes: dict, plugins: bool = False) -> None:
 
 
 def probed_poolers(probe: dict) -> list:
-    """What kind each pooler is that the section `probe` names: `pooler_config` may give one a name of its own."""
+    """The kind of each pooler that the section `probe` names: `pooler_config` may give a kind another name."""
     options = probe.get("pooler_config")
-    pairs = options.items() if isinstance(options, dict) else ()
-    own = {name: more["pooler"] for name, more in pairs if isinstance(more, dict) and "pooler" in more}
-    return [own.get(name, name) for name in probe.get("poolers") or own]
+    options = options if isinstance(options, dict) else {}
+    kinds = {name: value.get("pooler", name) for name, value in options.items() if isinstance(value, dict)}
+    return [kinds.get(name, name) for name in probe.get("poolers") or kinds]
 
 
 def check_pooler(name: str) -> str:

@@ -15,8 +15,8 @@ class Pooler(nn.Module):
 
     out_dim: int
     needs_attentions = False
-    # Whether probes train it in bfloat16, where the device has that: products of all tokens take most of its time, and
-    # it sums them to a vector in float32, since vectors differ by little compared with what all images share.
+    # Whether probes train it in bfloat16, where the device has that. A pooler that says so spends its time on products
+    # of all tokens, and sums its vector in float32 under autocast: vectors differ by little from image to image.
     trains_in_bf16 = False
 
     def __init__(self, encoder: Encoder, *, apply_final_norm: bool = True):

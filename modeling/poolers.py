@@ -30,8 +30,8 @@ def read_out(probes: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None =
 
 
 @dataclass
-class Mapped:
-    """tokens @ matrix + shift, computed when it is asked for, or the tokens themselves.
+class AffineTokens:
+    """tokens @ matrix + shift, computed when it is asked for; or the tokens themselves.
 
     Args:
         tokens: (batch, length, dim).
@@ -41,17 +41,19 @@ class Mapped:
     tokens: Tensor
     affine: tuple[Tensor, Tensor] | None = None
 
-    def plus(self, shift: Tensor) -> "Mapped":
+    def add(self, shift: Tensor) -> "AffineTokens":
         if self.affine is None:
-            return Mapped(self.tokens + shift)
-        return Mapped(self.tokens, (self.affine[0], self.affine[1] + shift))
+            return AffineTokens(self.tokens + shift)
+        return AffineTokens(self.tokens, (self.affine[0], self.affine[1] + shift))
 
-    def then(self, layer) -> "Mapped":
-        """What a linear layer makes of it: the matrix passes the layer, a few rows in the place of all tokens."""
+    def apply(self, layer) -> "AffineTokens":
+        """A linear layer: of the matrix, which has fewer rows than there are tokens, and not rounded by autocast."""
         if self.affine is None:
-            return Mapped(layer(self.tokens))
+            return AffineTokens(layer(self.tokens))
         matrix, shift = self.affine
-        return Mapped(self.tokens, (layer(matrix) - layer(torch.zeros_like(matrix)), layer(shift)))
+        with torch.autocast(matrix.device.type, enabled=False):
+            bias = layer(torch.zeros_like(matrix[0]))
+            return AffineTokens(self.tokens, (layer(matrix) - bias, layer(shift)))
 
     def computed(self) -> Tensor:
         """(batch, length, width)."""
@@ -62,14 +64,13 @@ class Mapped:
             return self.tokens @ matrix + shift
         return F.linear(self.tokens, matrix.T, shift)  # product and sum at once
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Sums over tokens: weights (batch, rows, length), of which each row sums to one -> (batch, rows, width)."""
-        device = weights.device.type
-        if not torch.is_autocast_enabled(device):
-            return replace(self, tokens=weights @ self.tokens).computed()
-        with torch.autocast(device, enabled=False):  # in float32, see `Pooler.trains_in_bf16`
-            affine = None if self.affine is None else (self.affine[0].float(), self.affine[1].float())
-            return Mapped(weights.float() @ self.tokens.float(), affine).computed()
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Of one shift for all tokens: weights (batch, rows, length), whose rows sum to one -> (batch, rows, width)."""
+        if self.affine is None:
+            return weights @ self.tokens
+        matrix, shift = self.affine
+        with torch.autocast(matrix.device.type, enabled=False):  # see `Pooler.trains_in_bf16`
+            return weights.to(matrix.dtype) @ self.tokens.to(matrix.dtype) @ matrix + shift
 
 
 class ClsPooler(Pooler):
@@ -168,7 +169,8 @@ class AbmilpPooler(Pooler):
         self.sincos = FixedTables(partial(sincos_2d, base=encoder.base_grid, dim=dim))
         if depth == 1 and (gated or hidden_size is not None):
             raise ValueError("gated and hidden_size are of hidden layers: they need a depth of 2 or more, got depth 1")
-        attends = self.trains_in_bf16 = self_attention != "none"
+        attends = self_attention != "none"
+        self.trains_in_bf16 = self_attention == "both"  # with `map` the tokens themselves are summed, mean and all
         self.qkv = nn.Linear(dim, 3 * dim, bias=False) if attends else None
         self.proj = nn.Linear(dim, dim) if attends else None
         widths = [dim, *[width] * (depth - 1)]
@@ -182,39 +184,39 @@ class AbmilpPooler(Pooler):
 
     def forward(self, tokens, num_prefix_tokens, grid, attentions=None):
         prefix = num_prefix_tokens if self.content == "all" else 0
-        values = seen = Mapped(tokens[:, num_prefix_tokens - prefix :])
+        values = seen = AffineTokens(tokens[:, num_prefix_tokens - prefix :])
         if self.qkv is not None and self.proj is not None:
             seen = self._attend(self.qkv, self.proj, values.tokens)
         if self.self_attention == "both":
             values = seen
         if self.position == "sincos":
-            seen = seen.plus(F.pad(self.sincos(grid, tokens.device), (0, 0, prefix, 0)).to(tokens.dtype))
+            seen = seen.add(F.pad(self.sincos(grid, tokens.device), (0, 0, prefix, 0)).to(tokens.dtype))
         for i, layer in enumerate(self.hidden):
-            hidden = self.activation(seen.then(layer).computed())
+            hidden = self.activation(seen.apply(layer).computed())
             if len(self.gates):
-                hidden = hidden * seen.then(self.gates[i]).computed().sigmoid()
-            seen = Mapped(hidden)
+                hidden = hidden * seen.apply(self.gates[i]).computed().sigmoid()
+            seen = AffineTokens(hidden)
         score = partial(F.linear, weight=self.score, bias=self.score_bias)
-        logits = seen.then(score).computed().transpose(1, 2)  # (batch, 1, tokens)
-        return values.weighted(logits.softmax(dim=-1))[:, 0], logits[:, 0, prefix:].softmax(dim=-1)
+        logits = seen.apply(score).computed().transpose(1, 2)  # (batch, 1, tokens)
+        return values.weighted_sum(logits.softmax(dim=-1))[:, 0], logits[:, 0, prefix:].softmax(dim=-1)
 
-    def _attend(self, qkv: nn.Module, proj: nn.Module, tokens: Tensor) -> Mapped:
-        """SA(X). In training the projections pass one another, not the tokens: of queries, keys, values and the result
-        one product of all tokens is left, and keys and values are the tokens, which need no gradient in a probe."""
-        if not self.training:
+    def _attend(self, qkv: nn.Module, proj: nn.Module, tokens: Tensor) -> AffineTokens:
+        """SA(X). In training its matrices are multiplied with each other, which leaves one product of all tokens of
+        five; keys and values are the tokens, which need no gradient in a probe. With few tokens that does not pay."""
+        if not self.training or tokens.shape[:2].numel() < 4 * self.out_dim:
             query, key, value = qkv(tokens)[:, None].chunk(3, dim=-1)
-            return Mapped(proj(F.scaled_dot_product_attention(query, key, value)[:, 0]))
-        # What all tokens share passes by, so that differences keep their digits in bfloat16. That changes nothing, as
-        # weights sum to one and a sum with all logits of a query has no effect.
-        shared = tokens.detach().mean(dim=(0, 1)).to(self.score.dtype)
-        tokens = tokens - shared
+            return AffineTokens(proj(F.scaled_dot_product_attention(query, key, value)[:, 0]))
+        # The mean token is subtracted, so that bfloat16 keeps the differences. The result is the same: weights sum to
+        # one, and a constant added to all logits of a query cancels in the softmax.
+        mean = tokens.detach().mean(dim=(0, 1)).to(self.score.dtype)
+        tokens = tokens - mean
         unit = torch.eye(self.out_dim, dtype=self.score.dtype, device=tokens.device)
-        with torch.autocast(tokens.device.type, enabled=False):  # what acts on the vector in the end is not rounded
-            # The layers are called, instead of reading their weights, because of what may be around them, such as LoRA.
+        with torch.autocast(tokens.device.type, enabled=False):
+            # The layers are called, instead of reading their weights: LoRA may be around them. (Its dropout would drop
+            # the same channels of all tokens.)
             query, key, value = qkv(unit).chunk(3, dim=-1)
             inner = query @ key.T * self.out_dim**-0.5
-            result = Mapped(tokens, (value, shared @ value)).then(proj)
-            shift = shared @ inner
+            shift, result = mean @ inner, AffineTokens(tokens, (value, mean @ value)).apply(proj)
         probes = F.linear(tokens, inner.T, shift)
         if tokens.shape[1] <= LONG:
             mixed, _ = read_out(probes, tokens, tokens)

@@ -205,6 +205,7 @@ for words, message in {
     ("probe", "somewhere", "task=dens"): "did you mean 'dense'",
     ("probe", "somewhere", "probe.poolers=[mena]"): "unknown pooler 'mena': did you mean 'mean'",
     ("probe", "somewhere", "probe.poolers=[my]", "probe.pooler_config.my={pooler: abmil}"): "unknown pooler 'abmil'",
+    ("probe", "somewhere", "probe.pooler_config.abmlip.depth=2"): "unknown pooler 'abmlip': did you mean 'abmilp'",
     ("probe", "./no", "probe.poolers=[my]", "probe.pooler_config.my={pooler: abmilp}"): "no checkpoint at ./no",
     ("pretrain", "model.target=hgo"): "unknown target 'hgo': did you mean 'hog'",
     ("pretrain", "training.lr_scheduler_type=cosinus"): "unknown training.lr_scheduler_type 'cosinus': did you mean",

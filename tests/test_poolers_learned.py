@@ -172,18 +172,20 @@ class WithAnAddition(nn.Module):
 @pytest.mark.parametrize("self_attention", ["map", "both"])
 @pytest.mark.parametrize("depth, gated, grid", [(1, False, (3, 5)), (3, True, (3, 5)), (2, False, (23, 23))], ids=str)
 def test_self_attention_of_abmilp_in_training_is_that_of_evaluation(position, self_attention, depth, gated, grid):
-    """Its projections pass one another there: vectors, weights and all gradients are the same, in float64 to 1e-9."""
+    """Its matrices are multiplied with each other there: vectors, weights and gradients are the same, to 1e-9."""
     shape = {"position": position, "self_attention": self_attention, "depth": depth, "gated": gated}
     pooler, dim = pooler_of("abmilp", content="all", **shape)
     pooler.qkv, pooler.proj = WithAnAddition(pooler.qkv), WithAnAddition(pooler.proj)
     pooler = perturb(pooler.double(), 0.3)
-    tokens = torch.randn(2, 3 + grid[0] * grid[1], dim, dtype=torch.float64, requires_grad=True)
-    found = []
+    length = 3 + grid[0] * grid[1]
+    images = 4 * dim // length + 1  # fewer tokens are not worth it
+    tokens = torch.randn(images, length, dim, dtype=torch.float64, requires_grad=True)
+    results = []
     for training in (False, True):
         vector, weights = pooler.train(training)(tokens, 3, grid)
         loss = (vector * torch.arange(dim)).sum() + (weights * torch.arange(weights.shape[1]) ** 2).sum()
-        found.append((vector, weights, *torch.autograd.grad(loss, [tokens, *pooler.parameters()])))
-    for evaluated, trained in zip(*found, strict=True):
+        results.append((vector, weights, *torch.autograd.grad(loss, [tokens, *pooler.parameters()])))
+    for evaluated, trained in zip(*results, strict=True):
         assert (trained - evaluated).norm() <= 1e-9 * (1 + evaluated.norm())
 
 

@@ -391,7 +391,7 @@ def parquet(path, labels, **features):
         ([0, 1] * 15, None, ["data.streaming=true"], "set data.streaming=false"),
         ([0, 1] * 15, None, ["probe.pooler_config.mean.apply_final_norm=false"], "set probe.apply_final_norm"),
         ([0, 1] * 15, None, ["probe.pooler_config.mean=3"], "probe.pooler_config.mean must be options"),
-        ([0, 1] * 15, None, ["probe.pooler_config.my={pooler: [mean]}"], "probe.pooler_config.my must be options"),
+        ([0, 1] * 15, None, ["probe.pooler_config.my={pooler: [mean]}"], "my.pooler must be the name of a pooler"),
     ],
 )
 def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, capsys, labels, feature, options, words):

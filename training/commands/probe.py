@@ -182,7 +182,7 @@ def probe_poolers(run: Probe, column: str, model, sides: dict) -> tuple[dict, li
     """Trains the poolers. -> {pooler: what is said of its best setting}, all heads, {(pooler, layer): group}"""
     places = [(choice, layer) for choice in run.choices for layer in run.layers]
     groups = {
-        (choice.name, layer): Group(choice, layer, model, run.vectors_only, has_bf16()) for choice, layer in places
+        (choice.name, layer): Group(choice, layer, model, run.vectors_only, bf16=has_bf16()) for choice, layer in places
     }
     trained = train_seeds(run, column, groups, sides["train"])
     best = choose_settings(trained)

@@ -107,10 +107,11 @@ class ProbeArguments:
             message = f"probe.poolers must name one pooler or more, each once, not {self.poolers}"
             raise RecipeError(message, "probe.poolers")
         for name, options in (self.pooler_config or {}).items():
-            if not isinstance(options, dict) or not isinstance(options.get("pooler", name), str):
-                message = (
-                    f"probe.pooler_config.{name} must be options, such as {{pooler: abmilp, depth: 2}}, not {options}"
-                )
+            key = f"probe.pooler_config.{name}"
+            if not isinstance(options, dict):
+                raise RecipeError(f"{key} must be options, such as {{depth: 2}}, not {options}", "probe.pooler_config")
+            if not isinstance(options.get("pooler", ""), str):
+                message = f"{key}.pooler must be the name of a pooler, not {options['pooler']}"
                 raise RecipeError(message, "probe.pooler_config")
         if not all(rate > 0 for rate in self.learning_rates):
             raise out_of_range("learning_rates", "above 0", self.learning_rates)

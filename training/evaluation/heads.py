@@ -121,7 +121,7 @@ class Group:
         bf16: train poolers that take it (`Pooler.trains_in_bf16`) in bfloat16; they are validated in float32.
     """
 
-    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_only: bool, bf16: bool = False):
+    def __init__(self, choice: PoolerChoice, layer: int, model, vectors_only: bool, *, bf16: bool = False):
         self.choice, self.layer, self.model = choice, layer, model
         self.prefix = model.encoder.num_prefix_tokens
         self.grid = model.encoder.token_grid(*_pair(model.config.image_size))
@@ -142,8 +142,9 @@ class Group:
         row = features.get(f"attention/{self.layer}")
         attention = None if row is None else row[:, :, None]
         tokens = features[f"tokens/{self.layer}"]
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16 and torch.is_grad_enabled()):
-            return pool(pooler or self.fixed, tokens, self.prefix, self.grid, attention)
+        pooler = self.fixed if pooler is None else pooler
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16 and pooler.training):
+            return pool(pooler, tokens, self.prefix, self.grid, attention)
 
     def vectors(self, features: dict[str, Tensor], heads: list[Trained]):
         """The vectors (batch, dim) of every head."""
