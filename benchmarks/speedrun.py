@@ -34,7 +34,7 @@ from hf_mim.training.evaluation.readouts import LinearProbe, NearestNeighbours
 
 
 HELD_OUT, LABELLED = 3000, 10_000
-PACE, PACE_ROUNDS = "pace.json", 40
+PACE, PACE_ROUNDS = "pace.json", 20
 MAE = ("mae_small", "training.max_steps=3000")
 MUON = "training.optimizer=muon"
 HOG = ("model.target=hog", "model.target_config={}")
