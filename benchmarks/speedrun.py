@@ -46,7 +46,7 @@ CROSS = (
 SOME = (*CROSS, "model.decoder_config.prediction_ratio=0.4")
 TWO = ("model.masks_per_image=2", "training.per_device_train_batch_size=32", "training.learning_rate=2e-3")
 SHORT = ("quick", "training.max_steps=600")
-# The other small recipes: by AdamW at so many steps, and by Muon at half of them, with HOG beside pixels.
+# The other small recipes, and how many steps AdamW takes; see `by_both`.
 SMALL = {
     "crossmae_small": 3000,
     "pixio_small": 2000,
@@ -62,6 +62,7 @@ WITH_HOG = ("crossmae_small", "pixio_small", "hiera_small", "fcmae_small")
 
 
 def by_both(recipe: str, steps: int) -> dict[str, tuple[str, ...]]:
+    """Two entries: AdamW, and half of the steps by Muon, with HOG beside pixels where the decoder can predict both."""
     hog = recipe in WITH_HOG
     adamw = (recipe, f"training.max_steps={steps}", "training.optimizer=null")
     half = (recipe, f"training.max_steps={steps // 2}", MUON, "training.muon_scale=3")
